@@ -1,0 +1,1 @@
+"""Recurrent sequence models: RNN, GRU and LSTM; classifier, tagger and generator; exact batched search."""

@@ -1,0 +1,43 @@
+"""Attention: queries x Memory -> (context, weights).
+
+Knows the scoring functions (Luong et al. 2015: dot, general; Bahdanau et al. 2015: additive); does not know whether
+the T queries are the steps of one target or the K beams of one request: both share one un-copied memory row.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from seqmodels.config import AttentionKind
+from seqmodels.state import Memory
+
+
+class Attention(nn.Module):
+    """(queries (B, T, H), Memory with S positions of D features) -> (context (B, T, D), weights (B, T, S))."""
+
+    def __init__(self, kind: AttentionKind, query_size: int, memory_size: int) -> None:
+        super().__init__()
+        self.kind = kind
+        if kind == "general":
+            self.project_keys = nn.Linear(memory_size, query_size, bias=False)
+        elif kind == "additive":
+            self.project_keys = nn.Linear(memory_size, query_size, bias=False)
+            self.project_query = nn.Linear(query_size, query_size)
+            self.energy = nn.Parameter(torch.empty(query_size).uniform_(-1, 1) / math.sqrt(query_size))
+
+    def prepare(self, memory: Memory) -> Memory:
+        """Project the keys once, so that no step does it again."""
+        return replace(memory, keys=memory.values if self.kind == "dot" else self.project_keys(memory.values))
+
+    def forward(self, queries: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        assert memory.keys is not None, "call Attention.prepare on a memory before its first use"
+        if self.kind == "additive":
+            mixed = torch.tanh(self.project_query(queries)[:, :, None] + memory.keys[:, None])  # (B, T, S, H)
+            scores = mixed @ self.energy  # (B, T, S)
+        else:
+            scores = queries @ memory.keys.mT  # (B, T, S)
+        scores = scores.masked_fill(~memory.mask[:, None], float("-inf"))  # padding gets no weight
+        weights = scores.softmax(-1)
+        return weights @ memory.values, weights

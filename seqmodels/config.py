@@ -1,0 +1,215 @@
+"""ModelConfig: what a model is, as data. Strict, frozen, JSON in and out.
+
+Knows the sizes and kinds of every part; knows no tensor. The sizes that data decides (`vocab_size`, `labels`,
+`feature_size`) have no default: training fills them in before a model is built.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from seqmodels.errors import ConfigError
+
+Cell = Literal["rnn_tanh", "rnn_relu", "gru", "lstm"]
+AttentionKind = Literal["none", "dot", "general", "additive"]
+Pooling = Literal["last", "mean", "max", "attention"]
+Task = Literal["classify", "tag", "translate", "caption", "generate"]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Strict(BaseModel):
+    """Base of all that crosses a file or the wire: an unknown or mistyped field is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class RecurrentConfig(Strict):
+    """A stack of recurrent layers."""
+
+    cell: Cell = "lstm"
+    hidden_size: PositiveInt = 256
+    num_layers: Annotated[int, Field(ge=1, le=32)] = 1
+    bidirectional: bool = False
+    residual: bool = False  # add each layer's input to its output, from the second layer on
+    dropout: Probability = 0.0  # between layers
+
+    @property
+    def output_size(self) -> int:
+        return self.hidden_size * (2 if self.bidirectional else 1)
+
+
+class BackboneConfig(Strict):
+    """A compact residual CNN (He et al. 2016): a stem, then stages that halve the picture."""
+
+    image_size: tuple[PositiveInt, PositiveInt] = (32, 32)  # height, width in pixels
+    in_channels: Literal[1, 3] = 3
+    channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=8)] = (16, 32, 64)
+    blocks_per_stage: Annotated[int, Field(ge=1, le=32)] = 1
+
+
+class TextEncoderConfig(Strict):
+    input: Literal["text"] = "text"
+    vocab_size: PositiveInt
+    embedding_size: PositiveInt = 256
+    dropout: Probability = 0.0  # on embeddings and on outputs
+    recurrent: RecurrentConfig = RecurrentConfig()
+
+    @property
+    def output_size(self) -> int:
+        return self.recurrent.output_size
+
+
+class ImageEncoderConfig(Strict):
+    input: Literal["image"] = "image"
+    backbone: BackboneConfig = BackboneConfig()
+    dropout: Probability = 0.0
+
+    @property
+    def output_size(self) -> int:
+        return self.backbone.channels[-1]
+
+
+class FrameEncoderConfig(Strict):
+    input: Literal["frames"] = "frames"
+    backbone: BackboneConfig = BackboneConfig()
+    dropout: Probability = 0.0
+    recurrent: RecurrentConfig = RecurrentConfig()
+
+    @property
+    def output_size(self) -> int:
+        return self.recurrent.output_size
+
+
+class FeatureEncoderConfig(Strict):
+    input: Literal["features"] = "features"
+    feature_size: PositiveInt
+    dropout: Probability = 0.0
+    recurrent: RecurrentConfig = RecurrentConfig()
+
+    @property
+    def output_size(self) -> int:
+        return self.recurrent.output_size
+
+
+EncoderConfig = Annotated[
+    TextEncoderConfig | ImageEncoderConfig | FrameEncoderConfig | FeatureEncoderConfig, Field(discriminator="input")
+]
+
+
+class DecoderConfig(Strict):
+    """A recurrent decoder over tokens, with attention over the encoder's memory if there is one."""
+
+    vocab_size: Annotated[int, Field(ge=4)]
+    embedding_size: PositiveInt = 256
+    dropout: Probability = 0.0
+    recurrent: RecurrentConfig = RecurrentConfig()
+    attention: AttentionKind = "none"
+    tie_embeddings: bool = False  # the output layer uses the embedding matrix (Press and Wolf 2017)
+    pad_token_id: Annotated[int, Field(ge=0)] = 0
+    bos_token_id: Annotated[int, Field(ge=0)] = 2
+    eos_token_id: Annotated[int, Field(ge=0)] = 3
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.recurrent.bidirectional:
+            raise ValueError(
+                "decoder.recurrent.bidirectional is true, but a decoder cannot read what it has not written"
+            )
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if getattr(self, name) >= self.vocab_size:
+                raise ValueError(f"decoder.{name} is {getattr(self, name)}, outside a vocabulary of {self.vocab_size}")
+        return self
+
+
+class ModelConfig(Strict):
+    """One model: `architecture` chooses the class, the rest its parts and sizes."""
+
+    format_version: Literal[1] = 1
+    architecture: Literal["classifier", "tagger", "generator"]
+    encoder: EncoderConfig | None = None
+    decoder: DecoderConfig | None = None
+    labels: tuple[str, ...] = ()
+    pooling: Pooling = "last"  # classifier only
+    dropout: Probability = 0.0  # before the last linear layer
+    label_smoothing: Probability = 0.0  # in `loss`; never in `nll`
+    max_source_length: PositiveInt = 1024  # source positions that a request may fill
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.architecture == "generator":
+            self._check_generator()
+        else:
+            self._check_labeller()
+        return self
+
+    def _check_generator(self) -> None:
+        if self.decoder is None:
+            raise ValueError("architecture is 'generator', which needs a `decoder` section")
+        if self.labels:
+            raise ValueError("architecture is 'generator', which has no `labels`")
+        if self.encoder is None and self.decoder.attention != "none":
+            raise ValueError(
+                f"decoder.attention is {self.decoder.attention!r}, but without an encoder there is nothing to attend to"
+            )
+        hidden = self.decoder.recurrent.hidden_size
+        if self.encoder and self.decoder.attention == "dot" and self.encoder.output_size != hidden:
+            raise ValueError(
+                f"decoder.attention is 'dot', which compares the encoder's {self.encoder.output_size} features "
+                f"with the decoder's hidden_size of {hidden}: make them equal, or use 'general'"
+            )
+
+    def _check_labeller(self) -> None:
+        if self.encoder is None:
+            raise ValueError(f"architecture is {self.architecture!r}, which needs an `encoder` section")
+        if self.decoder is not None:
+            raise ValueError(f"architecture is {self.architecture!r}, which has no `decoder`")
+        if len(self.labels) < 2:
+            raise ValueError(f"labels holds {len(self.labels)} names; a {self.architecture} needs at least two")
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels holds a name twice")
+        if self.architecture == "tagger" and self.encoder.input == "image":
+            raise ValueError("architecture is 'tagger', but an image has no steps to label; use 'classifier'")
+
+    @property
+    def input(self) -> Literal["text", "image", "frames", "features", "nothing"]:
+        return self.encoder.input if self.encoder else "nothing"
+
+    @property
+    def task(self) -> Task:
+        """The endpoint that serves this model; decided by what goes in and what comes out."""
+        if self.architecture != "generator":
+            return "classify" if self.architecture == "classifier" else "tag"
+        if self.input == "nothing":
+            return "generate"
+        return "translate" if self.input == "text" else "caption"
+
+    @classmethod
+    def parse(cls, fields: dict[str, Any]) -> Self:
+        """Build from plain data; raises ConfigError that names the field, its value and what is allowed."""
+        try:
+            return cls.model_validate_json(json.dumps(fields))
+        except ValidationError as error:
+            raise ConfigError(explain(error)) from None
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise ConfigError(f"{path.name}: {explain(error)}") from None
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def explain(error: ValidationError) -> str:
+    """The first few faults of a validation error, each with its field and value."""
+    lines = []
+    for fault in error.errors(include_url=False)[:5]:
+        field = ".".join(str(part) for part in fault["loc"]) or "config"
+        value = fault.get("input")
+        shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | None) else ""
+        lines.append(f"{field}: {fault['msg'].removeprefix('Value error, ')}{shown}")
+    return "; ".join(lines)

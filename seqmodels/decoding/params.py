@@ -1,0 +1,61 @@
+"""SearchParams: the options of one request, with the rule each one follows.
+
+Names are Hugging Face's where it has the option; `prefix`, `stop`, `seed`, `logprobs` and `bad_words` are ours.
+"""
+
+from typing import Annotated, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from seqmodels.config import Strict
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=64)]
+
+
+class SearchParams(Strict):
+    """A hypothesis scores the sum of its log-probabilities divided by length ** length_penalty, EOS counted."""
+
+    num_beams: PositiveInt = 1  # 1 is greedy, or sampling with do_sample
+    num_return_sequences: PositiveInt = 1  # at most num_beams, unless do_sample
+    max_new_tokens: PositiveInt = 64
+    min_new_tokens: NonNegativeInt = 0  # no EOS before so many tokens
+    length_penalty: float = 1.0
+    early_stopping: bool = True  # stop when num_beams hypotheses are finished; false: when none can get better
+    do_sample: bool = False  # draw from the distribution left after the rules
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_k: NonNegativeInt = 0  # keep the k best tokens; 0 keeps all
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # keep the smallest set of tokens with this much probability
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0  # Keskar et al. 2019
+    no_repeat_ngram_size: NonNegativeInt = 0  # no n-gram of this length twice; 0 allows all
+    prefix: str = ""  # the answer begins with this text, which is not scored
+    stop: Words = ()  # the text ends before the first of these
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None  # one is chosen, and named in the answer, where None
+    logprobs: bool = False  # answer with each token's log-probability in nats
+    bad_words: Words = ()  # token sequences never written
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.do_sample:
+            for name in ("temperature", "top_k", "top_p"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} is {getattr(self, name)}, which needs do_sample=true")
+        if self.do_sample and self.num_beams > 1:
+            raise ValueError(f"do_sample is true and num_beams is {self.num_beams}: sampling uses no beams; choose one")
+        if not self.do_sample and self.num_return_sequences > self.num_beams:
+            raise ValueError(
+                f"num_return_sequences is {self.num_return_sequences}, but num_beams={self.num_beams} finds at most "
+                f"{self.num_beams}; raise num_beams or set do_sample=true"
+            )
+        if self.stop and self.num_beams > 1:
+            raise ValueError("stop needs num_beams=1: with beams the text is not known until the end")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, which is {self.max_new_tokens}"
+            )
+        return self
+
+    @property
+    def width(self) -> int:
+        """Decoder rows that the request fills: its beams, or its samples."""
+        return self.num_return_sequences if self.do_sample else self.num_beams

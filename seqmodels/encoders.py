@@ -1,0 +1,119 @@
+"""Encoders: text, an image, frames or numeric features -> Memory.
+
+Each is called as encoder(inputs, lengths, state) and returns (Memory, State or None): a one-directional recurrent
+encoder that is given a State returns the next one, so that a long input can come in pieces. Padding stands at the
+end of a row and is never read.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seqmodels.config import (
+    EncoderConfig,
+    FeatureEncoderConfig,
+    FrameEncoderConfig,
+    ImageEncoderConfig,
+    TextEncoderConfig,
+)
+from seqmodels.recurrent import Recurrent
+from seqmodels.state import Memory, State
+from seqmodels.vision import Backbone
+
+Encoded = tuple[Memory, State | None]
+
+
+class RecurrentEncoder(nn.Module):
+    """Steps of features (B, S, in) -> Memory of the same S. The common half of the encoders below."""
+
+    def __init__(self, recurrent: Recurrent, dropout: float) -> None:
+        super().__init__()
+        self.recurrent = recurrent
+        self.dropout = dropout
+        self.output_size = recurrent.output_size
+
+    def read(self, steps: Tensor, lengths: Tensor, state: State | None) -> Encoded:
+        """steps: (B, S, in); lengths: (B,), at least 1 each."""
+        steps = F.dropout(steps, self.dropout, self.training)
+        # A causal stack needs lengths only to stop its state at the row's end.
+        ragged = self.recurrent.bidirectional or state is not None
+        values, after = self.recurrent(steps, lengths if ragged else None, state)
+        values = F.dropout(values, self.dropout, self.training)
+        memory = Memory(values, _mask(lengths, steps.shape[1]), self._summary(values, lengths))
+        return memory, None if state is None else after
+
+    def _summary(self, values: Tensor, lengths: Tensor) -> Tensor:
+        """What each direction knew at its end: forward at the last position, backward at the first. (B, D)"""
+        last = values[torch.arange(len(values), device=values.device), lengths - 1]
+        if not self.recurrent.bidirectional:
+            return last
+        half = self.recurrent.hidden_size
+        return torch.cat([last[:, :half], values[:, 0, half:]], dim=1)
+
+
+class TextEncoder(RecurrentEncoder):
+    """Token ids (B, S) of int64."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__(Recurrent.from_config(config.recurrent, config.embedding_size), config.dropout)
+        self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
+        nn.init.normal_(self.embedding.weight, std=config.embedding_size**-0.5)
+
+    def forward(self, inputs: Tensor, lengths: Tensor, state: State | None = None) -> Encoded:
+        return self.read(self.embedding(inputs), lengths, state)
+
+
+class FeatureEncoder(RecurrentEncoder):
+    """Numeric features over time (B, S, feature_size) of float32."""
+
+    def __init__(self, config: FeatureEncoderConfig) -> None:
+        super().__init__(Recurrent.from_config(config.recurrent, config.feature_size), config.dropout)
+
+    def forward(self, inputs: Tensor, lengths: Tensor, state: State | None = None) -> Encoded:
+        return self.read(inputs, lengths, state)
+
+
+class FrameEncoder(RecurrentEncoder):
+    """Frames of a video (B, S, C, height, width): each through the backbone, flattened, then through time."""
+
+    def __init__(self, config: FrameEncoderConfig) -> None:
+        backbone = Backbone(config.backbone)
+        size = backbone.output_size * backbone.grid[0] * backbone.grid[1]  # a flat grid still knows where things are
+        super().__init__(Recurrent.from_config(config.recurrent, size), config.dropout)
+        self.backbone = backbone
+
+    def forward(self, inputs: Tensor, lengths: Tensor, state: State | None = None) -> Encoded:
+        grids = self.backbone(inputs.flatten(0, 1))  # (B·S, D, h, w)
+        return self.read(grids.flatten(1).view(*inputs.shape[:2], -1), lengths, state)
+
+
+class ImageEncoder(nn.Module):
+    """An image (B, C, height, width) -> Memory whose positions are the cells of the backbone's grid, row by row."""
+
+    def __init__(self, config: ImageEncoderConfig) -> None:
+        super().__init__()
+        self.backbone = Backbone(config.backbone)
+        self.output_size = self.backbone.output_size
+        self.dropout = config.dropout
+        cells = self.backbone.grid[0] * self.backbone.grid[1]
+        self.places = nn.Parameter(torch.randn(cells, self.output_size) * 0.1)  # where a cell stands in the picture
+
+    def forward(self, inputs: Tensor, lengths: Tensor | None = None, state: State | None = None) -> Encoded:
+        values = self.backbone(inputs).flatten(2).mT + self.places  # (B, S, D)
+        values = F.dropout(values, self.dropout, self.training)
+        mask = values.new_ones(values.shape[:2], dtype=torch.bool)
+        return Memory(values, mask, values.mean(1)), None
+
+
+def _mask(lengths: Tensor, positions: int) -> Tensor:
+    return torch.arange(positions, device=lengths.device) < lengths[:, None]
+
+
+def build_encoder(config: EncoderConfig) -> TextEncoder | ImageEncoder | FrameEncoder | FeatureEncoder:
+    if isinstance(config, TextEncoderConfig):
+        return TextEncoder(config)
+    if isinstance(config, ImageEncoderConfig):
+        return ImageEncoder(config)
+    if isinstance(config, FrameEncoderConfig):
+        return FrameEncoder(config)
+    return FeatureEncoder(config)

@@ -1,0 +1,70 @@
+"""Everything that can go wrong because of something a user did.
+
+    SeqModelsError
+    ├── ConfigError           a recipe, a model config or a command line is wrong
+    ├── InputError            one request is wrong; carries `param` and `code` for the HTTP answer
+    │   ├── TooLongError      the input does not fit the model (413)
+    │   └── UnsupportedError  the input is of a kind this model does not take (415)
+    ├── ModelDirectoryError   a saved model cannot be loaded
+    ├── DataError             a data set lacks a split, a column or labels
+    ├── CheckpointError       a run cannot be resumed
+    ├── QueueFullError        no room for another request now (429)
+    └── DeadlineError         a request's time was over before its answer was ready (408)
+
+Each message names the field, the value and the fix. Nothing else is raised on purpose, so any other exception
+is a bug of ours.
+"""
+
+
+class SeqModelsError(Exception):
+    """Base of every error that is the user's to mend."""
+
+
+class ConfigError(SeqModelsError):
+    """A recipe, a model config or a command line is wrong."""
+
+
+class InputError(SeqModelsError):
+    """One request is wrong.
+
+    `param` is the request field at fault, such as `inputs[3]`; `code` is a fixed word that programs can test.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_value") -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class TooLongError(InputError):
+    """The input has more text, frames or steps than the model takes."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param=param, code="too_long")
+
+
+class UnsupportedError(InputError):
+    """The input is of a kind, or in a format, that this model does not take."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param=param, code="unsupported_input")
+
+
+class ModelDirectoryError(SeqModelsError):
+    """A saved model cannot be loaded; the message names the file and the field."""
+
+
+class DataError(SeqModelsError):
+    """A data set lacks a split, a column or labels."""
+
+
+class CheckpointError(SeqModelsError):
+    """A run cannot be resumed from what its directory holds."""
+
+
+class QueueFullError(SeqModelsError):
+    """No room for another request now; try again later."""
+
+
+class DeadlineError(SeqModelsError):
+    """A request's time was over before its answer was ready."""

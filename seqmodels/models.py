@@ -1,0 +1,198 @@
+"""SequenceClassifier, SequenceTagger and SequenceGenerator: short combinations of the parts.
+
+All three share one call, `out = model(**batch)`, so one task-blind loop trains everything. A generator adds what a
+search needs: `encode`, `start`, `read` and `step`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seqmodels.config import ModelConfig
+from seqmodels.decoder import Decoder, Memories
+from seqmodels.encoders import build_encoder
+from seqmodels.state import Memory, State
+
+IGNORE = -100  # a label that is not counted
+
+
+@dataclass(frozen=True)
+class Output:
+    """loss: what is minimised, mean per target. nll: plain mean negative log-likelihood in nats: what metrics use.
+
+    logits: (B, C) of a classifier, (B, S, C) of a tagger, None from a generator, which projects only real targets.
+    state: where the recurrence stands after the batch, for those that carry one.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    num_targets: Tensor
+    logits: Tensor | None = None
+    state: State | None = None
+
+
+class SequenceClassifier(nn.Module):
+    """Encoder + pooling + linear: one label per row."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.encoder is not None
+        self.config = config
+        self.encoder = build_encoder(config.encoder)
+        self.pool = nn.Linear(self.encoder.output_size, 1) if config.pooling == "attention" else None
+        self.head = nn.Linear(self.encoder.output_size, len(config.labels))
+
+    def forward(self, inputs: Tensor, labels: Tensor, lengths: Tensor | None = None) -> Output:
+        """labels: (B,) of int64."""
+        logits, _ = self.predict(inputs, lengths)
+        return _labelled(logits, labels, self.config.label_smoothing)
+
+    def predict(
+        self, inputs: Tensor, lengths: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, State | None]:
+        """logits (B, C), and the State after the inputs if one was given."""
+        memory, state = self.encoder(inputs, lengths, state)
+        pooled = F.dropout(self._pooled(memory), self.config.dropout, self.training)
+        logits: Tensor = self.head(pooled)
+        return logits, state
+
+    def _pooled(self, memory: Memory) -> Tensor:
+        mask = memory.mask[:, :, None]
+        if self.config.pooling == "last":
+            return memory.summary
+        if self.config.pooling == "mean":
+            return memory.values.masked_fill(~mask, 0).sum(1) / mask.sum(1)
+        if self.config.pooling == "max":
+            return memory.values.masked_fill(~mask, float("-inf")).amax(1)
+        assert self.pool is not None
+        weights: Tensor = self.pool(memory.values).masked_fill(~mask, float("-inf")).softmax(1)  # (B, S, 1)
+        return (weights * memory.values.masked_fill(~mask, 0)).sum(1)
+
+
+class SequenceTagger(nn.Module):
+    """Encoder + linear per step: one label per position."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.encoder is not None
+        self.config = config
+        self.encoder = build_encoder(config.encoder)
+        self.head = nn.Linear(self.encoder.output_size, len(config.labels))
+
+    def forward(self, inputs: Tensor, labels: Tensor, lengths: Tensor | None = None) -> Output:
+        """labels: (B, S) of int64, IGNORE where a position has none."""
+        logits, _ = self.predict(inputs, lengths)
+        return _labelled(logits, labels, self.config.label_smoothing)
+
+    def predict(
+        self, inputs: Tensor, lengths: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, State | None]:
+        """logits (B, S, C), and the State after the inputs if one was given."""
+        memory, state = self.encoder(inputs, lengths, state)
+        logits: Tensor = self.head(F.dropout(memory.values, self.config.dropout, self.training))
+        return logits, state
+
+
+class SequenceGenerator(nn.Module):
+    """Optional encoder + decoder: text out. Without an encoder it is a language model."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.decoder is not None
+        self.config = config
+        self.encoder = build_encoder(config.encoder) if config.encoder else None
+        size = self.encoder.output_size if self.encoder else None
+        self.decoder = Decoder(config.decoder, size, size)
+
+    def forward(
+        self,
+        labels: Tensor,
+        label_lengths: Tensor,
+        inputs: Tensor | None = None,
+        lengths: Tensor | None = None,
+        state: State | None = None,
+    ) -> Output:
+        """labels (B, T+1): BOS w1 ... wn EOS and padding; each token but the first is a target.
+
+        For truncated back-propagation of a language model, `state` is where the last chunk ended, and labels begin
+        with that chunk's last token. Only real targets are projected to the vocabulary.
+        """
+        features, after = self._features(labels, inputs, lengths, state)
+        real = _targets(labels, label_lengths)
+        logits = self.decoder.project(features[real])  # (M, V) for the M real targets
+        out = _labelled(logits, labels[:, 1:][real], self.config.label_smoothing)
+        return Output(out.loss, out.nll, out.num_targets, None, after)
+
+    def logprobs(
+        self, labels: Tensor, label_lengths: Tensor, inputs: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
+        """The log-probability in nats of each target given those before it: (B, T), 0 beyond a row's end."""
+        features, _ = self._features(labels, inputs, lengths, None)
+        scores = self.decoder.project(features).float().log_softmax(-1)
+        chosen = scores.gather(2, labels[:, 1:, None])[:, :, 0]
+        return chosen.masked_fill(~_targets(labels, label_lengths), 0.0)
+
+    def _features(
+        self, labels: Tensor, inputs: Tensor | None, lengths: Tensor | None, state: State | None
+    ) -> tuple[Tensor, State]:
+        memory = None if inputs is None else self.encode(inputs, lengths)
+        state = state if state is not None else self.start(memory, len(labels))
+        outputs, state = self.decoder.read(labels[:, :-1], state)
+        return self.decoder.features(outputs, self.decoder.attend(outputs, memory)), state
+
+    def encode(self, inputs: Tensor, lengths: Tensor | None = None) -> Memory:
+        """inputs as the encoder takes them -> Memory with the attention's keys in place."""
+        assert self.encoder is not None, "a language model has nothing to encode"
+        memory, _ = self.encoder(inputs, lengths, None)
+        return self.decoder.prepare(memory)
+
+    def start(self, memory: Memory | None, rows: int) -> State:
+        """The state of each row before its first token."""
+        return self.decoder.start(memory, rows)
+
+    def read(self, tokens: Tensor, state: State) -> State:
+        """The state after a prefix (B, T) whose tokens are given."""
+        return self.decoder.read(tokens, state)[1]
+
+    def step(self, tokens: Tensor, state: State, memories: Memories) -> tuple[Tensor, State]:
+        """The only call the engine makes in its loop: tokens (N,), N rows lane by lane -> (logits (N, V), State)."""
+        return self.decoder.step(tokens, state, memories)
+
+
+Model = SequenceClassifier | SequenceTagger | SequenceGenerator
+MODELS: dict[str, type[SequenceClassifier] | type[SequenceTagger] | type[SequenceGenerator]] = {
+    "classifier": SequenceClassifier,
+    "tagger": SequenceTagger,
+    "generator": SequenceGenerator,
+}
+
+
+def build_model(config: ModelConfig) -> Model:
+    """A new model with initial weights drawn from torch's global generator."""
+    return MODELS[config.architecture](config)
+
+
+def _targets(labels: Tensor, label_lengths: Tensor) -> Tensor:
+    """Which of the T shifted positions hold a real target: (B, T)."""
+    return torch.arange(1, labels.shape[1], device=labels.device) < label_lengths[:, None]
+
+
+def _labelled(logits: Tensor, labels: Tensor, smoothing: float) -> Output:
+    """Loss and nll of logits (..., C) against labels (...), positions with IGNORE left out.
+
+    Label smoothing (Szegedy et al. 2016) mixes the target with the uniform distribution.
+    """
+    flat, targets = logits.flatten(0, -2).float(), labels.flatten()
+    counted = targets != IGNORE
+    num_targets = counted.sum()
+    targets = targets.masked_fill(~counted, 0)
+    log_total = flat.logsumexp(-1)
+    denominator = num_targets.clamp(min=1)
+    nll = ((log_total - flat.gather(1, targets[:, None])[:, 0]) * counted).sum() / denominator
+    loss = nll
+    if smoothing > 0:
+        uniform = ((log_total - flat.mean(-1)) * counted).sum() / denominator
+        loss = (1 - smoothing) * nll + smoothing * uniform
+    return Output(loss, nll.detach(), num_targets, logits)

@@ -1,0 +1,73 @@
+"""Image and frame bytes -> tensors, the same in training and serving (preprocessor_config.json).
+
+Nothing is decoded before its format and its size in pixels are known to be allowed: a PNG of 20 kB can hold 169
+million pixels. Imports Pillow only when called.
+"""
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from seqmodels.config import Strict
+from seqmodels.errors import InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")
+
+
+class Preprocessor(Strict):
+    """Resize to `size` (height, width), scale to 0..1, then (x - mean) / std per channel."""
+
+    size: tuple[PositiveInt, PositiveInt]
+    channels: Literal[1, 3] = 3
+    mean: Annotated[tuple[float, ...], Field(min_length=1, max_length=3)] = (0.5,)
+    std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1, max_length=3)] = (0.5,)
+    max_pixels: PositiveInt = 20_000_000
+
+    def image(self, data: "bytes | Image", param: str | None = None) -> Tensor:
+        """One picture -> (C, height, width) of float32.
+
+        Raises InputError for a file that is broken or too large, UnsupportedError for a format not in FORMATS.
+        """
+        from PIL import ImageOps
+
+        picture = self._open(data, param) if isinstance(data, bytes) else data
+        try:
+            upright = ImageOps.exif_transpose(picture)
+            fitted = upright.convert("L" if self.channels == 1 else "RGB").resize((self.size[1], self.size[0]))
+        except (OSError, ValueError, SyntaxError, EOFError):
+            raise InputError(
+                "the image is broken or cut short; send a whole file", param=param, code="invalid_image"
+            ) from None
+        pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
+        values = pixels.view(*self.size, self.channels).permute(2, 0, 1).float() / 255
+        mean, std = torch.tensor(self.mean)[:, None, None], torch.tensor(self.std)[:, None, None]
+        return ((values - mean) / std).contiguous()
+
+    def frames(self, data: "Sequence[bytes | Image]", param: str | None = None) -> Tensor:
+        """Pictures in order of time -> (S, C, height, width) of float32."""
+        return torch.stack([self.image(frame, f"{param}[{i}]" if param else None) for i, frame in enumerate(data)])
+
+    def _open(self, data: bytes, param: str | None) -> "Image":
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise UnsupportedError(f"not an image in one of the formats {', '.join(FORMATS)}", param=param) from None
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+            raise InputError("the image is broken or too large", param=param, code="invalid_image") from None
+        if picture.width * picture.height > self.max_pixels:
+            raise InputError(
+                f"the image has {picture.width} x {picture.height} pixels, but at most {self.max_pixels} are allowed; "
+                "send a smaller one",
+                param=param,
+                code="limit_exceeded",
+            )
+        return picture

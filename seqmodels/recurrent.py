@@ -1,0 +1,165 @@
+"""Recurrent: cell x layers x directions on fused kernels.
+
+The only file that knows the kernels' (layers·directions, batch, hidden) layout; everybody else sees padded batches
+with the row on axis 0, and a State. Layers run one after another, each as one fused call over all T steps. A reverse
+direction runs over each row reversed within its own length, so padding is never read and nothing is packed.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seqmodels.config import Cell, RecurrentConfig
+from seqmodels.state import State
+
+NUM_GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
+
+
+class Recurrent(nn.Module):
+    """(x (B, T, input_size), lengths (B,)?, State?) -> (y (B, T, output_size), State).
+
+    With `lengths`, row b is read up to lengths[b] and its state is the one after that position; y beyond it is
+    unspecified. Without, every row is T long. A one-directional stack starts from the given State (zeros if none)
+    and returns one to go on from; a bidirectional one has read to both ends, so its State has no columns.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bidirectional: bool = False,
+        residual: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.cell, self.hidden_size, self.num_layers = cell, hidden_size, num_layers
+        self.bidirectional, self.residual, self.dropout = bidirectional, residual, dropout
+        self.output_size = hidden_size * (2 if bidirectional else 1)
+        sizes = [input_size] + [self.output_size] * (num_layers - 1)
+        self.forward_layers = nn.ModuleList(_fused_layer(cell, size, hidden_size) for size in sizes)
+        self.backward_layers = nn.ModuleList(
+            _fused_layer(cell, size, hidden_size) for size in (sizes if bidirectional else [])
+        )
+
+    @classmethod
+    def from_config(cls, config: RecurrentConfig, input_size: int) -> "Recurrent":
+        return cls(
+            config.cell,
+            input_size,
+            config.hidden_size,
+            config.num_layers,
+            config.bidirectional,
+            config.residual,
+            config.dropout,
+        )
+
+    @property
+    def state_width(self) -> int:
+        """Columns of a State: hidden of every layer, then (LSTM only) cell of every layer."""
+        if self.bidirectional:
+            return 0
+        return self.hidden_size * self.num_layers * self._parts
+
+    @property
+    def _parts(self) -> int:
+        return 2 if self.cell == "lstm" else 1
+
+    def initial_state(self, rows: int) -> State:
+        weight = next(self.parameters())
+        return State(weight.new_zeros(rows, self.state_width))
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None, state: State | None = None) -> tuple[Tensor, State]:
+        if self.bidirectional:
+            return self._both_directions(x, lengths), self.initial_state(x.shape[0])
+        state = state if state is not None else self.initial_state(x.shape[0])
+        if lengths is None:
+            return self._one_direction(x, state)
+        return self._ragged(x, lengths, state)
+
+    def _one_direction(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        parts = state.values.view(-1, self._parts, self.num_layers, self.hidden_size)
+        finals = []
+        for index, layer in enumerate(self.forward_layers):
+            y, final = _run(layer, x, parts[:, :, index])
+            x = self._between(index, x, y)
+            finals.append(final)
+        return x, State(torch.stack(finals, dim=2).flatten(1))
+
+    def _ragged(self, x: Tensor, lengths: Tensor, state: State) -> tuple[Tensor, State]:
+        """Rows end at different steps: run from one end to the next, and keep each row's state where it ends.
+
+        A fused kernel gives the same bits for T steps at once or split, so cutting costs launches, not exactness.
+        """
+        ends = sorted(set(lengths.tolist()))
+        outputs, kept = [], state.values
+        for start, end in pairwise([0, *ends]):
+            y, state = self._one_direction(x[:, start:end], state)
+            outputs.append(y)
+            kept = torch.where((lengths >= end)[:, None], state.values, kept)
+        rest = x.new_zeros(x.shape[0], x.shape[1] - ends[-1], self.output_size)
+        return torch.cat([*outputs, rest], dim=1), State(kept)
+
+    def _both_directions(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        mirror = _mirror(x.shape[0], x.shape[1], lengths, x.device)
+        for index, (ahead, back) in enumerate(zip(self.forward_layers, self.backward_layers, strict=True)):
+            zeros = x.new_zeros(x.shape[0], self._parts, self.hidden_size)
+            y_ahead, _ = _run(ahead, x, zeros)
+            y_back, _ = _run(back, _take(x, mirror), zeros)
+            x = self._between(index, x, torch.cat([y_ahead, _take(y_back, mirror)], dim=2))
+        return x
+
+    def _between(self, index: int, x: Tensor, y: Tensor) -> Tensor:
+        """What the next layer reads, given this layer's input x and output y."""
+        if self.residual and index > 0:
+            y = y + x
+        if index < self.num_layers - 1:
+            y = F.dropout(y, self.dropout, self.training)
+        return y
+
+
+def _fused_layer(cell: Cell, input_size: int, hidden_size: int) -> nn.RNNBase:
+    """One layer in one direction, Xavier for input weights, orthogonal for recurrent ones, forget bias 1.
+
+    Jozefowicz et al. 2015 show what the forget bias is worth.
+    """
+    layer: nn.RNNBase
+    if cell == "lstm":
+        layer = nn.LSTM(input_size, hidden_size, batch_first=True)
+    elif cell == "gru":
+        layer = nn.GRU(input_size, hidden_size, batch_first=True)
+    else:
+        layer = nn.RNN(input_size, hidden_size, nonlinearity=cell.removeprefix("rnn_"), batch_first=True)
+    for name, parameter in layer.named_parameters():
+        if "bias" in name:
+            nn.init.zeros_(parameter)
+        for gate in parameter.chunk(NUM_GATES[cell]) if "weight" in name else ():
+            nn.init.orthogonal_(gate) if "weight_hh" in name else nn.init.xavier_uniform_(gate)
+    if cell == "lstm":
+        with torch.no_grad():
+            layer.get_parameter("bias_ih_l0")[hidden_size : 2 * hidden_size] = 1.0
+    return layer
+
+
+def _run(layer: nn.Module, x: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
+    """One fused call. x: (B, T, in); parts: (B, 2 or 1, H), hidden and cell. Returns y (B, T, H) and parts after T."""
+    first = [part[None].contiguous() for part in parts.unbind(1)]  # kernels want (1, B, H)
+    y, last = layer(x, tuple(first) if len(first) == 2 else first[0])
+    return y, torch.stack([part[0] for part in last], 1) if isinstance(last, tuple) else last[0][:, None]
+
+
+def _mirror(rows: int, steps: int, lengths: Tensor | None, device: torch.device) -> Tensor:
+    """Index (B, T) that reverses each row within its length and leaves padding where it is.
+
+    lengths 3, T 5: 2 1 0 3 4. Applying it twice changes nothing.
+    """
+    positions = torch.arange(steps, device=device)
+    ends = torch.full((rows, 1), steps, device=device) if lengths is None else lengths.to(device)[:, None]
+    return torch.where(positions < ends, ends - 1 - positions, positions)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))

@@ -1,0 +1,96 @@
+"""State and Memory: the two things that stand between an encoder, a decoder and a search.
+
+State is what a recurrence carries from step to step. Memory is what a decoder may look at. In both, axis 0 is the
+row, so reorder, retire, admit and repeat are one operation: `select`. Knows tensors; knows no cell and no layer.
+
+Legend for every docstring of this package: B rows, T steps, S source positions, H hidden, D features, V vocabulary,
+R requests, K beams, N all live decoder rows, L layers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class State:
+    """What a recurrence carries: one contiguous float tensor, a row per sequence.
+
+    values: (B, width). Columns belong to whoever made the state (`Recurrent` knows its own layout); side by side
+    they make the state of an ensemble or of a decoder with two stacks.
+    """
+
+    values: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.values.shape[1]
+
+    def select(self, rows: Tensor) -> "State":
+        """The given rows, in the given order, repeats allowed. rows: (M,) of int64."""
+        return State(self.values.index_select(0, rows))
+
+    def concat(self, other: "State") -> "State":
+        """Rows of this state, then rows of the other."""
+        return State(torch.cat([self.values, other.values]))
+
+    def beside(self, other: "State") -> "State":
+        """Columns of this state, then columns of the other."""
+        return State(torch.cat([self.values, other.values], dim=1))
+
+    def split(self, widths: Sequence[int]) -> tuple["State", ...]:
+        """The inverse of `beside`: states of the given widths."""
+        return tuple(State(part) for part in torch.split(self.values, list(widths), dim=1))
+
+    def detach(self) -> "State":
+        return State(self.values.detach())
+
+    def to_bytes(self) -> bytes:
+        """Little-endian float32, row after row."""
+        return self.values.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4").tobytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, width: int) -> "State":
+        return cls(torch.frombuffer(bytearray(data), dtype=torch.float32).view(-1, width))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a decoder may look at.
+
+    values: (B, S, D). mask: (B, S), true at real positions; every row has at least one. summary: (B, D'), one vector
+    a row, from which a decoder starts. keys: what the decoder's attention compares queries with, once it has
+    projected the values (None before that).
+    """
+
+    values: Tensor
+    mask: Tensor
+    summary: Tensor
+    keys: Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return self.values.shape[0]
+
+    def select(self, rows: Tensor) -> "Memory":
+        """The given rows, in the given order. rows: (M,) of int64."""
+        keys = None if self.keys is None else self.keys.index_select(0, rows)
+        return Memory(
+            self.values.index_select(0, rows), self.mask.index_select(0, rows), self.summary.index_select(0, rows), keys
+        )
+
+    def concat(self, other: "Memory") -> "Memory":
+        """Rows of this memory, then rows of the other, which has the same S."""
+        keys = None if self.keys is None or other.keys is None else torch.cat([self.keys, other.keys])
+        return Memory(
+            torch.cat([self.values, other.values]),
+            torch.cat([self.mask, other.mask]),
+            torch.cat([self.summary, other.summary]),
+            keys,
+        )

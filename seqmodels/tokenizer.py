@@ -1,0 +1,184 @@
+"""Tokenizer over `tokenizers`, and a Detokenizer for text that arrives token by token.
+
+Knows text and token ids; knows no model. Five kinds, all trained from data: `bpe` and `unigram` on bytes, `word` on
+single spaces, `character`, `byte`. The byte-based ones round-trip every text; `word` and `character` round-trip what
+they have seen, and write <unk> for the rest.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from seqmodels.errors import ConfigError, ModelDirectoryError
+
+SPECIAL_TOKENS = ["<pad>", "<unk>", "<bos>", "<eos>"]
+PAD, UNK, BOS, EOS = range(4)
+
+Kind = Literal["bpe", "unigram", "word", "character", "byte"]
+
+
+class Tokenizer:
+    """Text <-> token ids. The four special tokens have ids 0 to 3 and are never read out of a text."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, text: str | None = None) -> None:
+        self._backend = backend
+        # The JSON as first written: the library's floats change in the last digit when read and written again, and
+        # its tables come in an order that changes from run to run.
+        self._text = text or json.dumps(json.loads(backend.to_str()), ensure_ascii=False, sort_keys=True, indent=1)
+        self._backend.encode_special_tokens = True  # a user who types "<eos>" means the five characters
+        # Pieces spell a word's leading space; a text that begins with one lets its first word look like the same
+        # word elsewhere. `decode` takes it away again.
+        self._leading_space = json.loads(self._text)["pre_tokenizer"].get("use_regex", False)
+
+    @classmethod
+    def train(
+        cls, texts: Iterable[str], kind: Kind = "bpe", vocab_size: int = 8000, lowercase: bool = False
+    ) -> "Tokenizer":
+        """Learn a vocabulary. vocab_size is an upper limit that counts the special tokens and is unused by `byte`.
+
+        The same texts give the same vocabulary, except for `unigram`, whose scores the library sums in any order.
+        Raises ConfigError where vocab_size is too small for the kind.
+        """
+        backend = _untrained(kind)
+        if lowercase:
+            backend.normalizer = normalizers.Lowercase()
+        if kind == "byte":
+            return cls(backend)
+        least = 260 if kind in ("bpe", "unigram") else 5
+        if vocab_size < least:
+            raise ConfigError(f"vocab_size is {vocab_size}, but a {kind} tokenizer needs at least {least}")
+        backend.train_from_iterator(texts, _trainer(kind, vocab_size))
+        return cls(backend)
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Raises ModelDirectoryError where the file is missing, broken, or lacks the special tokens."""
+        try:
+            text = path.read_text(encoding="utf-8")
+            backend = tokenizers.Tokenizer.from_str(text)
+        except FileNotFoundError:
+            raise ModelDirectoryError(f"{path.name} is missing from the model directory") from None
+        except Exception:  # the library raises bare Exception for any malformed file
+            raise ModelDirectoryError(
+                f"{path.name} is not a tokenizer that the `tokenizers` library can read"
+            ) from None
+        found = [backend.id_to_token(i) for i in range(len(SPECIAL_TOKENS))]
+        if found != SPECIAL_TOKENS:
+            raise ModelDirectoryError(f"{path.name}: tokens 0 to 3 are {found}, but must be {SPECIAL_TOKENS}")
+        return cls(backend, text)
+
+    def save(self, path: Path) -> None:
+        path.write_text(self._text, encoding="utf-8")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids without special tokens. An empty text has none."""
+        if not text:
+            return []
+        return _plain(self._backend.encode(self._spaced(text), add_special_tokens=False).ids)
+
+    def encode_words(self, words: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Ids of all words in order, and for each word the index of its last piece: where a tagger labels it.
+
+        The last, not the first, because a one-directional model has read the whole word only there. A word without
+        pieces is one <unk>.
+        """
+        ids: list[int] = []
+        last: list[int] = []
+        for encoding in self._backend.encode_batch([self._spaced(word) for word in words], add_special_tokens=False):
+            ids += _plain(encoding.ids) or [UNK]
+            last.append(len(ids) - 1)
+        return ids, last
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids; special tokens are left out, and so are bytes that form no character."""
+        text = str(self._backend.decode(list(ids), skip_special_tokens=True))
+        return text.removeprefix(" ") if self._leading_space else text
+
+    def token(self, token_id: int) -> str:
+        """The piece as the vocabulary spells it."""
+        return str(self._backend.id_to_token(token_id))
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._backend.get_vocab_size())
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the tokenizer's JSON."""
+        return hashlib.sha256(self._text.encode()).hexdigest()
+
+    def _spaced(self, text: str) -> str:
+        return " " + text if self._leading_space else text
+
+
+class Detokenizer:
+    """Text that arrives token by token: `push` answers with the characters that can no longer change."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._sent = ""
+
+    def push(self, ids: Sequence[int]) -> str:
+        """The new characters, held back while the last bytes are part of one."""
+        self._ids += ids
+        text = self._tokenizer.decode(self._ids)
+        return self._advance(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+
+    def finish(self) -> str:
+        """What was held back."""
+        return self._advance(self._tokenizer.decode(self._ids))
+
+    def _advance(self, text: str) -> str:
+        new = text[len(self._sent) :]
+        self._sent += new
+        return new
+
+
+def _plain(ids: Sequence[int]) -> list[int]:
+    """A word-level vocabulary finds "<eos>" in a text where a user typed it: that is an unknown word, no end."""
+    return [UNK if token_id <= EOS else token_id for token_id in ids]
+
+
+def _untrained(kind: Kind) -> tokenizers.Tokenizer:
+    if kind == "byte":
+        pieces = SPECIAL_TOKENS + sorted(pre_tokenizers.ByteLevel.alphabet())
+        backend = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+        backend.add_special_tokens(SPECIAL_TOKENS)
+    elif kind == "bpe":
+        backend = tokenizers.Tokenizer(models.BPE())
+    elif kind == "unigram":
+        backend = tokenizers.Tokenizer(models.Unigram())
+    else:
+        backend = tokenizers.Tokenizer(models.WordLevel(unk_token=SPECIAL_TOKENS[UNK]))
+    if kind == "word":
+        backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    elif kind == "character":
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        backend.decoder = decoders.Fuse()
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind != "byte")
+        backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _trainer(kind: Kind, vocab_size: int) -> trainers.Trainer:
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if kind == "bpe":
+        return trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+        )
+    if kind == "unigram":
+        return trainers.UnigramTrainer(
+            vocab_size=vocab_size,
+            special_tokens=SPECIAL_TOKENS,
+            initial_alphabet=alphabet,
+            unk_token=SPECIAL_TOKENS[UNK],
+            show_progress=False,
+        )
+    return trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=False)

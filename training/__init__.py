@@ -1,0 +1,1 @@
+"""From data to a model directory: recipes, data, the loop, checkpoints, metrics, reports. Imports seqmodels alone."""
