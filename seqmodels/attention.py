@@ -31,10 +31,14 @@ class Attention(nn.Module):
         """Project the keys once, so that no step does it again."""
         return replace(memory, keys=memory.values if self.kind == "dot" else self.project_keys(memory.values))
 
+    def query(self, outputs: Tensor) -> Tensor:
+        """What a decoder's outputs (..., H) ask: row-wise, so a search does it for all its rows at once."""
+        return self.project_query(outputs) if self.kind == "additive" else outputs
+
     def forward(self, queries: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         assert memory.keys is not None, "call Attention.prepare on a memory before its first use"
         if self.kind == "additive":
-            mixed = torch.tanh(self.project_query(queries)[:, :, None] + memory.keys[:, None])  # (B, T, S, H)
+            mixed = torch.tanh(queries[:, :, None] + memory.keys[:, None])  # (B, T, S, H)
             scores = mixed @ self.energy  # (B, T, S)
         else:
             scores = queries @ memory.keys.mT  # (B, T, S)

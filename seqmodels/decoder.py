@@ -69,11 +69,11 @@ class Decoder(nn.Module):
         weight = self.embedding.weight if self.output_weight is None else self.output_weight
         return F.linear(features, weight, self.output_bias)
 
-    def attend(self, queries: Tensor, memory: Memory | None) -> Tensor | None:
-        """queries (B, T, H) -> context (B, T, D), or None without attention."""
+    def attend(self, outputs: Tensor, memory: Memory | None) -> Tensor | None:
+        """outputs (B, T, H) -> context (B, T, D), or None without attention."""
         if self.attention is None or memory is None:
             return None
-        context: Tensor = self.attention(queries, memory)[0]
+        context: Tensor = self.attention(self.attention.query(outputs), memory)[0]
         return context
 
     def forward(self, tokens: Tensor, state: State, memory: Memory | None = None) -> tuple[Tensor, State]:
@@ -87,13 +87,16 @@ class Decoder(nn.Module):
         return self.project(self.features(outputs[:, 0], context)), state
 
     def _attend_lanes(self, outputs: Tensor, memories: Memories) -> Tensor | None:
-        """outputs (N, H) -> context (N, D): the K beams of a request are K queries of its one memory row."""
+        """outputs (N, H) -> context (N, D): the K beams of a request are K queries of its one memory row.
+
+        Rows beyond those of the memories are padding."""
         if self.attention is None:
             return None
-        contexts, first = [], 0
+        queries, contexts, first = self.attention.query(outputs), [], 0
         for memory, width in memories:
             rows = memory.num_rows * width
-            queries = outputs[first : first + rows].view(memory.num_rows, width, -1)
-            contexts.append(self.attention(queries, memory)[0].flatten(0, 1))
+            lane = queries[first : first + rows].view(memory.num_rows, width, -1)
+            contexts.append(self.attention(lane, memory)[0].flatten(0, 1))
             first += rows
+        contexts.append(contexts[0][:1].expand(len(outputs) - first, -1))  # padding rows are nobody's
         return torch.cat(contexts)

@@ -81,6 +81,14 @@ class Tokenizer:
             return []
         return _plain(self._backend.encode(self._spaced(text), add_special_tokens=False).ids)
 
+    def encode_inside(self, text: str) -> list[int]:
+        """Token ids of a text that stands in the middle of another, so that no space is implied before it."""
+        return _plain(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_source(self, text: str) -> list[int]:
+        """What a generator's encoder reads: the text and EOS, so that attention has a place for "all is said"."""
+        return [*self.encode(text), EOS]
+
     def encode_words(self, words: Sequence[str]) -> tuple[list[int], list[int]]:
         """Ids of all words in order, and for each word the index of its last piece: where a tagger labels it.
 

@@ -1,0 +1,377 @@
+"""The engine: one running batch of decoder rows that requests join and leave at any step.
+
+Synchronous; knows no thread, no text and no HTTP. Live requests stand in lanes, one per (search, width, memory
+length), all functions of the request alone. What is row-wise runs over all rows at once; attention and selection run
+lane by lane. One turn is: expire, admit, advance, retire. The move of rows is one gather at the head of `advance`,
+which follows beams to their parents, closes the gaps of those that left and takes in those that joined.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from seqmodels.decoding.logits import Rules
+from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.search import STOP, Beams, Hypothesis, Samples
+from seqmodels.errors import DeadlineError, InputError, SeqModelsError
+from seqmodels.models import SequenceGenerator
+from seqmodels.state import Memory, State
+
+T = TypeVar("T")
+
+ROW_FLOOR = 4  # with fewer rows CPU kernels take another path, and a row gets other bits
+BUCKETS = (12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One request for output. All that its answer depends on is here.
+
+    inputs: (S,) token ids, (S, D) features, (C, H, W) image or (S, C, H, W) frames; None for a language model.
+    watch: called with (output index, its generated tokens so far) after each step; true ends that output ("stop").
+    deadline: a time.monotonic() after which the answer is of no use.
+    """
+
+    id: str
+    inputs: Tensor | None
+    params: SearchParams
+    prefix: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    seed: int = 0
+    stream: bool = False
+    watch: Callable[[int, Sequence[int]], bool] | None = None
+    deadline: float | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """New tokens of one output, which can no longer change."""
+
+    request_id: str
+    index: int
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The whole answer: hypotheses of a generator; a tensor of labels' or targets' scores from a forward pass."""
+
+    request_id: str
+    result: list[Hypothesis] | Tensor
+
+
+@dataclass(frozen=True)
+class Failed:
+    request_id: str
+    error: SeqModelsError
+
+
+Event = Progress | Finished | Failed
+
+
+@dataclass(frozen=True, order=True)
+class LaneKey:
+    """What decides the shapes that a request sees: a function of the request alone."""
+
+    beams: bool
+    width: int
+    positions: int  # of memory; 0 without attention
+
+
+@dataclass
+class Lane:
+    """The live requests of one key; tensors have the request on axis 0."""
+
+    key: LaneKey
+    requests: list[Request]
+    search: Beams | Samples
+    memory: Memory | None
+    rows: Tensor  # (R, K) where each hypothesis's state stands in the engine's State
+    rules: Rules
+    sent: list[list[int]] = field(default_factory=list)  # tokens already streamed, by output
+
+    def select(self, keep: Sequence[int]) -> None:
+        """Keep some requests, in order."""
+        index = torch.tensor(keep, dtype=torch.int64, device=self.rows.device)
+        self.requests = [self.requests[r] for r in keep]
+        self.sent = [self.sent[r] for r in keep]
+        self.search = self.search.select(index)
+        self.memory = self.memory and self.memory.select(index)
+        self.rows = self.rows.index_select(0, index)
+
+    def join(self, other: "Lane") -> None:
+        """Take in the requests of another lane of the same key."""
+        self.requests += other.requests
+        self.sent += other.sent
+        self.search = self.search.concat(other.search)  # type: ignore[arg-type]  # same key, so the same kind
+        self.memory = self.memory and other.memory and self.memory.concat(other.memory)
+        self.rows = torch.cat([self.rows, other.rows])
+
+
+class Engine:
+    """Decodes for many requests at once. Not thread-safe: one thread owns it."""
+
+    def __init__(
+        self,
+        model: SequenceGenerator,
+        max_rows: int = 256,
+        max_encoder_positions: int = 4096,
+        row_floor: int = ROW_FLOOR,
+    ) -> None:
+        """max_rows: decoder rows (beams of all live requests). max_encoder_positions: source positions encoded in one
+        step, padding included, so that a burst of arrivals does not hold up those that run."""
+        assert model.config.decoder is not None
+        self.max_rows = max_rows
+        self._model = model
+        self._bos, self._eos = model.config.decoder.bos_token_id, model.config.decoder.eos_token_id
+        self._max_encoder_positions = max_encoder_positions
+        self._row_floor = row_floor
+        self._waiting: deque[Request] = deque()
+        self._lanes: dict[LaneKey, Lane] = {}
+        self._device = next(model.parameters()).device
+        self._state = model.start(None, 0) if model.encoder is None else State(self._no_rows())
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._lanes)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_rows(self) -> int:
+        """Decoder rows in use."""
+        return sum(lane.rows.numel() for lane in self._lanes.values())
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises InputError where it could never fit."""
+        if request.params.width > self.max_rows:
+            name = "num_return_sequences" if request.params.do_sample else "num_beams"
+            raise InputError(
+                f"{name} is {request.params.width}, but this engine has {self.max_rows} rows; lower it",
+                param=name,
+                code="limit_exceeded",
+            )
+        self._waiting.append(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request, wherever it is; its rows are free at the next step. Unknown ids are ignored."""
+        self._waiting = deque(request for request in self._waiting if request.id != request_id)
+        self._drop(lambda request: request.id == request_id)
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One token for all live requests."""
+        events: list[Event] = self._expire()
+        self._admit()
+        if self._lanes:
+            self._advance()
+            events += self._retire()
+        return events
+
+    def _expire(self) -> list[Event]:
+        now = time.monotonic()
+
+        def late(request: Request) -> bool:
+            return request.deadline is not None and request.deadline <= now
+
+        expired = [request for request in self._waiting if late(request)]
+        if expired:
+            self._waiting = deque(request for request in self._waiting if not late(request))
+        expired += self._drop(late)
+        return [
+            Failed(request.id, DeadlineError("the deadline passed before the answer was ready")) for request in expired
+        ]
+
+    def _drop(self, unwanted: Callable[[Request], bool]) -> list[Request]:
+        """Remove live requests; returns them."""
+        dropped = []
+        for lane in list(self._lanes.values()):
+            keep = [r for r, request in enumerate(lane.requests) if not unwanted(request)]
+            if len(keep) < len(lane.requests):
+                dropped += [request for request in lane.requests if unwanted(request)]
+                self._keep(lane, keep)
+        return dropped
+
+    def _keep(self, lane: Lane, keep: Sequence[int]) -> None:
+        if not keep:
+            del self._lanes[lane.key]
+        elif len(keep) < len(lane.requests):
+            lane.select(keep)
+            lane.rules = self._rules(lane.requests)
+
+    # -- admit ---------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Take waiting requests in order of arrival while rows and the encoder's budget last.
+
+        A wide request at the head waits for rows to free; nobody overtakes it, so it cannot starve.
+        """
+        taken: list[Request] = []
+        rows, positions = self.max_rows - self.num_rows, self._max_encoder_positions
+        while self._waiting and self._waiting[0].params.width <= rows:
+            cost = self._positions(self._waiting[0])
+            if taken and cost > positions:
+                break
+            request = self._waiting.popleft()
+            rows, positions = rows - request.params.width, positions - cost
+            taken.append(request)
+        for group in grouped(taken, lambda request: (self._positions(request), len(request.prefix))):
+            self._admit_group(group)
+
+    def _admit_group(self, group: Sequence[Request]) -> None:
+        """Requests of one padded length and one prefix length: begin together, then each into its lane."""
+        memory, state = self._begin(group)
+        keys = [self._key(request) for request in group]
+        for index in grouped(range(len(group)), keys.__getitem__):
+            self._join([group[r] for r in index], memory, state, torch.tensor(index, device=self._device))
+
+    def _begin(self, group: Sequence[Request]) -> tuple[Memory | None, State]:
+        """Encode requests of one padded length and read their prefixes, of one length: a row each.
+
+        Rows are padded to the floor with copies of the first, so that none gets other bits when it comes alone.
+        """
+        padded = [*group, *[group[0]] * (self._row_floor - len(group))]
+        memory = None
+        if padded[0].inputs is not None:
+            memory = self._model.encode(*pad_inputs([r.inputs for r in padded if r.inputs is not None], self._device))
+        state = self._model.start(memory, len(padded))
+        if group[0].prefix:  # the last token of the prefix is what the first step reads
+            read = torch.tensor([[self._bos, *request.prefix[:-1]] for request in padded], device=self._device)
+            state = self._model.read(read, state)
+        real = torch.arange(len(group), device=self._device)
+        return memory and memory.select(real), state.select(real)
+
+    def _join(self, requests: list[Request], memory: Memory | None, state: State, index: Tensor) -> None:
+        """Put requests of one lane key, which stand at `index` in memory and state, into their lane."""
+        key = self._key(requests[0])
+        first = self._state.num_rows
+        self._state = self._state.concat(state.select(index)) if first else state.select(index)
+        rows = first + torch.arange(len(requests), device=self._device)[:, None].expand(-1, key.width)
+        lane = Lane(
+            key,
+            requests,
+            self._start_search(key, requests),
+            memory.select(index) if memory and key.positions else None,
+            rows,
+            self._rules(requests),
+            [[0] * key.width for _ in requests],
+        )
+        if key in self._lanes:
+            self._lanes[key].join(lane)
+            self._lanes[key].rules = self._rules(self._lanes[key].requests)
+        else:
+            self._lanes[key] = lane
+
+    def _start_search(self, key: LaneKey, requests: Sequence[Request]) -> Beams | Samples:
+        params = [request.params for request in requests]
+        prefixes = [request.prefix for request in requests]
+        if key.beams:
+            return Beams.begin(params, prefixes, self._bos).to(self._device)
+        return Samples.begin(params, prefixes, [request.seed for request in requests], self._bos).to(self._device)
+
+    def _rules(self, requests: Sequence[Request]) -> Rules:
+        return Rules([r.params for r in requests], [r.bad_words for r in requests], self._eos, self._device)
+
+    def _key(self, request: Request) -> LaneKey:
+        attends = self._model.decoder.attention is not None
+        return LaneKey(request.params.num_beams > 1, request.params.width, self._positions(request) if attends else 0)
+
+    def _positions(self, request: Request) -> int:
+        """Memory positions of a request, padding included."""
+        if request.inputs is None:
+            return 0
+        return bucket(len(request.inputs)) if has_steps(request.inputs) else 1
+
+    # -- advance and retire --------------------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """One token for every row: move, step, then select lane by lane."""
+        lanes = list(self._lanes.values())
+        rows = torch.cat([lane.rows.flatten() for lane in lanes])
+        tokens = torch.cat([lane.search.last_tokens.flatten() for lane in lanes])
+        if (missing := self._row_floor - len(rows)) > 0:  # padding rows copy a valid one
+            rows, tokens = _repeat_first(rows, missing), _repeat_first(tokens, missing)
+        memories = [(lane.memory, lane.key.width) for lane in lanes if lane.memory]
+        logits, self._state = self._model.step(tokens, self._state.select(rows), memories)
+        logits = logits.float()
+        first = 0
+        for lane in lanes:
+            count = lane.rows.numel()
+            lane_logits, constrained = lane.rules.apply(
+                logits[first : first + count].view(*lane.rows.shape, -1), lane.search.history
+            )
+            lane.search, parents = lane.search.advance(lane_logits.log_softmax(-1), constrained, self._eos)
+            here = first + torch.arange(count, device=self._device).view_as(lane.rows)
+            lane.rows = here.gather(1, parents)
+            first += count
+
+    def _retire(self) -> list[Event]:
+        """Report what is new, and let the finished go."""
+        events: list[Event] = []
+        for lane in list(self._lanes.values()):
+            for r, request in enumerate(lane.requests):
+                if request.watch or request.stream:
+                    events += self._report(lane, r, request)
+            finished = lane.search.finished.tolist()
+            for r, request in enumerate(lane.requests):
+                if finished[r]:
+                    events.append(Finished(request.id, lane.search.results(r)))
+            self._keep(lane, [r for r, done in enumerate(finished) if not done])
+        return events
+
+    def _report(self, lane: Lane, r: int, request: Request) -> Iterable[Event]:
+        for index, tokens in enumerate(lane.search.settled(r)):
+            new = tokens[lane.sent[r][index] :]
+            if not new:
+                continue
+            lane.sent[r][index] = len(tokens)
+            if request.watch and request.watch(index, tokens) and isinstance(lane.search, Samples):
+                which = torch.zeros_like(lane.search.ended)
+                which[r, index] = True
+                lane.search = lane.search.end(which, torch.full_like(lane.search.end_reason, STOP))
+            if request.stream:
+                yield Progress(request.id, index, new)
+
+    def _no_rows(self) -> Tensor:
+        return torch.zeros(0, self._model.decoder.recurrent.state_width, device=self._device)
+
+
+def bucket(length: int) -> int:
+    """The padded length for an input: the next of BUCKETS, or the next multiple of the last one."""
+    for size in BUCKETS:
+        if length <= size:
+            return size
+    return -(-length // BUCKETS[-1]) * BUCKETS[-1]
+
+
+def has_steps(inputs: Tensor) -> bool:
+    """Whether axis 0 of one request's inputs is time: token ids, features and frames, but not an image (C, H, W)."""
+    return inputs.dim() != 3
+
+
+def pad_inputs(inputs: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Inputs of one bucket -> (B, S, ...) padded with zeros to the bucket's length, and lengths (B,)."""
+    if not has_steps(inputs[0]):
+        return torch.stack(list(inputs)).to(device), None
+    lengths = [len(one) for one in inputs]
+    padded = inputs[0].new_zeros(len(inputs), bucket(max(lengths)), *inputs[0].shape[1:])
+    for row, one in zip(padded, inputs, strict=True):
+        row[: len(one)] = one
+    return padded.to(device), torch.tensor(lengths, device=device)
+
+
+def grouped(items: Iterable[T], key: Callable[[T], Any]) -> list[list[T]]:
+    """Items with equal keys together, groups in order of the key, order kept within each."""
+    return [list(group) for _, group in groupby(sorted(items, key=key), key=key)]
+
+
+def _repeat_first(x: Tensor, count: int) -> Tensor:
+    return torch.cat([x, x[:1].expand(count)])

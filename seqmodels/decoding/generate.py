@@ -1,0 +1,22 @@
+"""Offline generation: the engine, run until it has no work."""
+
+from collections.abc import Sequence
+
+from seqmodels.decoding.engine import Engine, Failed, Finished, Request
+from seqmodels.decoding.search import Hypothesis
+from seqmodels.models import SequenceGenerator
+
+
+def generate(model: SequenceGenerator, requests: Sequence[Request], max_rows: int = 256) -> list[list[Hypothesis]]:
+    """The hypotheses of each request, in order. Raises what a request failed with."""
+    engine = Engine(model, max_rows)
+    for request in requests:
+        engine.submit(request)
+    results: dict[str, list[Hypothesis]] = {}
+    while engine.has_work:
+        for event in engine.step():
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Finished) and isinstance(event.result, list):
+                results[event.request_id] = event.result
+    return [results[request.id] for request in requests]

@@ -1,0 +1,373 @@
+"""One step of the search for every request of a lane. Knows tokens and log-probabilities; knows no model, no text,
+no HTTP.
+
+`Beams` is beam search; `Samples` is greedy search and sampling, where the K outputs of a request do not compete. Both
+are records of tensors with the request on axis 0, so that joining is `concat` and leaving is `select`. The rules are
+those of DESIGN section 4; tests hold them to a brute-force search and to one written in plain Python.
+
+R requests, K hypotheses each, V vocabulary, M token positions (prefix and generated).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from seqmodels.decoding.logits import History
+from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.random import gumbel
+
+FinishReason = Literal["eos", "length", "stop", "constraint"]
+REASONS: tuple[FinishReason, ...] = ("eos", "length", "stop", "constraint")
+EOS_REASON, LENGTH, STOP, CONSTRAINT = range(4)
+NEG_INF = float("-inf")
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A finished output. tokens include the prefix and the EOS, if it ended with one.
+
+    logprobs: nats of each generated token. score: their sum divided by length ** length_penalty.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    score: float
+    finish_reason: FinishReason
+
+    @property
+    def generated(self) -> list[int]:
+        """The tokens after the prefix."""
+        return self.tokens[len(self.tokens) - len(self.logprobs) :]
+
+
+@dataclass(frozen=True)
+class Search:
+    """What beams and samples have in common. Tensors have the request on axis 0."""
+
+    tokens: Tensor  # (R, K, M) prefix, then generated
+    logprobs: Tensor  # (R, K, M) of the generated ones, at the same positions
+    scores: Tensor  # (R, K) sum of logprobs; -inf where there is no hypothesis
+    first_input: Tensor  # (R,) what the model reads before the first generated token
+    prefix_length: Tensor  # (R,)
+    length: Tensor  # (R,) tokens generated so far
+    max_length: Tensor  # (R,) max_new_tokens
+    penalty: Tensor  # (R, L) length ** length_penalty, by length: a table, so that every device divides by the same
+    finished: Tensor  # (R,) bool
+
+    @property
+    def history(self) -> History:
+        return History(self.tokens, self.prefix_length + self.length, self.length)
+
+    @property
+    def last_tokens(self) -> Tensor:
+        """What the model reads next: (R, K)."""
+        position = (self.prefix_length + self.length - 1).clamp(min=0)
+        last = self.tokens.gather(2, position[:, None, None].expand(-1, self.tokens.shape[1], 1))[:, :, 0]
+        return torch.where((self.length == 0)[:, None], self.first_input[:, None], last)
+
+    def select(self, requests: Tensor) -> Self:
+        """Some requests, in the given order."""
+        return replace(self, **{f.name: getattr(self, f.name).index_select(0, requests) for f in fields(self)})
+
+    def concat(self, other: Self) -> Self:
+        """These requests, then the other's; room for tokens grows to the larger of the two."""
+        return replace(self, **{f.name: _concat(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
+
+    def to(self, device: torch.device) -> Self:
+        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    def normalised(self, scores: Tensor) -> Tensor:
+        """scores (R, X) of hypotheses that are `length` tokens long -> divided by the length penalty."""
+        return scores / self.penalty.gather(1, self.length[:, None])
+
+    def _written(self, tokens: Tensor, logprobs: Tensor, new: Tensor, new_logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, K, M) with the new token (R, K) at the next position of each."""
+        position = (self.prefix_length + self.length)[:, None, None].expand(-1, new.shape[1], 1)
+        return (
+            tokens.scatter(2, position, new[:, :, None]),
+            logprobs.scatter(2, position, new_logprobs[:, :, None]),
+        )
+
+
+@dataclass(frozen=True)
+class Beams(Search):
+    """Beam search. Live hypotheses stand best first; the pool holds the best K finished ones, best first."""
+
+    early_stopping: Tensor  # (R,) bool
+    num_return: Tensor  # (R,)
+    bound: Tensor  # (R, L) by live length: what the live sum is divided by to bound all it may become
+    pool_scores: Tensor  # (R, K) normalised; -inf where empty
+    pool_tokens: Tensor  # (R, K, M)
+    pool_logprobs: Tensor  # (R, K, M)
+    pool_length: Tensor  # (R, K)
+    pool_reason: Tensor  # (R, K)
+
+    @classmethod
+    def begin(cls, params: Sequence[SearchParams], prefixes: Sequence[Sequence[int]], bos: int) -> "Beams":
+        """Requests of one width K. One live hypothesis each: beams start at [0, -inf, ...]."""
+        common = _begin(params, prefixes, bos)
+        tokens, scores = common["tokens"], common["scores"]
+        scores[:, 1:] = NEG_INF
+        return cls(
+            **common,
+            early_stopping=torch.tensor([p.early_stopping for p in params]),
+            num_return=torch.tensor([p.num_return_sequences for p in params]),
+            bound=_table([_bound(p) for p in params]),
+            pool_scores=torch.full_like(scores, NEG_INF),
+            pool_tokens=torch.zeros_like(tokens),
+            pool_logprobs=torch.zeros(tokens.shape),
+            pool_length=torch.zeros_like(tokens[:, :, 0]),
+            pool_reason=torch.zeros_like(tokens[:, :, 0]),
+        )
+
+    def advance(self, logprobs: Tensor, constrained: Tensor | None, eos: int) -> tuple["Beams", Tensor]:
+        """One token more: logprobs (R, K, V) -> (the beams after it, the row (R, K) that each one continues).
+
+        Takes the best 2K candidates; an EOS among the best K goes to the pool, the best K others live on.
+        """
+        width, vocab_size = self.scores.shape[1], logprobs.shape[2]
+        totals, index = best_candidates((self.scores[:, :, None] + logprobs).flatten(1), 2 * width)
+        parents, tokens = index // vocab_size, index % vocab_size
+        chosen = logprobs.flatten(1).gather(1, index)
+        after = replace(self, length=self.length + 1)
+
+        ends = tokens == eos
+        done = (ends & (totals > NEG_INF))[:, :width]
+        if done.any():
+            reasons = torch.full_like(parents[:, :width], EOS_REASON)
+            if constrained is not None:
+                reasons = reasons.masked_fill(constrained.gather(1, parents[:, :width]), CONSTRAINT)
+            scores = after.normalised(totals[:, :width]).masked_fill(~done, NEG_INF)
+            written = self._continued(parents[:, :width], tokens[:, :width], chosen[:, :width])
+            after = after._pooled(scores, *written, reasons)
+
+        live = ends.long().argsort(dim=1, stable=True)[:, :width]  # not EOS first, order kept
+        parents, tokens, chosen = parents.gather(1, live), tokens.gather(1, live), chosen.gather(1, live)
+        written = self._continued(parents, tokens, chosen)
+        after = replace(after, tokens=written[0], logprobs=written[1], scores=totals.gather(1, live))
+        return after._stopped(), parents
+
+    def _continued(self, parents: Tensor, tokens: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and logprobs (R, K, M) of the parents (R, K), with a new token each."""
+        index = parents[:, :, None].expand(-1, -1, self.tokens.shape[2])
+        return self._written(self.tokens.gather(1, index), self.logprobs.gather(1, index), tokens, chosen)
+
+    def _pooled(self, scores: Tensor, tokens: Tensor, logprobs: Tensor, reasons: Tensor) -> "Beams":
+        """Finished hypotheses compete for the pool: scores (R, K), -inf for none. Earlier ones win ties."""
+        width = scores.shape[1]
+        best, order = torch.cat([self.pool_scores, scores], 1).sort(dim=1, descending=True, stable=True)
+        order = order[:, :width]
+        spread = order[:, :, None].expand(-1, -1, tokens.shape[2])
+        length = self.length[:, None].expand_as(self.pool_length)
+        return replace(
+            self,
+            pool_scores=best[:, :width],
+            pool_tokens=torch.cat([self.pool_tokens, tokens], 1).gather(1, spread),
+            pool_logprobs=torch.cat([self.pool_logprobs, logprobs], 1).gather(1, spread),
+            pool_length=torch.cat([self.pool_length, length], 1).gather(1, order),
+            pool_reason=torch.cat([self.pool_reason, reasons], 1).gather(1, order),
+        )
+
+    def _stopped(self) -> "Beams":
+        """Who is finished: by the stopping rule, for lack of life, or at the limit, where the live join the pool."""
+        held = (self.pool_scores > NEG_INF).sum(1)
+        bound = self.scores[:, 0] / self.bound.gather(1, self.length[:, None])[:, 0]
+        worst_returned = self.pool_scores.gather(1, self.num_return[:, None] - 1)[:, 0]
+        exact = (held >= self.num_return) & ~(bound > worst_returned)
+        full = held == self.scores.shape[1]
+        finished = torch.where(self.early_stopping, full, exact) | (self.scores[:, 0] == NEG_INF)
+        limit = (self.length >= self.max_length) & ~finished
+        after = replace(self, finished=finished | limit)
+        if not limit.any():
+            return after
+        scores = self.normalised(self.scores).masked_fill(~limit[:, None], NEG_INF)
+        return after._pooled(scores, self.tokens, self.logprobs, torch.full_like(self.pool_reason, LENGTH))
+
+    def results(self, request: int) -> list[Hypothesis]:
+        """The best `num_return_sequences` finished ones, best first; fewer where fewer finished."""
+        count = int(self.num_return[request])
+        prefix = int(self.prefix_length[request])
+        scores = self.pool_scores[request, :count].tolist()
+        found = []
+        for k, score in enumerate(scores):
+            if score == NEG_INF:
+                break
+            end = prefix + int(self.pool_length[request, k])
+            found.append(
+                Hypothesis(
+                    self.pool_tokens[request, k, :end].tolist(),
+                    self.pool_logprobs[request, k, prefix:end].tolist(),
+                    score,
+                    REASONS[int(self.pool_reason[request, k])],
+                )
+            )
+        return found
+
+    def settled(self, request: int) -> list[list[int]]:
+        """The tokens that can no longer change, of the best output: what all that may become it have in common."""
+        prefix, end = int(self.prefix_length[request]), int(self.prefix_length[request] + self.length[request])
+        rivals = [
+            self.tokens[request, k, prefix:end] for k in (self.scores[request] > NEG_INF).nonzero()[:, 0].tolist()
+        ]
+        if self.pool_scores[request, 0] > NEG_INF:
+            rivals.append(self.pool_tokens[request, 0, prefix : prefix + int(self.pool_length[request, 0])])
+        shortest = min(len(rival) for rival in rivals)
+        stacked = torch.stack([rival[:shortest] for rival in rivals])
+        same = (stacked == stacked[0]).all(0).long().cumprod(0).sum()
+        return [stacked[0, : int(same)].tolist()]
+
+
+@dataclass(frozen=True)
+class Samples(Search):
+    """Greedy search (K = 1) and sampling (K independent outputs)."""
+
+    do_sample: Tensor  # (R,) bool
+    seeds: Tensor  # (R,)
+    ended: Tensor  # (R, K) bool
+    end_length: Tensor  # (R, K) tokens generated by those that ended
+    end_reason: Tensor  # (R, K)
+
+    @classmethod
+    def begin(
+        cls, params: Sequence[SearchParams], prefixes: Sequence[Sequence[int]], seeds: Sequence[int], bos: int
+    ) -> "Samples":
+        common = _begin(params, prefixes, bos)
+        shape = common["scores"].shape
+        return cls(
+            **common,
+            do_sample=torch.tensor([p.do_sample for p in params]),
+            seeds=torch.tensor(seeds, dtype=torch.int64),
+            ended=torch.zeros(shape, dtype=torch.bool),
+            end_length=torch.zeros(shape, dtype=torch.int64),
+            end_reason=torch.zeros(shape, dtype=torch.int64),
+        )
+
+    def advance(self, logprobs: Tensor, constrained: Tensor | None, eos: int) -> tuple["Samples", Tensor]:
+        """One token more for each output that has not ended. Ties go to the smaller token id."""
+        width, vocab_size = self.scores.shape[1], logprobs.shape[2]
+        preference = logprobs
+        if self.do_sample.any():
+            noise = gumbel(self.seeds, width, self.length, vocab_size)
+            preference = torch.where(self.do_sample[:, None, None], logprobs + noise, logprobs)
+        tokens = preference.argmax(-1)  # the first of equals
+        chosen = logprobs.gather(2, tokens[:, :, None])[:, :, 0]
+        written, written_logprobs = self._written(self.tokens, self.logprobs, tokens, chosen)
+        after = replace(
+            self,
+            tokens=written,
+            logprobs=written_logprobs,
+            scores=torch.where(self.ended, self.scores, self.scores + chosen),
+            length=self.length + 1,
+        )
+        reason = torch.full_like(tokens, EOS_REASON)
+        if constrained is not None:
+            reason = reason.masked_fill(constrained, CONSTRAINT)
+        after = after.end(tokens == eos, reason)
+        limit = (after.length >= after.max_length)[:, None].expand_as(after.ended)
+        after = after.end(limit, torch.full_like(tokens, LENGTH))
+        return after, torch.arange(width, device=tokens.device).expand_as(tokens)
+
+    def end(self, which: Tensor, reason: Tensor) -> "Samples":
+        """End some outputs (R, K) where they stand, for a reason (R, K); those that ended before are left alone."""
+        new = which & ~self.ended
+        ended = self.ended | new
+        return replace(
+            self,
+            ended=ended,
+            end_length=torch.where(new, self.length[:, None], self.end_length),
+            end_reason=torch.where(new, reason, self.end_reason),
+            finished=ended.all(1),
+        )
+
+    def results(self, request: int) -> list[Hypothesis]:
+        """All outputs in order of their index."""
+        prefix = int(self.prefix_length[request])
+        found = []
+        for k, length in enumerate(self.end_length[request].tolist()):
+            score = self.scores[request, k] / self.penalty[request, length]
+            found.append(
+                Hypothesis(
+                    self.tokens[request, k, : prefix + length].tolist(),
+                    self.logprobs[request, k, prefix : prefix + length].tolist(),
+                    float(score),
+                    REASONS[int(self.end_reason[request, k])],
+                )
+            )
+        return found
+
+    def settled(self, request: int) -> list[list[int]]:
+        """The generated tokens of each output: none of them ever changes."""
+        prefix, now = int(self.prefix_length[request]), int(self.length[request])
+        ends = torch.where(self.ended[request], self.end_length[request], now).tolist()
+        return [self.tokens[request, k, prefix : prefix + end].tolist() for k, end in enumerate(ends)]
+
+
+def best_candidates(totals: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The best `count` of each row (R, X), best first, and where they stand. Equals keep the order of their index.
+
+    `topk` keeps no order among equals, and among those equal to the last one it keeps any. One value more than
+    needed tells whether that happened; only then are the right ones looked up.
+    """
+    values, index = totals.topk(count + 1, dim=1)
+    last, index = values[:, count - 1], index[:, :count]
+    # -inf at the boundary needs no care: such candidates never live.
+    if ((last == values[:, count]) & (last > NEG_INF)).any():
+        above, equal = totals > last[:, None], totals == last[:, None]
+        room = count - above.sum(1, keepdim=True)
+        index = (above | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].view(-1, count)
+    index = index.sort(dim=1).values
+    values, order = totals.gather(1, index).sort(dim=1, descending=True, stable=True)
+    return values, index.gather(1, order)
+
+
+def _begin(params: Sequence[SearchParams], prefixes: Sequence[Sequence[int]], bos: int) -> dict[str, Tensor]:
+    """The common fields at the start of R requests of one width, on the CPU."""
+    room = max(len(prefix) + p.max_new_tokens for prefix, p in zip(prefixes, params, strict=True))
+    rows, width = len(params), params[0].width
+    tokens = torch.zeros(rows, width, room, dtype=torch.int64)
+    for r, prefix in enumerate(prefixes):
+        tokens[r, :, : len(prefix)] = torch.tensor(prefix, dtype=torch.int64)
+    return {
+        "tokens": tokens,
+        "logprobs": torch.zeros(tokens.shape),
+        "scores": torch.zeros(rows, width),
+        "first_input": torch.tensor([prefix[-1] if prefix else bos for prefix in prefixes]),
+        "prefix_length": torch.tensor([len(prefix) for prefix in prefixes]),
+        "length": torch.zeros(rows, dtype=torch.int64),
+        "max_length": torch.tensor([p.max_new_tokens for p in params]),
+        "penalty": _table([[_power(t, p.length_penalty) for t in range(p.max_new_tokens + 1)] for p in params]),
+        "finished": torch.zeros(rows, dtype=torch.bool),
+    }
+
+
+def _bound(params: SearchParams) -> list[float]:
+    """By live length t, what a live sum s <= 0 is divided by to bound the score of all that it may still become.
+
+    A sum only falls. With a penalty p > 0 it is divided by most at the limit; with p < 0 it is divided by the most
+    (which is below 1) at the shortest length that it may end with.
+    """
+    limit, p = params.max_new_tokens, params.length_penalty
+    if p >= 0:
+        return [_power(limit, p)] * (limit + 1)
+    return [_power(max(min(t + 1, limit), params.min_new_tokens), p) for t in range(limit + 1)]
+
+
+def _power(length: int, penalty: float) -> float:
+    return float(max(length, 1) ** penalty)
+
+
+def _table(rows: Sequence[Sequence[float]]) -> Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[1.0] * (longest - len(row))] for row in rows], dtype=torch.float32)
+
+
+def _concat(one: Tensor, two: Tensor) -> Tensor:
+    """Along axis 0; where the last axis differs, the shorter is filled with zeros that are never read."""
+    if one.dim() > 1 and one.shape[-1] != two.shape[-1]:
+        room = max(one.shape[-1], two.shape[-1])
+        one, two = F.pad(one, (0, room - one.shape[-1])), F.pad(two, (0, room - two.shape[-1]))
+    return torch.cat([one, two])

@@ -1,0 +1,104 @@
+"""One forward pass for whoever waits: labels of classifiers and taggers, scores of given texts.
+
+The engine's sibling for work that is done in a single step, with the same calls: submit, step, cancel, has_work.
+Synchronous; knows tensors; knows no thread, no text and no HTTP.
+"""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seqmodels.decoding.engine import ROW_FLOOR, Event, Failed, Finished, bucket, grouped, has_steps, pad_inputs
+from seqmodels.errors import DeadlineError
+from seqmodels.models import Model, SequenceClassifier, SequenceGenerator
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardRequest:
+    """inputs: as in `engine.Request`. labels: BOS ... EOS of the text to score, for generators only.
+
+    Its result is a tensor: probabilities (C,) of a classifier, (S, C) of a tagger, log-probabilities (T,) of labels.
+    """
+
+    id: str
+    inputs: Tensor | None
+    labels: tuple[int, ...] = ()
+    deadline: float | None = None
+
+
+class Forward:
+    """Answers waiting requests in batches of one padded length. Not thread-safe: one thread owns it."""
+
+    def __init__(self, model: Model, max_positions: int = 8192, row_floor: int = ROW_FLOOR) -> None:
+        """max_positions: input positions in one batch, padding included."""
+        self._model = model
+        self._max_positions = max_positions
+        self._row_floor = row_floor
+        self._device = next(model.parameters()).device
+        self._waiting: deque[ForwardRequest] = deque()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def submit(self, request: ForwardRequest) -> None:
+        self._waiting.append(request)
+
+    def cancel(self, request_id: str) -> None:
+        self._waiting = deque(request for request in self._waiting if request.id != request_id)
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Answer as many of the longest waiting as one budget of positions holds."""
+        events: list[Event] = []
+        taken: list[ForwardRequest] = []
+        positions = self._max_positions
+        while self._waiting and (not taken or _positions(self._waiting[0]) <= positions):
+            request = self._waiting.popleft()
+            if request.deadline is not None and request.deadline <= time.monotonic():
+                events.append(Failed(request.id, DeadlineError("the deadline passed before the answer was ready")))
+                continue
+            positions -= _positions(request)
+            taken.append(request)
+        for group in grouped(taken, _shape):
+            events += [
+                Finished(request.id, result) for request, result in zip(group, self._answers(group), strict=True)
+            ]
+        return events
+
+    def _answers(self, group: Sequence[ForwardRequest]) -> list[Tensor]:
+        """Requests of one shape, padded with copies of the first so that none gets other bits when it comes alone."""
+        padded = [*group, *[group[0]] * (self._row_floor - len(group))]
+        inputs, lengths = None, None
+        if padded[0].inputs is not None:
+            inputs, lengths = pad_inputs([r.inputs for r in padded if r.inputs is not None], self._device)
+        if isinstance(self._model, SequenceGenerator):
+            labels, label_lengths = pad_inputs([torch.tensor(r.labels) for r in padded], self._device)
+            assert label_lengths is not None
+            logprobs = self._model.logprobs(labels, label_lengths, inputs, lengths).cpu()
+            return [logprobs[row, : len(request.labels) - 1] for row, request in enumerate(group)]
+        assert inputs is not None
+        probabilities = self._model.predict(inputs, lengths)[0].float().softmax(-1).cpu()
+        if isinstance(self._model, SequenceClassifier):
+            return list(probabilities[: len(group)])
+        return [probabilities[row, : _length(request)] for row, request in enumerate(group)]
+
+
+def _length(request: ForwardRequest) -> int:
+    return len(request.inputs) if request.inputs is not None and has_steps(request.inputs) else 1
+
+
+def _shape(request: ForwardRequest) -> tuple[int, int]:
+    return bucket(_length(request)), bucket(len(request.labels))
+
+
+def _positions(request: ForwardRequest) -> int:
+    return sum(_shape(request))
