@@ -1,0 +1,93 @@
+"""Does an answer depend on who shares the batch? Asked of each loaded model, on its own shapes.
+
+CPU kernels take another path for a handful of rows, and which handful depends on the machine and the sizes. So the
+floor to which rows are padded is found by trying, not assumed.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from seqmodels.config import FeatureEncoderConfig, ModelConfig, TextEncoderConfig
+from seqmodels.decoding.engine import Engine, Finished, Request
+from seqmodels.decoding.params import SearchParams
+from seqmodels.forward import Forward, ForwardRequest
+from seqmodels.models import Model, SequenceGenerator
+
+FLOORS = (4, 8, 16)
+LENGTHS = (1, 3, 7, 12, 14, 20)
+
+
+def find_row_floor(model: Model) -> int | None:
+    """The smallest number of rows from which on answers are the same to the last bit, alone and together.
+
+    None where no floor helps: the model still works, but the last digits of its scores may vary with load.
+    """
+    for floor in FLOORS:
+        if all(_same(alone, together) for alone, together in _answers(model, floor)):
+            return floor
+    return None
+
+
+def _answers(model: Model, floor: int) -> list[tuple[object, object]]:
+    """Each sample request's answer when it comes alone, and when all come at once."""
+    forward = _sample_forward(model.config)
+    worker = Forward(model, row_floor=floor)
+    pairs = list(zip(_each(worker, forward), _all(worker, forward), strict=True))
+    if isinstance(model, SequenceGenerator):
+        searches = _sample_searches(model.config)
+        engine = Engine(model, row_floor=floor)
+        pairs += list(zip(_each(engine, searches), _all(engine, searches), strict=True))
+    return pairs
+
+
+def _each(worker: Engine | Forward, requests: Sequence[Request] | Sequence[ForwardRequest]) -> list[object]:
+    return [_all(worker, [request])[0] for request in requests]  # type: ignore[arg-type]
+
+
+def _all(worker: Engine | Forward, requests: Sequence[Request] | Sequence[ForwardRequest]) -> list[object]:
+    answers: dict[str, object] = {}
+    for request in requests:
+        worker.submit(request)  # type: ignore[arg-type]  # each worker is given its own kind
+    while worker.has_work:
+        answers |= {event.request_id: event.result for event in worker.step() if isinstance(event, Finished)}
+    return [answers[request.id] for request in requests]
+
+
+def _same(one: object, two: object) -> bool:
+    return torch.equal(one, two) if isinstance(one, Tensor) and isinstance(two, Tensor) else one == two
+
+
+def _sample_searches(config: ModelConfig) -> list[Request]:
+    searches = (
+        SearchParams(max_new_tokens=4, min_new_tokens=3),
+        SearchParams(max_new_tokens=4, num_beams=5, num_return_sequences=5, early_stopping=False),
+        SearchParams(max_new_tokens=4, do_sample=True, num_return_sequences=2),
+    )
+    prefixes: tuple[tuple[int, ...], ...] = ((), (3,), (3, 2, 3))
+    return [
+        Request(str(i), inputs, searches[i % 3], prefix=prefixes[i % 3], seed=i)
+        for i, inputs in enumerate(_sample_inputs(config))
+    ]
+
+
+def _sample_forward(config: ModelConfig) -> list[ForwardRequest]:
+    labels = (2, 3, 2, 3) if config.decoder else ()
+    return [ForwardRequest(str(i), inputs, labels[: 2 + i % 3]) for i, inputs in enumerate(_sample_inputs(config))]
+
+
+def _sample_inputs(config: ModelConfig) -> list[Tensor | None]:
+    """Inputs of several lengths, always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    encoder = config.encoder
+    if encoder is None:
+        return [None] * len(LENGTHS)
+    if isinstance(encoder, TextEncoderConfig):
+        return [torch.randint(0, encoder.vocab_size, (length,), generator=generator) for length in LENGTHS]
+    if isinstance(encoder, FeatureEncoderConfig):
+        return [torch.randn(length, encoder.feature_size, generator=generator) for length in LENGTHS]
+    picture = (encoder.backbone.in_channels, *encoder.backbone.image_size)
+    if config.input == "image":
+        return [torch.randn(*picture, generator=generator) for _ in LENGTHS]
+    return [torch.randn(length, *picture, generator=generator) for length in LENGTHS]
