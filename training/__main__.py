@@ -1,0 +1,92 @@
+"""python -m training train RECIPE.yaml [key=value ...] · evaluate MODEL_DIR [--split test] [key=value ...]"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from seqmodels.errors import ConfigError, SeqModelsError
+from training.config import Recipe, load_recipe
+
+TRAIN_HELP = """\
+examples:
+  python -m training train recipes/demo/sentiment.yaml
+  python -m training train recipes/sst2.yaml data.path=../shared/data/sst2 run.seed=2
+  python -m training train recipes/multi30k-en-de.yaml optim.learning_rate=5e-4 run.output_dir=models/second-try
+
+Every key of the recipe can be set on the command line. Interrupted runs go on where they stopped when the same
+command is given again; a finished run is left as it is.
+"""
+EVALUATE_HELP = """\
+examples:
+  python -m training evaluate models/sentiment --baseline
+  python -m training evaluate models/multi30k-en-de --split test generation.num_beams=5 run.device=cuda
+
+The last line of the output is JSON; it is also written to evaluation-SPLIT.json in the model directory.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after one line about what is wrong."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except SeqModelsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m training", description="From data to a model directory.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    raw = argparse.RawDescriptionHelpFormatter
+    train = commands.add_parser("train", help="train a recipe", epilog=TRAIN_HELP, formatter_class=raw)
+    train.add_argument("recipe", type=Path, help="a YAML file, see recipes/")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that go before the recipe's")
+    train.set_defaults(run=_train)
+    score = commands.add_parser("evaluate", help="score a model", epilog=EVALUATE_HELP, formatter_class=raw)
+    score.add_argument("directory", type=Path, metavar="MODEL_DIR", help="a finished run")
+    score.add_argument("overrides", nargs="*", metavar="key=value", help="settings that go before those of its recipe")
+    score.add_argument("--split", default="test", choices=("train", "validation", "test"), help="default: test")
+    score.add_argument("--baseline", action="store_true", help="also score a baseline that cannot see order or motion")
+    score.set_defaults(run=_evaluate)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)  # fails in the first second, before torch is imported
+    from training.run import train
+
+    train(recipe)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    recipe, params = _recipe_of(options.directory, options.overrides)
+    from training.run import evaluate_directory
+
+    result = evaluate_directory(options.directory, recipe, options.split, params, options.baseline)
+    for name, value in result["scores"].items():
+        print(f"{name:>24}  {value:.4f}  {result['signatures'].get(name, '')}".rstrip())
+    print(json.dumps(result))
+
+
+def _recipe_of(directory: Path, overrides: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
+    """The run's recipe with overrides, and the search parameters that these change."""
+    path = directory / "recipe.yaml"
+    if not path.is_file():
+        raise ConfigError(
+            f"{directory} holds no recipe.yaml; give the directory of a run of `python -m training train`"
+        )
+    before, now = load_recipe(path), load_recipe(path, overrides)
+    old, new = before.generation.model_dump(mode="json"), now.generation.model_dump(mode="json")
+    return now, {name: value for name, value in new.items() if value != old[name]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""The model card: what a model directory says about itself to a person."""
+
+from collections.abc import Mapping
+
+from training.config import Recipe
+
+DOES = {
+    "classify": "gives one label to an input",
+    "tag": "gives a label to each step of an input",
+    "translate": "reads a text and writes another",
+    "caption": "describes what it sees in words",
+    "generate": "goes on with a text",
+}
+
+
+def model_card(name: str, recipe: Recipe, facts: Mapping[str, object]) -> str:
+    """Markdown. facts: shown as a table, results among them."""
+    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    return f"""# {name}
+
+A recurrent model that {DOES[recipe.task]}.
+
+| | |
+| --- | --- |
+{table}
+
+The validation split was used to choose the best step, so its figures flatter; those of `python -m training evaluate`
+on the test split do not. `recipe.yaml` holds every setting.
+
+Serve it with `python -m serving {name}`, or ask it offline with `python -m seqmodels`.
+"""

@@ -1,0 +1,180 @@
+"""Checkpoints: all that a run needs to go on as if it had never stopped. safetensors and JSON; never pickle.
+
+    checkpoints/step-00000200/state.safetensors   weights, optimizer, averages, carried state, random states
+                             /progress.json       position, sums for the log, best score, stopper, schedule
+                             /SHA256SUMS          of both, as `sha256sum --check` reads it
+
+A checkpoint is written under a temporary name, flushed to the disk, and renamed, so it is whole or absent. The last
+two are kept: if the newest is damaged, the one before it serves.
+"""
+
+import hashlib
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from seqmodels.errors import CheckpointError
+
+TENSORS, PROGRESS, SUMS = "state.safetensors", "progress.json", "SHA256SUMS"
+KEPT = 2
+
+
+@dataclass
+class Progress:
+    """Where a run stands, as plain numbers."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    step: int = 0  # updates tried so far, skipped ones included
+    validated_step: int | None = None
+    best_score: float | None = None
+    best_step: int | None = None
+    validations_without_better: int = 0
+    plateau_scale: float = 1.0
+    plateau_wait: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    averaged: int = 0  # updates in the moving average of the weights
+    # Since the last line of the log:
+    loss: float = 0.0
+    nll: float = 0.0
+    num_targets: int = 0
+    updates: int = 0
+    clipped: int = 0
+    # Where the log ends, and how long it took. The clock is not part of what must be equal.
+    log_bytes: int = 0
+    seconds: float = 0.0
+
+
+_PROGRESS = TypeAdapter(Progress)
+
+
+def save(directory: Path, progress: Progress, tensors: dict[str, Tensor]) -> None:
+    """Write one checkpoint, then remove those that are no longer needed."""
+    final = directory / f"step-{progress.step:08d}"
+    temporary = directory / f".{final.name}.writing"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
+    (temporary / PROGRESS).write_bytes(_PROGRESS.dump_json(progress, indent=1))
+    sums = "".join(f"{_sha256(temporary / name)}  {name}\n" for name in (TENSORS, PROGRESS))
+    (temporary / SUMS).write_text(sums, encoding="ascii")
+    for name in (TENSORS, PROGRESS, SUMS):
+        flush(temporary / name)
+    flush(temporary)
+    if final.exists():  # of the same step, but damaged, or the run would have gone on from it
+        shutil.rmtree(final)
+    temporary.rename(final)
+    flush(directory)
+    for old in saved_checkpoints(directory)[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def load_newest(directory: Path) -> tuple[Progress, dict[str, Tensor], list[str]] | None:
+    """The newest whole checkpoint, with a warning for each damaged one that was passed over; None where there is none.
+
+    Raises CheckpointError where there are checkpoints, but all are damaged.
+    """
+    found = saved_checkpoints(directory)
+    warnings: list[str] = []
+    for path in reversed(found):
+        try:
+            progress, tensors = _load(path)
+        except CheckpointError as error:
+            warnings.append(f"checkpoint {path.name} is damaged ({error}); going back to the one before it")
+            continue
+        return progress, tensors, warnings
+    if found:
+        raise CheckpointError(
+            f"{directory.parent.name}: all {len(found)} checkpoints are damaged; remove {directory.name}/"
+        )
+    return None
+
+
+def saved_checkpoints(directory: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    return sorted(directory.glob("step-*"))
+
+
+def flush(path: Path) -> None:
+    """Make sure that a file or folder is on the disk before anything that relies on it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is never seen half written."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    flush(temporary)
+    temporary.replace(path)
+
+
+def pack_optimizer(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors, named `optimizer.<number of the parameter>.<name>`."""
+    states = optimizer.state_dict()["state"]
+    return {
+        f"optimizer.{number}.{name}": value
+        for number, state in states.items()
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def unpack_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `pack_optimizer`, into a fresh optimizer over the same parameters."""
+    states: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, number, name = key.split(".", 2)
+            states.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def pack_random_states() -> dict[str, Tensor]:
+    """torch's generators. Data order is a pure function of the seed, and no other generator is used."""
+    states = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states["random.cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def unpack_random_states(tensors: dict[str, Tensor]) -> None:
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+
+
+def progress_as_dict(progress: Progress) -> dict[str, object]:
+    """For a log or a comparison; without the clock."""
+    return {name: value for name, value in asdict(progress).items() if name != "seconds"}
+
+
+def _load(path: Path) -> tuple[Progress, dict[str, Tensor]]:
+    try:
+        lines = (path / SUMS).read_text(encoding="ascii").splitlines()
+        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        for name in (TENSORS, PROGRESS):
+            if sums.get(name) != _sha256(path / name):
+                raise CheckpointError(f"{name} does not match its checksum")
+        return _PROGRESS.validate_json((path / PROGRESS).read_bytes()), load_file(path / TENSORS)
+    except OSError as error:
+        raise CheckpointError(f"{Path(str(error.filename)).name} cannot be read") from None
+    except (ValueError, ValidationError, SafetensorError):
+        raise CheckpointError("a file is malformed") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

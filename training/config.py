@@ -1,0 +1,351 @@
+"""Recipe: one training run, as data. Strict, frozen, YAML in; `key=value` overrides on the command line.
+
+Knows every setting and which settings contradict each other; knows no data and no tensor. Names are Hugging Face's
+where Hugging Face has one.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import model_validator as check
+
+from seqmodels import config as model_fields
+from seqmodels.config import ModelConfig, Strict, Task, explain
+from seqmodels.decoding.params import SearchParams
+from seqmodels.errors import ConfigError
+
+InputKind = Literal["text", "image", "frames", "features", "nothing"]
+
+# What `run.metric_for_best_model` may be; the first is the default. Those in LOWER_IS_BETTER fall as a model learns.
+METRICS: dict[Task, tuple[str, ...]] = {
+    "classify": ("accuracy", "macro_f1", "nll"),
+    "tag": ("accuracy", "span_f1", "nll"),
+    "translate": ("bleu", "chrf", "exact_match", "nll"),
+    "caption": ("bleu", "chrf", "exact_match", "nll"),
+    "generate": ("nll", "perplexity", "bits_per_character"),
+}
+LOWER_IS_BETTER = {"nll", "perplexity", "bits_per_character"}
+
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class ColumnsSection(Strict):
+    """Which columns of the data are used. Several target columns are several references for one input."""
+
+    input: str | None = None  # nothing goes in where the task is `generate`
+    target: str | tuple[str, ...]
+
+
+class SplitsSection(Strict):
+    """The data set's own names for its splits."""
+
+    train: str = "train"
+    validation: str = "validation"
+    test: str = "test"
+
+
+class CutSection(Strict):
+    """How much to cut from the training split for a split that the data does not have: a share, or a number of rows."""
+
+    validation: Fraction | PositiveInt | None = None
+    test: Fraction | PositiveInt | None = None
+    seed: NonNegativeInt = 1
+
+
+class TokenizerSection(Strict):
+    kind: Literal["bpe", "unigram", "word", "character", "byte"] = "bpe"
+    vocab_size: Annotated[int, Field(ge=8)] = 8000
+    lowercase: bool = False
+
+
+class DataSection(Strict):
+    """Where rows come from, and how they become tokens."""
+
+    id: str | None = None  # a data set on the Hugging Face hub
+    name: str | None = None  # its configuration, where it has several
+    revision: str | None = None
+    path: str | None = None  # a local folder or file with the same columns; goes before `id`
+    generated: str | None = None  # one of training.data.generated.DATA_SETS
+    columns: ColumnsSection | None = None
+    splits: SplitsSection = SplitsSection()
+    cut: CutSection = CutSection()
+    label_names: tuple[str, ...] = ()  # for class numbers without names in the data
+    license: str = "not stated"  # of the data; goes into the model card
+    tokenizer: TokenizerSection = TokenizerSection()
+    max_input_length: PositiveInt = 256  # tokens, frames or steps
+    max_target_length: PositiveInt = 256  # tokens
+    chunk_length: PositiveInt = 64  # language models: steps between two cuts of back-propagation
+
+    @check(mode="after")
+    def _check(self) -> Self:
+        if self.generated is not None and (self.id or self.path or self.columns):
+            raise ValueError("data.generated brings its own rows; remove data.id, data.path and data.columns")
+        if not (self.generated or self.id or self.path):
+            raise ValueError("data names no source; set data.id, data.path or data.generated")
+        if not self.generated and self.columns is None:
+            raise ValueError("data.columns is missing; name the columns, such as {input: text, target: label}")
+        if self.id is None and (self.revision or self.name):
+            raise ValueError("data.revision and data.name belong to data.id, which is not set")
+        return self
+
+
+class OptimSection(Strict):
+    optimizer: Literal["adam", "adamw", "sgd", "rmsprop", "adagrad"] = "adam"
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.0
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # sgd and rmsprop
+    nesterov: bool = False  # sgd
+    lr_scheduler_type: Literal["constant", "cosine", "inverse_sqrt", "plateau"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    plateau_factor: Fraction = 0.5  # what the rate is multiplied by ...
+    plateau_patience: PositiveInt = 1  # ... after this many validations without a better score
+    max_grad_norm: PositiveFloat | None = 1.0
+    clip_value: PositiveFloat | None = None
+    freeze: tuple[str, ...] = ()  # patterns of parameter names, such as "encoder.*"
+
+    @check(mode="after")
+    def _check(self) -> Self:
+        if self.momentum and self.optimizer not in ("sgd", "rmsprop"):
+            raise ValueError(f"optim.momentum does nothing for {self.optimizer}; use sgd or rmsprop, or remove it")
+        if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
+            raise ValueError("optim.nesterov needs optim.optimizer=sgd and a momentum above 0")
+        if self.lr_scheduler_type == "inverse_sqrt" and not self.warmup_steps:
+            raise ValueError("optim.lr_scheduler_type is inverse_sqrt, which needs optim.warmup_steps above 0")
+        if (self.plateau_factor, self.plateau_patience) != (0.5, 1) and self.lr_scheduler_type != "plateau":
+            raise ValueError("optim.plateau_factor and plateau_patience need optim.lr_scheduler_type=plateau")
+        return self
+
+
+class RunSection(Strict):
+    seed: NonNegativeInt = 1
+    num_train_epochs: PositiveInt | None = None
+    max_steps: PositiveInt | None = None
+    max_minutes: PositiveFloat | None = None  # stops by the clock: such a run cannot be repeated to the bit
+    tokens_per_batch: PositiveInt = 4096  # padded positions of a batch, input and target together
+    rows_per_batch: PositiveInt = 256  # at most
+    gradient_accumulation_steps: PositiveInt = 1
+    eval_steps: PositiveInt | None = None  # None: after each epoch
+    max_eval_samples: PositiveInt | None = None  # the first so many rows, while training; `evaluate` takes all
+    logging_steps: PositiveInt = 20
+    save_steps: PositiveInt = 500  # and at each validation
+    early_stopping_patience: PositiveInt | None = None  # validations without a better score
+    metric_for_best_model: str | None = None  # None: the task's first in METRICS, span F1 where labels are BIO
+    ema_decay: Fraction | None = None  # validate and keep the moving average of the weights
+    threads: PositiveInt | None = None  # None: torch decides
+    device: Literal["cpu", "cuda"] = "cpu"
+    output_dir: str | None = None  # None: models/ and the recipe's name
+
+    @check(mode="after")
+    def _check(self) -> Self:
+        if self.num_train_epochs is None and self.max_steps is None:
+            raise ValueError("run has no end; set run.num_train_epochs or run.max_steps")
+        return self
+
+
+class Recipe(Strict):
+    """One training run. `model` is the plain mapping of ModelConfig, less what data decides."""
+
+    task: Task
+    data: DataSection
+    model: dict[str, Any]
+    optim: OptimSection = OptimSection()
+    run: RunSection
+    generation: SearchParams = SearchParams()
+
+    @check(mode="after")
+    def _check(self) -> Self:
+        metric = self.run.metric_for_best_model
+        if metric is not None and metric not in METRICS[self.task]:
+            raise ValueError(
+                f"run.metric_for_best_model is {metric!r}; task {self.task} has {_list(METRICS[self.task])}"
+            )
+        if not self.makes_text and self.generation != SearchParams():
+            raise ValueError(f"generation is set, but task {self.task} generates nothing; remove it")
+        columns = self.data.columns
+        if columns is not None and (columns.input is None) != (self.task == "generate"):
+            raise ValueError(
+                "data.columns.input must be left out: a language model reads nothing but its target"
+                if columns.input
+                else "data.columns.input is missing; name the column to read"
+            )
+        if "init_from" in self.model and len(self.model) > 1:
+            raise ValueError("model.init_from takes every size from the saved model; remove the other keys of `model`")
+        return self
+
+    @property
+    def makes_text(self) -> bool:
+        return self.task in ("translate", "caption", "generate")
+
+    @property
+    def init_from(self) -> Path | None:
+        """The model directory to start from, if any."""
+        return Path(self.model["init_from"]) if "init_from" in self.model else None
+
+    @property
+    def input(self) -> InputKind:
+        """What the model reads; decides how rows are encoded."""
+        return self.model_config_with(Facts.unknown()).input
+
+    def model_config_with(self, facts: "Facts") -> ModelConfig:
+        """The model's config, completed with what the data decided. Raises ConfigError."""
+        if self.init_from is not None:
+            saved = _saved_config(self.init_from).model_dump(mode="json")
+            return ModelConfig.parse(saved | ({"labels": facts.labels} if saved["labels"] else {}))
+        fields = {**self.model}
+        for part, size in (("encoder", facts.source_vocab_size), ("decoder", facts.target_vocab_size)):
+            if isinstance(fields.get(part), dict) and (part == "decoder" or fields[part].get("input") == "text"):
+                fields[part] = {**fields[part], "vocab_size": size}
+        if isinstance(fields.get("encoder"), dict) and fields["encoder"].get("input") == "features":
+            fields["encoder"] = {**fields["encoder"], "feature_size": facts.feature_size}
+        if fields.get("architecture") in ("classifier", "tagger"):
+            fields["labels"] = list(facts.labels)
+        return ModelConfig.parse(fields | {"max_source_length": self.data.max_input_length})
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What only data can tell about a model."""
+
+    source_vocab_size: int = 0
+    target_vocab_size: int = 0
+    labels: tuple[str, ...] = ()
+    feature_size: int = 0
+
+    @classmethod
+    def unknown(cls) -> "Facts":
+        """Stands in until data is read, so that a bad `model` section fails in the first second."""
+        return cls(8, 8, ("A", "B"), 1)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply `key=value` overrides, check everything. Raises ConfigError."""
+    try:
+        fields = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ConfigError(f"recipe {path}: {error.strerror}; give the path of a YAML file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"recipe {path} must hold keys such as `task` and `data`")
+    for override in overrides:
+        _apply(fields, override)
+    fields.setdefault("run", {})
+    if isinstance(fields["run"], dict) and fields["run"].get("output_dir") is None:
+        fields["run"]["output_dir"] = f"models/{path.stem}"
+    return parse_recipe(fields)
+
+
+def parse_recipe(fields: Mapping[str, Any]) -> Recipe:
+    """Build from plain data. Raises ConfigError that names key, value and what is allowed."""
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(fields))
+    except ValidationError as error:
+        raise ConfigError(_explain_with_neighbour(error)) from None
+    except TypeError as error:
+        raise ConfigError(f"recipe holds a value that is no plain data: {error}") from None
+    _check_model(recipe)
+    return recipe
+
+
+def _check_model(recipe: Recipe) -> None:
+    for part, name in (("encoder", "vocab_size"), ("encoder", "feature_size"), ("decoder", "vocab_size")):
+        if name in (recipe.model.get(part) or {}):
+            raise ConfigError(f"model.{part}.{name} is decided by the data; remove it")
+    for name in ("labels", "max_source_length"):
+        if name in recipe.model:
+            fix = "name them in data.label_names" if name == "labels" else "use data.max_input_length"
+            raise ConfigError(f"model.{name} is decided by the data; {fix}")
+    try:
+        task = recipe.model_config_with(Facts.unknown()).task
+    except ConfigError as error:
+        raise ConfigError(_with_neighbour(f"model.{error}", _model_field_names())) from None
+    if task != recipe.task:
+        raise ConfigError(f"task is {recipe.task!r}, but the `model` section describes a model for {task!r}")
+
+
+def _saved_config(directory: Path) -> ModelConfig:
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"model.init_from is {str(directory)!r}, which holds no config.json; name a model directory")
+    return ModelConfig.load(directory / "config.json")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 1e-3 as a number, as everybody who writes it expects."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _apply(fields: dict[str, Any], override: str) -> None:
+    """Set one dotted key, in place."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r} is no override; write key=value, such as run.seed=2")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {key}: {text!r} is not YAML; quote it") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = fields.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {key}: {parent} is {inner!r}, which has no keys")
+        fields = inner
+    fields[last] = value
+
+
+def _explain_with_neighbour(error: ValidationError) -> str:
+    fault = error.errors(include_url=False)[0]
+    if fault["type"] == "value_error":  # our own words, which name the whole key
+        return str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] != "extra_forbidden":
+        return explain(error)
+    *parents, key = (str(part) for part in fault["loc"])
+    section: type[BaseModel] | None = Recipe
+    for parent in parents:
+        section = _section(section, parent) if section else None
+    names = list(section.model_fields) if section else []
+    return f"{'.'.join([*parents, key])} is no setting{_suggestion(key, names)}"
+
+
+def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The model class of a field, also where the field may be None."""
+    annotation = model.model_fields[name].annotation if name in model.model_fields else None
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _suggestion(key: str, names: Iterable[str]) -> str:
+    """Words that name the nearest known key, or all of them."""
+    names = sorted(names)
+    near = difflib.get_close_matches(key, names, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known here: {_list(names)}" if names else ""
+
+
+def _with_neighbour(message: str, names: Iterable[str]) -> str:
+    unknown = re.search(r"([\w.]+): Extra inputs are not permitted", message)
+    if unknown is None:
+        return message
+    key = unknown.group(1)
+    return f"{key} is no setting{_suggestion(key.rsplit('.', 1)[-1], names)}"
+
+
+def _model_field_names() -> set[str]:
+    """Every field name of ModelConfig and its parts."""
+    sections = [value for value in vars(model_fields).values() if isinstance(value, type) and issubclass(value, Strict)]
+    return {name for section in sections for name in section.model_fields}
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(names)

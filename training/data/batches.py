@@ -1,0 +1,123 @@
+"""Examples -> batches of tensors, bucketed by length, in an order that is a pure function of (seed, epoch, step).
+
+Rows of nearly the same length share a batch, within a budget of padded positions. Which rows these are, and the order
+of the batches, change from epoch to epoch; the number of batches never does, so a schedule knows where it ends.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seqmodels.errors import DataError
+from seqmodels.models import IGNORE
+from seqmodels.tokenizer import PAD
+from training.data.examples import Codec, Example
+
+Batch = dict[str, Any]
+
+
+class Batches(Protocol):
+    """What the loop asks for its data."""
+
+    carries_state: bool  # whether a batch goes on where the one before it ended
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        ...
+
+    def batch(self, epoch: int, index: int) -> Batch:
+        """The tensors for `model(**batch)`."""
+        ...
+
+
+class Buckets:
+    """Batches of independent examples."""
+
+    carries_state = False
+
+    def __init__(
+        self, examples: Sequence[Example], codec: Codec, tokens_per_batch: int, rows_per_batch: int, seed: int
+    ) -> None:
+        if not examples:
+            raise DataError("no training row fits; raise data.max_input_length or data.max_target_length")
+        self._examples, self._codec, self._seed = examples, codec, seed
+        self._inputs = np.array([example.input_length for example in examples])
+        self._targets = np.array([example.target_length for example in examples])
+        # Sorted lengths are the same in every epoch, and so are the places where batches begin and end.
+        order = np.lexsort((self._inputs, self._targets))
+        sizes = list(zip(self._inputs[order].tolist(), self._targets[order].tolist(), strict=True))
+        self._bounds = _bounds(sizes, tokens_per_batch, rows_per_batch)
+        self.padding_share = _padding_share(sizes, self._bounds)
+        self._epoch: tuple[int, list[list[int]]] | None = None
+
+    def __len__(self) -> int:
+        return len(self._bounds)
+
+    def batch(self, epoch: int, index: int) -> Batch:
+        return collate([self._examples[row] for row in self.rows(epoch)[index]], self._codec)
+
+    def rows(self, epoch: int) -> list[list[int]]:
+        """The examples of each batch of an epoch, by number."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            random = np.random.default_rng([self._seed, epoch])
+            shuffled = random.permutation(len(self._examples))
+            order = shuffled[np.lexsort((self._inputs[shuffled], self._targets[shuffled]))]
+            batches = [order[first:last].tolist() for first, last in self._bounds]
+            self._epoch = epoch, [batches[place] for place in random.permutation(len(batches))]
+        return self._epoch[1]
+
+
+def collate(examples: Sequence[Example], codec: Codec) -> Batch:
+    """Pad to the longest. Keys and shapes are those of `model(**batch)`, see seqmodels.models."""
+    batch: Batch = {}
+    if codec.config.input != "nothing":
+        batch["inputs"] = _inputs(examples, codec)
+    if codec.config.input not in ("nothing", "image"):
+        batch["lengths"] = torch.tensor([example.input_length for example in examples])
+    if codec.config.architecture == "classifier":
+        batch["labels"] = torch.tensor([example.targets for example in examples])
+    elif codec.config.architecture == "tagger":
+        batch["labels"] = _padded([torch.tensor(example.targets) for example in examples], IGNORE)
+    else:
+        batch["labels"] = _padded([torch.tensor(example.targets) for example in examples], PAD)
+        batch["label_lengths"] = torch.tensor([example.target_length for example in examples])
+    return batch
+
+
+def _inputs(examples: Sequence[Example], codec: Codec) -> Tensor:
+    if codec.config.input == "image":
+        return torch.stack([codec.decode_picture(example.inputs) for example in examples])  # (B, C, H, W)
+    if codec.config.input == "frames":  # (B, S, C, H, W)
+        return _padded([torch.stack([codec.decode_picture(f) for f in example.inputs]) for example in examples], 0)
+    dtype = torch.int64 if codec.config.input == "text" else torch.float32
+    return _padded([torch.tensor(example.inputs, dtype=dtype) for example in examples], PAD)
+
+
+def _padded(rows: Sequence[Tensor], value: int) -> Tensor:
+    """Rows (T_b, ...) -> (B, max T_b, ...)."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+def _bounds(sizes: Sequence[tuple[int, int]], tokens: int, rows: int) -> list[tuple[int, int]]:
+    """(first, last) of each batch over sorted (input, target) lengths; a single row may exceed the budget."""
+    bounds, first, longest_input, longest_target = [], 0, 0, 0
+    for place, (input_length, target_length) in enumerate(sizes):
+        longest_input, longest_target = max(longest_input, input_length), max(longest_target, target_length)
+        count = place - first + 1
+        if count > 1 and (count > rows or count * (longest_input + longest_target) > tokens):
+            bounds.append((first, place))
+            first, longest_input, longest_target = place, input_length, target_length
+    return [*bounds, (first, len(sizes))]
+
+
+def _padding_share(sizes: Sequence[tuple[int, int]], bounds: Sequence[tuple[int, int]]) -> float:
+    """The share of positions in all batches that are padding."""
+    real = sum(map(sum, sizes))
+    padded = 0
+    for first, last in bounds:
+        inputs, targets = zip(*sizes[first:last], strict=True)
+        padded += (last - first) * (max(inputs) + max(targets))
+    return 1 - real / padded

@@ -1,0 +1,189 @@
+"""Codec: how Rows become token ids, label numbers and picture tensors. Trained on the training split alone.
+
+Knows tokenizers, labels and pictures; knows no batch. The same tokenizers and preprocessor go into the model
+directory, so a model is trained on what it will be served.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from seqmodels.config import ModelConfig
+from seqmodels.errors import DataError
+from seqmodels.models import IGNORE
+from seqmodels.preprocessing import Preprocessor
+from seqmodels.pretrained import load_pretrained
+from seqmodels.tokenizer import BOS, EOS, Tokenizer
+from training.config import DataSection, Facts, Recipe
+from training.data.rows import Row
+
+PICTURE_CACHE_BYTES = 2**28  # decoded pictures kept in memory
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row as numbers.
+
+    inputs: token ids, steps of numbers, or pictures still in their files; None where nothing goes in.
+    targets: a label, a label for each position, or BOS w1 ... wn EOS. Lengths count positions, 0 where there are none.
+    """
+
+    inputs: Any
+    targets: int | list[int]
+    input_length: int
+    target_length: int
+
+
+@dataclass(frozen=True)
+class Codec:
+    """What turns a Row into Examples, and what a model directory holds beside the weights."""
+
+    config: ModelConfig
+    source_tokenizer: Tokenizer | None
+    target_tokenizer: Tokenizer | None
+    preprocessor: Preprocessor | None
+    max_target_length: int
+
+    @classmethod
+    def train(cls, recipe: Recipe, rows: Sequence[Row]) -> "Codec":
+        """Tokenizers and labels from the rows of the training split; those of `model.init_from`, where it is set."""
+        if recipe.init_from is not None:
+            saved = load_pretrained(recipe.init_from)
+            source, target = saved.source_tokenizer, saved.target_tokenizer
+        else:
+            source = _tokenizer(recipe.data, _source_texts(rows)) if recipe.input == "text" else None
+            target = _tokenizer(recipe.data, _target_texts(rows)) if recipe.makes_text else None
+        return cls.build(recipe, source, target, () if recipe.makes_text else _labels(rows), _feature_size(rows))
+
+    @classmethod
+    def build(
+        cls,
+        recipe: Recipe,
+        source: Tokenizer | None,
+        target: Tokenizer | None,
+        labels: tuple[str, ...],
+        feature_size: int,
+    ) -> "Codec":
+        """Put together what was trained now, or before a run was interrupted."""
+        sizes = source.vocab_size if source else 0, target.vocab_size if target else 0
+        config = recipe.model_config_with(Facts(*sizes, labels, feature_size))
+        return cls(config, source, target, _preprocessor(config), recipe.data.max_target_length)
+
+    def encode(self, rows: Iterable[Row]) -> list[Example]:
+        """An Example for each reference of each row.
+
+        A classifier reads the beginning of an input that is too long; for the others, what is too long is left out.
+        """
+        examples = (example for row in rows for example in self._examples(row))
+        return [example for example in examples if self._fits(example)]
+
+    def decode_picture(self, data: bytes) -> Tensor:
+        """A picture's file -> (C, H, W). Raises DataError."""
+        assert self.preprocessor is not None
+        return _decode(self.preprocessor, data)
+
+    def _examples(self, row: Row) -> Iterable[Example]:
+        if self.config.architecture == "tagger":
+            yield self._tagged(row)
+            return
+        inputs, length = self._inputs(row)
+        if self.config.architecture == "classifier":
+            assert isinstance(row.target, str)
+            yield Example(inputs, self._label(row.target), length, 0)
+            return
+        assert self.target_tokenizer is not None
+        for text in row.references:
+            targets = [BOS, *self.target_tokenizer.encode(text), EOS]
+            yield Example(inputs, targets, length, len(targets))
+
+    def _inputs(self, row: Row) -> tuple[Any, int]:
+        """What the encoder reads, and its number of positions (1 for an image, 0 for nothing)."""
+        if row.input is None or isinstance(row.input, bytes):
+            return row.input, int(row.input is not None)
+        if not isinstance(row.input, str):
+            inputs: Sequence[Any] = row.input
+        elif self.config.architecture == "generator":
+            inputs = self._source.encode_source(row.input)
+        else:
+            inputs = self._source.encode(row.input)
+        if self.config.architecture == "classifier":
+            inputs = inputs[: self.config.max_source_length]
+        return inputs, len(inputs)
+
+    def _tagged(self, row: Row) -> Example:
+        labels = [self._label(tag) for tag in row.target]
+        assert isinstance(row.input, tuple)
+        if self.source_tokenizer is None:
+            return Example(row.input, labels, len(row.input), 0)
+        ids, last = self._source.encode_words([str(word) for word in row.input])
+        targets = [IGNORE] * len(ids)
+        for position, label in zip(last, labels, strict=True):
+            targets[position] = label
+        return Example(ids, targets, len(ids), 0)
+
+    @property
+    def _source(self) -> Tokenizer:
+        assert self.source_tokenizer is not None
+        return self.source_tokenizer
+
+    def _label(self, name: str) -> int:
+        """Its number; IGNORE for one that the training split does not have."""
+        return self.config.labels.index(name) if name in self.config.labels else IGNORE
+
+    def _fits(self, example: Example) -> bool:
+        if self.config.input != "nothing" and not example.input_length:
+            return False
+        # A language model reads running text, of any length.
+        text_fits = self.config.input == "nothing" or example.target_length <= self.max_target_length + 2
+        ends = self.config.architecture == "generator" and self.config.input == "text"  # the source's own EOS
+        return text_fits and example.input_length <= self.config.max_source_length + ends
+
+
+def _tokenizer(data: DataSection, texts: Iterable[str]) -> Tokenizer:
+    return Tokenizer.train(texts, data.tokenizer.kind, data.tokenizer.vocab_size, data.tokenizer.lowercase)
+
+
+def _source_texts(rows: Sequence[Row]) -> Iterable[str]:
+    for row in rows:
+        yield row.input if isinstance(row.input, str) else " ".join(map(str, row.input or ()))
+
+
+def _target_texts(rows: Sequence[Row]) -> Iterable[str]:
+    return (text for row in rows for text in row.references)
+
+
+def _labels(rows: Sequence[Row]) -> tuple[str, ...]:
+    """All labels: class numbers in their order, names by the alphabet."""
+    names = {name for row in rows for name in row.references}
+    if len(names) < 2:
+        raise DataError(f"the training split has the label {min(names)!r} only; there is nothing to tell apart")
+    return tuple(sorted(names, key=lambda name: (int(name) if name.isdecimal() else -1, name)))
+
+
+def _feature_size(rows: Sequence[Row]) -> int:
+    """Numbers in a step, 0 where inputs are of another kind."""
+    sizes = {len(step) for row in rows if isinstance(row.input, tuple) for step in row.input if isinstance(step, tuple)}
+    if len(sizes) > 1:
+        raise DataError(f"steps hold {min(sizes)} to {max(sizes)} numbers; give every step the same")
+    return sizes.pop() if sizes else 0
+
+
+def _preprocessor(config: ModelConfig) -> Preprocessor | None:
+    if config.encoder is None or config.encoder.input not in ("image", "frames"):
+        return None
+    backbone = config.encoder.backbone
+    return Preprocessor(size=backbone.image_size, channels=backbone.in_channels)
+
+
+@lru_cache(maxsize=8)
+def _decoder_for(preprocessor: Preprocessor) -> Any:
+    size = 4 * preprocessor.channels * preprocessor.size[0] * preprocessor.size[1]
+    return lru_cache(maxsize=PICTURE_CACHE_BYTES // size)(preprocessor.image)
+
+
+def _decode(preprocessor: Preprocessor, data: bytes) -> Tensor:
+    picture: Tensor = _decoder_for(preprocessor)(data)
+    return picture

@@ -1,0 +1,61 @@
+"""Running text for language models: contiguous streams, cut into chunks, the state carried from chunk to chunk.
+
+Truncated back-propagation through time: gradients stop at a chunk's beginning, what the model remembers does not.
+"""
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from seqmodels.errors import DataError
+from seqmodels.tokenizer import BOS, PAD
+from training.data.batches import Batch
+from training.data.examples import Example
+
+EVALUATION_ROWS = 8  # parallel streams; more is faster, and forgets at more places
+
+
+class Streams:
+    """All texts, one after another, as `rows` streams that are read side by side in chunks of `chunk_length` steps.
+
+    seed: where the text begins differs from epoch to epoch, so that chunks are cut at other places. Without a seed it
+    begins at the beginning.
+    """
+
+    carries_state = True
+
+    def __init__(self, examples: Sequence[Example], rows: int, chunk_length: int, seed: int | None = None) -> None:
+        tokens = [token for example in examples for token in example.targets]  # type: ignore[union-attr]
+        if len(tokens) < 2:
+            raise DataError("the text is empty; a language model needs at least one token to predict")
+        # Each stream begins with a BOS of its own, so the first text's is left out.
+        self._tokens, self._chunk, self._seed = torch.tensor(tokens[1:]), chunk_length, seed
+        self._rows = max(1, min(rows, len(self._tokens) // 2))
+        self._length = -(-len(self._tokens) // self._rows)  # tokens of a stream; the last may be shorter
+        self._epoch: tuple[int, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return -(-self._length // self._chunk)
+
+    def batch(self, epoch: int, index: int) -> Batch:
+        """labels (B, T+1): the first column is the last chunk's last."""
+        first = index * self._chunk
+        labels = self._table(epoch)[:, first : first + self._chunk + 1]
+        real = torch.full((self._rows,), labels.shape[1])
+        last_row = len(self._tokens) - (self._rows - 1) * self._length + 1  # its real columns, BOS counted
+        real[-1] = min(max(last_row - first, 0), labels.shape[1])
+        return {"labels": labels.contiguous(), "label_lengths": real}
+
+    def _table(self, epoch: int) -> Tensor:
+        """(B, 1 + length): a BOS, then the stream."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            offset = 0
+            if self._seed is not None:
+                offset = random.Random(f"{self._seed}:{epoch}").randrange(len(self._tokens))
+            padding = self._rows * self._length - len(self._tokens)
+            tokens = torch.cat([self._tokens.roll(-offset), self._tokens.new_full((padding,), PAD)])
+            begin = tokens.new_full((self._rows, 1), BOS)
+            self._epoch = epoch, torch.cat([begin, tokens.view(self._rows, self._length)], dim=1)
+        return self._epoch[1]

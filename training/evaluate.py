@@ -1,0 +1,168 @@
+"""Score a model directory on rows, through the same pipeline that serves it.
+
+Generated text is generated freely, with the directory's own search defaults. A language model is scored by its
+likelihood, forward only, the state carried from chunk to chunk.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seqmodels.errors import DataError
+from seqmodels.pipeline import Pipeline, is_bio
+from seqmodels.pretrained import load_pretrained
+from seqmodels.state import State
+from seqmodels.tokenizer import BOS
+from training import metrics
+from training.data.batches import Buckets
+from training.data.examples import Codec
+from training.data.rows import Row
+from training.data.streams import EVALUATION_ROWS, Streams
+
+CHUNK_LENGTH = 128  # of running text; changes the speed only, since the state is carried
+NLL_TOKENS_PER_BATCH, NLL_ROWS_PER_BATCH = 8192, 128
+NUM_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """scores: by name. signatures: what exactly was measured, where that has a name. samples: some answers to read."""
+
+    scores: dict[str, float]
+    num_rows: int
+    signatures: dict[str, str] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)
+
+
+def evaluate(
+    directory: Path, rows: Sequence[Row], codec: Codec, device: str = "cpu", params: dict[str, Any] | None = None
+) -> Evaluation:
+    """All scores of the directory's task. params: search parameters that go before the directory's own."""
+    if not rows:
+        raise DataError("there are no rows to evaluate on")
+    if codec.config.task == "generate":
+        return _score_language_model(directory, rows, codec, device)
+    pipeline = Pipeline.from_pretrained(directory, device)
+    # A classifier reads the beginning of what is too long, in training as here; let the others do what they can.
+    answers = pipeline.run([pipeline.prepare(row.item, params, truncate=True) for row in rows])
+    nll = _mean_nll(directory, rows, codec, device)
+    if codec.config.task == "classify":
+        return _score_labels(rows, [answer["label"] for answer in answers], nll)
+    if codec.config.task == "tag":
+        return _score_tags(rows, answers, nll, is_bio(codec.config.labels))
+    texts = [answer["sequences"][0]["text"] if answer["sequences"] else "" for answer in answers]
+    return _score_texts(rows, texts, nll)
+
+
+def _score_labels(rows: Sequence[Row], predicted: Sequence[str], nll: float) -> Evaluation:
+    expected = [str(row.target) for row in rows]
+    scores = {
+        "accuracy": metrics.accuracy(predicted, expected),
+        "macro_f1": metrics.macro_f1(predicted, expected),
+        "nll": nll,
+    }
+    return Evaluation(scores, len(rows), samples=_samples(rows, predicted))
+
+
+def _score_tags(rows: Sequence[Row], answers: Sequence[dict[str, Any]], nll: float, bio: bool) -> Evaluation:
+    read = _tags_of_spans if bio else _tags_of_steps
+    predicted = [read(row, answer["tags"]) for row, answer in zip(rows, answers, strict=True)]
+    expected = [list(row.references) for row in rows]
+    flat_predicted, flat_expected = ([tag for tags in rows_ for tag in tags] for rows_ in (predicted, expected))
+    scores = {"accuracy": metrics.accuracy(flat_predicted, flat_expected), "nll": nll}
+    if bio:
+        scores = {"span_f1": metrics.span_f1(predicted, expected), **scores}
+    return Evaluation(scores, len(rows), samples=_samples(rows, [" ".join(tags) for tags in predicted], " "))
+
+
+def _tags_of_steps(row: Row, tags: Sequence[dict[str, Any]]) -> list[str]:
+    """One tag for each step; an empty one, which is never right, for steps beyond the model's longest input."""
+    labels = [tag["label"] for tag in tags]
+    return labels + [""] * (len(row.references) - len(labels))
+
+
+def _tags_of_spans(row: Row, spans: Sequence[dict[str, Any]]) -> list[str]:
+    """BIO tags of each word or step, from spans in characters of the words joined by spaces, or in steps."""
+    assert isinstance(row.input, tuple)
+    starts, position = [], 0
+    for step in row.input:
+        starts.append(position)
+        position += len(step) + 1 if isinstance(step, str) else 1
+    tags = ["O"] * len(starts)
+    for span in spans:
+        inside = [number for number, start in enumerate(starts) if span["start"] <= start < span["end"]]
+        for number in inside:
+            tags[number] = f"{'B' if number == inside[0] else 'I'}-{span['label']}"
+    return tags
+
+
+def _score_texts(rows: Sequence[Row], texts: Sequence[str], nll: float) -> Evaluation:
+    references = [row.references for row in rows]
+    cased, cased_signature = metrics.bleu(texts, references)
+    lower, lower_signature = metrics.bleu(texts, references, lowercase=True)
+    chrf, chrf_signature = metrics.chrf(texts, references)
+    scores = {
+        "bleu": cased,
+        "bleu_lowercase": lower,
+        "chrf": chrf,
+        "exact_match": metrics.exact_match(texts, references),
+        "nll": nll,
+    }
+    signatures = {"bleu": cased_signature, "bleu_lowercase": lower_signature, "chrf": chrf_signature}
+    return Evaluation(scores, len(rows), signatures, _samples(rows, texts))
+
+
+@torch.no_grad()
+def _mean_nll(directory: Path, rows: Sequence[Row], codec: Codec, device: str) -> float:
+    """Nats per target, each target given those before it; rows that do not fit the model are left out."""
+    examples = codec.encode(rows)
+    if not examples:
+        return math.nan
+    model = load_pretrained(directory, device).model
+    batches = Buckets(examples, codec, NLL_TOKENS_PER_BATCH, NLL_ROWS_PER_BATCH, seed=0)
+    total, count = 0.0, 0
+    for index in range(len(batches)):
+        out = model(**{name: value.to(device) for name, value in batches.batch(0, index).items()})
+        total += float(out.nll) * int(out.num_targets)
+        count += int(out.num_targets)
+    return total / max(1, count)
+
+
+@torch.no_grad()
+def _score_language_model(directory: Path, rows: Sequence[Row], codec: Codec, device: str) -> Evaluation:
+    """nll counts words and ends of texts; a BOS in mid-stream is no word, though its small cost is counted."""
+    model = load_pretrained(directory, device).model
+    streams = Streams(codec.encode(rows), EVALUATION_ROWS, CHUNK_LENGTH)
+    total, count, state = 0.0, 0, None
+    for index in range(len(streams)):
+        batch = {name: value.to(device) for name, value in streams.batch(0, index).items()}
+        out = model(**batch, state=state)
+        state = State(out.state.values)
+        total += float(out.nll) * int(out.num_targets)
+        count += int(out.num_targets) - int((batch["labels"][:, 1:] == BOS).sum())
+    characters = sum(len(text) for row in rows for text in row.references)
+    scores = {
+        "nll": total / count,
+        "perplexity": metrics.perplexity(total / count),
+        "bits_per_character": metrics.bits_per_character(total, characters),
+    }
+    return Evaluation(scores, len(rows), samples=[])
+
+
+def _samples(rows: Sequence[Row], answers: Sequence[str], separator: str = " / ") -> list[dict[str, str]]:
+    return [
+        {"input": _readable(row), "answer": answer, "expected": separator.join(row.references)}
+        for row, answer in zip(rows[:NUM_SAMPLES], answers, strict=False)
+    ]
+
+
+def _readable(row: Row) -> str:
+    if isinstance(row.input, str):
+        return row.input
+    if isinstance(row.input, tuple) and isinstance(row.input[0], str):
+        return " ".join(map(str, row.input))
+    return "(picture)" if isinstance(row.input, bytes) else f"({len(row.input or ())} steps)"

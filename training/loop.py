@@ -1,0 +1,277 @@
+"""The loop: one for every task. It knows batches, a model that returns its own loss, and a function that scores a
+saved model; it knows no task, no tokenizer's insides and no metric's name.
+
+Whatever happens more rarely than once a step stands in `Trainer.run` before the step. A run killed anywhere and
+started again goes on from its last checkpoint, and ends with the same bits and the same log as one that was not.
+"""
+
+import copy
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from seqmodels.models import Model, build_model
+from seqmodels.pretrained import load_pretrained, save_pretrained
+from seqmodels.state import State
+from training import checkpoint
+from training.checkpoint import Progress
+from training.config import LOWER_IS_BETTER, Recipe
+from training.data.batches import Batch, Batches
+from training.data.examples import Codec
+from training.optim import DivergedError, Update, build_optimizer, freeze, learning_rate, update
+from training.report import Reporter
+
+MAX_SKIPPED_IN_A_ROW = 5
+Evaluate = Callable[[Path], dict[str, float]]  # the scores of a model directory on the validation split
+
+
+class Trainer:
+    """A run in progress. metric: which of the scores decides what is best."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        directory: Path,
+        codec: Codec,
+        batches: Batches,
+        evaluate: Evaluate,
+        metric: str,
+        reporter: Reporter,
+    ) -> None:
+        self.recipe, self.directory, self.codec, self.batches = recipe, directory, codec, batches
+        self.evaluate, self.metric, self.reporter = evaluate, metric, reporter
+        self.steps_per_epoch = -(-len(batches) // recipe.run.gradient_accumulation_steps)
+        self.total_steps = _total_steps(recipe, self.steps_per_epoch)
+        self.eval_steps = recipe.run.eval_steps or self.steps_per_epoch
+        torch.manual_seed(recipe.run.seed)
+        self.model = new_model(recipe, codec).to(recipe.run.device)
+        freeze(self.model, recipe.optim.freeze)
+        self.optimizer = build_optimizer(recipe.optim, self.model)
+        self.average = copy.deepcopy(self.model) if recipe.run.ema_decay else None
+        self.carried: State | None = None
+        self.progress = Progress()
+        self.saved_step = 0
+        torch.manual_seed(recipe.run.seed)
+        self._resume()
+        self.started = time.monotonic() - self.progress.seconds
+
+    def run(self) -> None:
+        """From wherever the run stands to its end."""
+        while True:
+            over = self._is_over()
+            if self._validation_is_due(over):
+                self._validate()
+                over = over or self._is_over()  # it may have been the last chance for a better score
+            if self._save_is_due():
+                self._save()
+            if over:
+                break
+            done = self._step()
+            if self.progress.step % self.recipe.run.logging_steps == 0:
+                self._log(done)
+
+    def _step(self) -> Update:
+        """One update: forward and backward for each micro-batch, clip, step."""
+        step, run = self.progress.step, self.recipe.run
+        rate = learning_rate(self.recipe.optim, step, self.total_steps, self.progress.plateau_scale)
+        logged = (step + 1) % run.logging_steps == 0
+        self.model.train()
+        done = update(
+            self.model, self._micro_batches(step), self.optimizer, self.recipe.optim, rate, self.carried, logged
+        )
+        self.carried = done.state if self.batches.carries_state else None
+        self.progress.step += 1
+        self._count(done)
+        if self.average is not None and not done.skipped:
+            self._move_average()
+        self.reporter.step(self.progress.step, self.total_steps, done)
+        return done
+
+    def _micro_batches(self, step: int) -> Iterator[Batch]:
+        """The batches of one step: a pure function of (seed, epoch, step)."""
+        accumulate = self.recipe.run.gradient_accumulation_steps
+        epoch, first = divmod(step, self.steps_per_epoch)
+        for index in range(first * accumulate, min((first + 1) * accumulate, len(self.batches))):
+            batch = self.batches.batch(epoch, index)
+            if self.batches.carries_state and index > 0:
+                batch["state"] = None  # `update` puts in where the last batch ended
+            yield {name: value if value is None else value.to(self.recipe.run.device) for name, value in batch.items()}
+
+    def _count(self, done: Update) -> None:
+        progress = self.progress
+        if done.skipped:
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
+            if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                raise DivergedError(
+                    f"loss or gradient was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row, at step "
+                    f"{progress.step}; lower optim.learning_rate or optim.max_grad_norm, in a new run.output_dir"
+                )
+            return
+        progress.skipped_in_a_row = 0
+        progress.updates += 1
+        progress.loss += done.loss
+        progress.nll += done.nll
+        progress.num_targets += done.num_targets
+        progress.clipped += done.clipped
+
+    def _log(self, last: Update) -> None:
+        """A line of what happened since the last one. Nothing of the clock goes in here."""
+        progress = self.progress
+        line: dict[str, float | int | None] = {
+            "step": progress.step,
+            "epoch": round(progress.step / self.steps_per_epoch, 4),
+            "learning_rate": learning_rate(
+                self.recipe.optim, progress.step - 1, self.total_steps, progress.plateau_scale
+            ),
+            "skipped": progress.skipped,
+        }
+        if progress.updates:
+            line["loss"] = progress.loss / progress.num_targets
+            line["nll"] = progress.nll / progress.num_targets
+            line["clipped_share"] = progress.clipped / progress.updates
+        if not last.skipped:
+            line["gradient_norm"], line["update_to_weight_ratio"] = last.norm, last.ratio
+        progress.loss = progress.nll = 0.0
+        progress.num_targets = progress.updates = progress.clipped = 0
+        progress.log_bytes = self.reporter.log(line)
+
+    def _move_average(self) -> None:
+        """Exponential moving average; shorter at first, so that it soon forgets the initial weights."""
+        assert self.average is not None and self.recipe.run.ema_decay is not None
+        count = self.progress.averaged
+        decay = min(self.recipe.run.ema_decay, (1 + count) / (10 + count))
+        with torch.no_grad():
+            for mean, now in zip(self.average.state_dict().values(), self.model.state_dict().values(), strict=True):
+                if mean.is_floating_point():
+                    mean.lerp_(now, 1 - decay)
+                else:
+                    mean.copy_(now)
+        self.progress.averaged += 1
+
+    # Once in a while
+
+    def _validation_is_due(self, over: bool) -> bool:
+        step = self.progress.step
+        return step > 0 and self.progress.validated_step != step and (over or step % self.eval_steps == 0)
+
+    def _save_is_due(self) -> bool:
+        step = self.progress.step
+        due = step % self.recipe.run.save_steps == 0 or self.progress.validated_step == step
+        return step > 0 and self.saved_step != step and due
+
+    def _is_over(self) -> bool:
+        progress, run = self.progress, self.recipe.run
+        patience = run.early_stopping_patience
+        return (
+            progress.step >= self.total_steps
+            or (patience is not None and progress.validations_without_better >= patience)
+            or (run.max_minutes is not None and self._seconds() >= 60 * run.max_minutes)
+        )
+
+    def _validate(self) -> None:
+        """Score the model as it would be served; keep it if it is the best so far."""
+        progress, plateau = self.progress, self.recipe.optim
+        candidate = self._candidate(progress.step)
+        # Validation must not move the random numbers of training, or its frequency would change the result.
+        with torch.random.fork_rng(devices=[0] if self.recipe.run.device == "cuda" else []):
+            self._save_model(candidate)
+            scores = self.evaluate(candidate)
+        score = -scores[self.metric] if self.metric in LOWER_IS_BETTER else scores[self.metric]
+        progress.validated_step = progress.step
+        better = progress.best_score is None or score > progress.best_score
+        if better:
+            progress.best_score, progress.best_step = score, progress.step
+            progress.validations_without_better = progress.plateau_wait = 0
+        else:
+            progress.validations_without_better += 1
+            progress.plateau_wait += 1
+            if plateau.lr_scheduler_type == "plateau" and progress.plateau_wait >= plateau.plateau_patience:
+                progress.plateau_scale *= plateau.plateau_factor
+                progress.plateau_wait = 0
+        progress.log_bytes = self.reporter.log({"step": progress.step, "validation": scores, "best": better})
+
+    def _save_model(self, directory: Path) -> None:
+        save_pretrained(
+            self.average or self.model,
+            directory,
+            source_tokenizer=self.codec.source_tokenizer,
+            target_tokenizer=self.codec.target_tokenizer,
+            preprocessor=self.codec.preprocessor,
+            generation=self.recipe.generation if self.recipe.makes_text else None,
+        )
+
+    def _candidate(self, step: int) -> Path:
+        return self.directory / "validated" / f"step-{step:08d}"
+
+    @property
+    def best_directory(self) -> Path:
+        """The model that scored best."""
+        assert self.progress.best_step is not None
+        return self._candidate(self.progress.best_step)
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    # Stopping and going on
+
+    def _save(self) -> None:
+        self.progress.seconds = self._seconds()
+        self.reporter.flush()
+        checkpoint.save(self.directory / "checkpoints", self.progress, self._tensors())
+        self.saved_step = self.progress.step
+        for candidate in (self.directory / "validated").glob("step-*"):
+            if self.progress.best_step is None or candidate != self.best_directory:
+                shutil.rmtree(candidate)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
+        if self.carried is not None:
+            tensors["carried"] = self.carried.values
+        return tensors | checkpoint.pack_optimizer(self.optimizer) | checkpoint.pack_random_states()
+
+    def _resume(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one; else rewind the log to its beginning."""
+        found = checkpoint.load_newest(self.directory / "checkpoints")
+        if found is not None:
+            self.progress, tensors, warnings = found
+            self.saved_step = self.progress.step
+            for warning in warnings:
+                self.reporter.say(warning)
+            self.model.load_state_dict(_part(tensors, "model."))
+            if self.average is not None:
+                self.average.load_state_dict(_part(tensors, "average."))
+            if "carried" in tensors:
+                self.carried = State(tensors["carried"].to(self.recipe.run.device))
+            checkpoint.unpack_optimizer(self.optimizer, tensors)
+            checkpoint.unpack_random_states(tensors)
+            self.reporter.say(f"going on from step {self.progress.step}")
+        self.reporter.rewind(self.progress.log_bytes, self.progress.step)
+
+
+def new_model(recipe: Recipe, codec: Codec) -> Model:
+    """Initial weights, or those of `model.init_from` with a new head where labels differ."""
+    model = build_model(codec.config)
+    if recipe.init_from is not None:
+        saved = load_pretrained(recipe.init_from)
+        weights = saved.model.state_dict()
+        if saved.config.labels != codec.config.labels:
+            weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
+        model.load_state_dict(weights, strict=False)
+    return model
+
+
+def _total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
+    run = recipe.run
+    by_epochs = run.num_train_epochs * steps_per_epoch if run.num_train_epochs else None
+    return min(limit for limit in (by_epochs, run.max_steps) if limit is not None)
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,177 @@
+"""Optimizers, schedules, and the one update that every step of training makes.
+
+An update sums the gradients of its micro-batches, divides once by the number of targets, clips, and steps; if a loss
+or a gradient is not finite, the weights stay untouched. Knows no task, no file and no log.
+"""
+
+import fnmatch
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+
+from seqmodels.errors import ConfigError, SeqModelsError
+from seqmodels.state import State
+from training.config import OptimSection
+from training.data.batches import Batch
+
+
+class DivergedError(SeqModelsError):
+    """Loss or gradient was not finite for several steps in a row."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update did. loss, nll: sums over targets. norm: of the gradient, before clipping."""
+
+    loss: float
+    nll: float
+    num_targets: int
+    num_tokens: int  # real positions read and written; the measure of speed
+    norm: float
+    clipped: bool
+    skipped: bool  # loss or gradient was not finite; nothing changed
+    ratio: float | None  # length of the weights' change over length of the weights, where it was asked for
+    state: State | None  # where the last micro-batch ended
+
+
+def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
+    """Stop training the parameters whose names match a pattern. Raises ConfigError where none does."""
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        matched = set(fnmatch.filter(names, pattern))
+        if not matched:
+            raise ConfigError(
+                f"optim.freeze holds {pattern!r}, which matches no parameter; there are {', '.join(names)}"
+            )
+        for name, parameter in model.named_parameters():
+            if name in matched:
+                parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("optim.freeze leaves nothing to train; remove a pattern")
+
+
+def build_optimizer(section: OptimSection, model: nn.Module) -> Optimizer:
+    """The recipe's optimizer over all parameters that are not frozen."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rate, decay, momentum = section.learning_rate, section.weight_decay, section.momentum
+    match section.optimizer:
+        case "adam":
+            return Adam(parameters, rate, weight_decay=decay)
+        case "adamw":
+            return AdamW(parameters, rate, weight_decay=decay)
+        case "sgd":
+            return SGD(parameters, rate, momentum=momentum, nesterov=section.nesterov, weight_decay=decay)
+        case "rmsprop":
+            return RMSprop(parameters, rate, momentum=momentum, weight_decay=decay)
+        case "adagrad":
+            return Adagrad(parameters, rate, weight_decay=decay)
+
+
+def learning_rate(section: OptimSection, step: int, total_steps: int, plateau_scale: float = 1.0) -> float:
+    """The rate of one step, counted from 0: a pure function, so nothing of a schedule needs saving.
+
+    plateau_scale: what the plateaus so far have multiplied the rate by.
+    """
+    warm_up, done = section.warmup_steps, step + 1
+    if done <= warm_up:
+        return section.learning_rate * done / warm_up
+    match section.lr_scheduler_type:
+        case "cosine":  # from the end of warm-up down to 0
+            share = (step - warm_up) / max(1, total_steps - warm_up)
+            return section.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+        case "inverse_sqrt":  # Vaswani et al. 2017
+            return section.learning_rate * math.sqrt(warm_up / done)
+        case "plateau":
+            return section.learning_rate * plateau_scale
+        case "constant":
+            return section.learning_rate
+
+
+def update(
+    model: nn.Module,
+    micro_batches: Iterable[Batch],
+    optimizer: Optimizer,
+    section: OptimSection,
+    rate: float,
+    carried: State | None = None,
+    measure_ratio: bool = False,
+) -> Update:
+    """One update of the weights.
+
+    carried: where the last batch of running text ended; micro-batches that have a `state` key go on from it.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    buffers = [buffer.clone() for buffer in model.buffers()]  # running statistics move in the forward pass already
+    loss = nll = torch.zeros((), device=next(model.parameters()).device)
+    num_targets = num_tokens = 0
+    for batch in micro_batches:
+        if "state" in batch:
+            batch = batch | {"state": carried}
+        out = model(**batch)
+        total = out.loss * out.num_targets
+        total.backward()
+        loss, nll = loss + total.detach(), nll + out.nll.detach() * out.num_targets
+        num_targets += int(out.num_targets)
+        num_tokens += _num_tokens(batch)
+        carried = out.state.detach() if out.state is not None else None
+    gradients = list(_gradients(optimizer))
+    for gradient in gradients:
+        gradient /= max(1, num_targets)
+    norm = float(gradient_norm(gradients))
+    if not (math.isfinite(float(loss)) and math.isfinite(norm)):
+        for buffer, before in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        return Update(0.0, 0.0, 0, num_tokens, norm, clipped=False, skipped=True, ratio=None, state=None)
+    clipped = clip(gradients, norm, section.max_grad_norm, section.clip_value)
+    ratio = _step(optimizer, rate, measure_ratio)
+    sums = float(loss), float(nll), num_targets, num_tokens
+    return Update(*sums, norm, clipped, skipped=False, ratio=ratio, state=carried)
+
+
+def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """The Euclidean length of all gradients together, in float32."""
+    return torch.nn.utils.get_total_norm([gradient.float() for gradient in gradients])
+
+
+def clip(gradients: Iterable[Tensor], norm: float, max_norm: float | None, max_value: float | None) -> bool:
+    """Scale all gradients, in place, to a common norm of at most `max_norm`, then bound each number by `max_value`.
+
+    Returns whether anything was cut.
+    """
+    clipped = max_norm is not None and norm > max_norm
+    for gradient in gradients:
+        if max_norm is not None and norm > max_norm:
+            gradient *= max_norm / norm
+        if max_value is not None:
+            clipped = clipped or bool(gradient.abs().max() > max_value)
+            gradient.clamp_(-max_value, max_value)
+    return clipped
+
+
+def _num_tokens(batch: Batch) -> int:
+    lengths = [int(batch[name].sum()) for name in ("lengths", "label_lengths") if name in batch]
+    return sum(lengths) or len(batch["labels"])
+
+
+def _gradients(optimizer: Optimizer) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                yield parameter.grad
+
+
+def _step(optimizer: Optimizer, rate: float, measure_ratio: bool) -> float | None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    if not measure_ratio:
+        optimizer.step()
+        return None
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    before = [parameter.detach().clone() for parameter in parameters]
+    optimizer.step()
+    change = gradient_norm([now.detach() - then for now, then in zip(parameters, before, strict=True)])
+    return float(change / gradient_norm(before).clamp(min=1e-12))

@@ -1,0 +1,314 @@
+"""A run from recipe to model directory: prepare the run directory, train, finish.
+
+recipe.yaml, run.json      what is trained on what; written before step 0, never changed
+tokenizer.json, ...        trained from the training split, before step 0
+checkpoints/, validated/   to go on from; the best model so far
+metrics.jsonl, timings.jsonl, tensorboard/
+config.json, model.safetensors, README.md, report.html, finished.json      at the end: a model directory
+"""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import PositiveInt, ValidationError
+
+from seqmodels.config import Strict, explain
+from seqmodels.errors import CheckpointError, ConfigError
+from seqmodels.pipeline import is_bio
+from seqmodels.pretrained import load_pretrained, save_pretrained, tokenizer_names
+from seqmodels.tokenizer import Tokenizer
+from training import baselines, checkpoint
+from training.card import model_card
+from training.config import METRICS, Recipe
+from training.data.batches import Batches, Buckets
+from training.data.examples import Codec, Example
+from training.data.rows import Row, fingerprint
+from training.data.sources import load_rows
+from training.data.streams import Streams
+from training.evaluate import evaluate
+from training.loop import Trainer
+from training.report import Reporter, write_report
+
+RECIPE, RUN, FINISHED, SAMPLES = "recipe.yaml", "run.json", "finished.json", "samples.json"
+NUM_EXAMPLES_SHOWN = 3
+
+
+class RunFile(Strict):
+    """run.json: what a run must find unchanged when it goes on."""
+
+    recipe: dict[str, Any]
+    data: str  # fingerprint of the training and validation rows
+    labels: tuple[str, ...]
+    feature_size: int
+    tokenizers: tuple[str | None, str | None]  # fingerprints of the source's and the target's
+    torch: str
+    threads: PositiveInt
+
+
+def train(recipe: Recipe) -> Path:
+    """Train to the end, going on where an earlier call was interrupted; return the model directory.
+
+    A finished run is left as it is. Raises ConfigError, DataError, CheckpointError.
+    """
+    assert recipe.run.output_dir is not None
+    directory = Path(recipe.run.output_dir)
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    if recipe.run.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("run.device is 'cuda', but torch finds no CUDA device; set run.device=cpu")
+    with _locked(directory), Reporter(directory) as reporter:
+        saved = _saved_run(directory, recipe)
+        if (directory / FINISHED).is_file():
+            reporter.say(f"{directory} is finished; nothing to do")
+            return directory
+        rows = load_rows(recipe)
+        codec = _prepare(directory, recipe, rows, saved, reporter)
+        examples = codec.encode(rows["train"])
+        _introduce(recipe, rows, codec, examples, reporter)
+        trainer = Trainer(
+            recipe,
+            directory,
+            codec,
+            _batches(recipe, codec, examples),
+            lambda candidate: _validate(recipe, codec, rows["validation"], candidate),
+            _metric(recipe, codec),
+            reporter,
+        )
+        trainer.run()
+        _finish(recipe, trainer, codec, len(examples))
+        reporter.say(f"the best model, of step {trainer.progress.best_step}, is in {directory}; see its report.html")
+    return directory
+
+
+# Before step 0
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Two runs in one directory would ruin each other. The lock goes with the process, however it ends."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"another process is training in {directory}; wait for it, or set run.output_dir"
+            ) from None
+        yield
+
+
+def _saved_run(directory: Path, recipe: Recipe) -> RunFile | None:
+    """What an earlier call left, if it is of the same recipe."""
+    path = directory / RUN
+    if not path.is_file():
+        if (directory / "config.json").exists():
+            raise ConfigError(f"run.output_dir {directory} holds a model that no run made; name another directory")
+        return None
+    try:
+        saved = RunFile.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {explain(error)}; remove the directory to start again") from None
+    for key, was, now in _differences(saved.recipe, _plain(recipe)):
+        raise CheckpointError(
+            f"{directory} was begun with {key}={was}, but the recipe now says {now}; put it back, or name another "
+            "run.output_dir"
+        )
+    return saved
+
+
+def _prepare(
+    directory: Path, recipe: Recipe, rows: Mapping[str, Sequence[Row]], saved: RunFile | None, reporter: Reporter
+) -> Codec:
+    """Tokenizers and labels: trained and written, or read back and checked."""
+    data = fingerprint(dict(rows))
+    if saved is None:
+        codec = Codec.train(recipe, rows["train"])
+        _write_run(directory, recipe, codec, data)
+        return codec
+    if saved.data != data:
+        raise CheckpointError(
+            f"{directory} was begun with other data (fingerprint {saved.data[:12]}, now {data[:12]}); bring the data "
+            "back, or name another run.output_dir"
+        )
+    if (saved.torch, saved.threads) != (torch.__version__, torch.get_num_threads()):
+        reporter.say(
+            f"begun with torch {saved.torch} and {saved.threads} threads, now {torch.__version__} and "
+            f"{torch.get_num_threads()}: the result may differ in its last bits"
+        )
+    source, target = (_read_tokenizer(directory, digest) for digest in saved.tokenizers)
+    return Codec.build(recipe, source, target, saved.labels, saved.feature_size)
+
+
+def _write_run(directory: Path, recipe: Recipe, codec: Codec, data: str) -> None:
+    """All files of before step 0; run.json last, since it says that the others are there."""
+    tokenizers = (codec.source_tokenizer, codec.target_tokenizer)
+    for name, tokenizer in zip(tokenizer_names(codec.config), tokenizers, strict=True):
+        if name and tokenizer:
+            tokenizer.save(directory / f".{name}.writing")
+            checkpoint.flush(directory / f".{name}.writing")
+            (directory / f".{name}.writing").replace(directory / name)
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    checkpoint.write_whole(directory / RECIPE, text)
+    file = RunFile(
+        recipe=_plain(recipe),
+        data=data,
+        labels=codec.config.labels,
+        feature_size=getattr(codec.config.encoder, "feature_size", 0),
+        tokenizers=(_digest(codec.source_tokenizer), _digest(codec.target_tokenizer)),
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+    )
+    checkpoint.write_whole(directory / RUN, file.model_dump_json(indent=2) + "\n")
+
+
+def _read_tokenizer(directory: Path, digest: str | None) -> Tokenizer | None:
+    """The tokenizer with the given fingerprint, whichever name it has here."""
+    if digest is None:
+        return None
+    for path in directory.glob("*tokenizer.json"):
+        tokenizer = Tokenizer.load(path)
+        if tokenizer.fingerprint == digest:
+            return tokenizer
+    raise CheckpointError(f"{directory} has no tokenizer with fingerprint {digest[:12]}; it was changed since step 0")
+
+
+def _digest(tokenizer: Tokenizer | None) -> str | None:
+    return tokenizer.fingerprint if tokenizer else None
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data, less where it is kept: a run directory may be moved."""
+    fields: dict[str, Any] = recipe.model_dump(mode="json")
+    del fields["run"]["output_dir"]
+    return fields
+
+
+def _differences(was: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(was, dict) and isinstance(now, dict):
+        for name in sorted(was.keys() | now.keys()):
+            yield from _differences(was.get(name), now.get(name), f"{key}.{name}" if key else name)
+    elif was != now:
+        yield key, was, now
+
+
+def _introduce(
+    recipe: Recipe, rows: Mapping[str, Sequence[Row]], codec: Codec, examples: Sequence[Example], reporter: Reporter
+) -> None:
+    left_out = sum(len(row.references) if recipe.makes_text else 1 for row in rows["train"]) - len(examples)
+    reporter.say(
+        f"{recipe.task} on {_data_name(recipe)}: {len(examples)} examples to train on, "
+        f"{len(rows['validation'])} rows to validate" + (f"; {left_out} left out, being empty or too long" if left_out else "")
+    )
+    reporter.show_examples(examples[:NUM_EXAMPLES_SHOWN], codec)
+
+
+def _data_name(recipe: Recipe) -> str:
+    return recipe.data.path or recipe.data.id or f"{recipe.data.generated} (generated by this project)"
+
+
+def _batches(recipe: Recipe, codec: Codec, examples: Sequence[Example]) -> Batches:
+    run, data = recipe.run, recipe.data
+    if recipe.task == "generate":
+        rows = min(run.rows_per_batch, max(1, run.tokens_per_batch // data.chunk_length))
+        return Streams(examples, rows, data.chunk_length, run.seed)
+    return Buckets(examples, codec, run.tokens_per_batch, run.rows_per_batch, run.seed)
+
+
+def _metric(recipe: Recipe, codec: Codec) -> str:
+    """What decides which model is best."""
+    if recipe.run.metric_for_best_model is not None:
+        return recipe.run.metric_for_best_model
+    return "span_f1" if recipe.task == "tag" and is_bio(codec.config.labels) else METRICS[recipe.task][0]
+
+
+def _validate(recipe: Recipe, codec: Codec, rows: Sequence[Row], candidate: Path) -> dict[str, float]:
+    result = evaluate(candidate, rows[: recipe.run.max_eval_samples], codec, recipe.run.device)
+    (candidate / SAMPLES).write_text(json.dumps(result.samples, ensure_ascii=False, indent=1), encoding="utf-8")
+    return result.scores
+
+
+# After the last step
+
+
+def _finish(recipe: Recipe, trainer: Trainer, codec: Codec, num_examples: int) -> None:
+    """Make the run directory a model directory: the best model, its card, and a report."""
+    directory, best = trainer.directory, trainer.best_directory
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    scores = next(
+        line["validation"] for line in lines if "validation" in line and line["step"] == trainer.progress.best_step
+    )
+    facts = {
+        "Task": recipe.task,
+        "Data": _data_name(recipe),
+        "Licence of the data": recipe.data.license,
+        "Training examples": num_examples,
+        "Parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "Steps": f"{trainer.progress.step}, best at {trainer.progress.best_step}",
+        "Minutes": round(trainer.progress.seconds / 60, 1),
+        "Steps skipped (loss or gradient not finite)": trainer.progress.skipped,
+        **{f"Validation {name}": f"{value:.4f}" for name, value in scores.items()},
+    }
+    saved = load_pretrained(best)
+    save_pretrained(
+        saved.model,
+        directory,
+        source_tokenizer=saved.source_tokenizer,
+        target_tokenizer=saved.target_tokenizer,
+        preprocessor=saved.preprocessor,
+        generation=saved.generation,
+        card=model_card(directory.name, recipe, facts),
+    )
+    samples = json.loads((best / SAMPLES).read_text(encoding="utf-8"))
+    write_report(directory, f"Training {directory.name}", facts, samples)
+    checkpoint.write_whole(
+        directory / FINISHED, json.dumps({"step": trainer.progress.step, "validation": scores}) + "\n"
+    )
+    shutil.rmtree(directory / "validated")
+
+
+# Afterwards
+
+
+def evaluate_directory(
+    directory: Path, recipe: Recipe, split: str, params: Mapping[str, Any], with_baseline: bool
+) -> dict[str, Any]:
+    """Score a finished model on one split of its data, and write the result beside it."""
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    saved = load_pretrained(directory)
+    codec = Codec(
+        saved.config, saved.source_tokenizer, saved.target_tokenizer, saved.preprocessor, recipe.data.max_target_length
+    )
+    rows = load_rows(recipe, ("train", split) if with_baseline else (split,))
+    result = evaluate(directory, rows[split], codec, recipe.run.device, dict(params))
+    scores = dict(result.scores)
+    if with_baseline:
+        name, score = _baseline(recipe, rows["train"], rows[split])
+        scores[name] = score
+    report = {
+        "model": directory.name,
+        "revision": saved.revision,
+        "split": split,
+        "rows": result.num_rows,
+        "scores": scores,
+        "signatures": result.signatures,
+        "search": {**saved.generation.model_dump(mode="json", exclude_defaults=True), **params},
+    }
+    checkpoint.write_whole(directory / f"evaluation-{split}.json", json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def _baseline(recipe: Recipe, train_rows: Sequence[Row], rows: Sequence[Row]) -> tuple[str, float]:
+    match recipe.task, recipe.input:
+        case "classify", "text":
+            return "bag_of_words_baseline", baselines.bag_of_words(train_rows, rows)
+        case "tag", "frames":
+            return "single_frame_baseline", baselines.single_frame(train_rows, rows)
+    raise ConfigError(f"there is no baseline for task {recipe.task} on {recipe.input}; leave out --baseline")
