@@ -1,0 +1,131 @@
+"""Start the service on this machine:
+
+    python -m serving MODEL_DIR [NAME=MODEL_DIR ...] [--port 8000]
+    python -m serving service.yaml
+
+It says where it listens and stays up until Ctrl-C. For a cluster see deploy/serve.yaml.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from seqmodels.errors import SeqModelsError
+from serving.config import ServeConfig, named_models
+
+# Before Ray is imported: nothing is sent anywhere, and Ray does not repeat its advice about GPUs.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0 after Ctrl-C, 2 for a mistake of the user, told in one line."""
+    try:
+        config = read_config(arguments)
+        _check_port(config)
+        _check_models(config)
+        _serve(config)
+    except (SeqModelsError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def read_config(arguments: Sequence[str] | None) -> ServeConfig:
+    """The command line as a ServeConfig; options given there win over the file. Raises ConfigError."""
+    parser = argparse.ArgumentParser("python -m serving", description="Serve saved models over HTTP.")
+    parser.add_argument("target", nargs="+", help="MODEL_DIR, NAME=MODEL_DIR, or one YAML file with a ServeConfig")
+    parser.add_argument("--host", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--num-threads", type=int, help="torch threads of each replica")
+    parser.add_argument("--replicas", type=int)
+    parser.add_argument("--api-keys-file", help="a file with one API key per line")
+    options = vars(parser.parse_args(arguments))
+    targets = options.pop("target")
+    given = {name: value for name, value in options.items() if value is not None}
+    if len(targets) == 1 and targets[0].endswith((".yaml", ".yml")):
+        return ServeConfig.load(Path(targets[0]), **given)
+    return ServeConfig.parse({"models": named_models(targets), **given})
+
+
+def _check_port(config: ServeConfig) -> None:
+    """Raise OSError if the port is taken: Ray would only retry."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise OSError(f"cannot listen on {config.url}: {error.strerror}; choose another --port or --host") from None
+
+
+def _check_models(config: ServeConfig) -> None:
+    """Raise ModelDirectoryError now, in one line, rather than in a replica's log."""
+    from serving.deployments import load_pipelines
+
+    load_pipelines(config)
+
+
+def _serve(config: ServeConfig) -> None:
+    stop = threading.Event()
+    try:
+        start(config)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        _say_where(config)
+        stop.wait()
+        print("stopping: running requests may finish", flush=True)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        shut_down()
+
+
+def start(config: ServeConfig) -> None:
+    """Start Ray and the service in the background; returns when it answers."""
+    import ray
+    from ray import serve
+
+    from serving.deployments import build
+
+    replicas = config.autoscaling.max_replicas if config.autoscaling else config.replicas
+    num_cpus = max(os.cpu_count() or 1, replicas * config.num_threads)  # room for what was asked, even on few cores
+    ray.init(num_cpus=num_cpus, include_dashboard=False, logging_level="warning")
+    http: dict[str, Any] = {
+        "host": config.host,
+        "port": config.port,
+        "request_timeout_s": config.limits.timeout_s + 10.0,  # a backstop: the app expires requests itself
+    }
+    logging_config = {"log_level": "WARNING", "enable_access_log": False}
+    serve.start(proxy_location="HeadOnly", http_options=http, logging_config=logging_config)
+    serve.run(build(config), logging_config=logging_config)
+
+
+def shut_down() -> None:
+    """Stop the service, letting what runs finish, and every process of Ray's that `start` began."""
+    import ray
+    from ray import serve
+
+    if ray.is_initialized():
+        serve.shutdown()
+        ray.shutdown()
+
+
+def _say_where(config: ServeConfig) -> None:
+    print(f"serving {', '.join(config.models)} at {config.url}; documentation at {config.url}/docs; Ctrl-C stops it")
+    from serving.auth import load_key_hashes
+
+    if not config.is_loopback and not load_key_hashes(config.api_keys_file):
+        print("warning: other machines can reach this address and no API key is set; see api_keys_file", flush=True)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""The routes of the service. Each one says what it takes, what it gives, and hands over to `Service`.
+
+Bodies are read with a bound and parsed by pydantic straight from bytes, in a pool thread: so a body that is too large,
+too deep, not UTF-8, or holds NaN or half a surrogate pair never reaches anything that could stumble over it.
+"""
+
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from fastapi import FastAPI, Request
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from serving import schema
+from serving.completions import CompletionRequest, CompletionResponse
+from serving.config import ServeConfig
+from serving.front import Front, is_image
+from serving.http import Guard, Observe, error_response
+from serving.runner import Runner
+from serving.service import Service
+
+if TYPE_CHECKING:
+    from seqmodels.pipeline import Pipeline
+
+REFERENCE = "#/components/schemas/{model}"
+REQUESTS: tuple[type[BaseModel], ...] = (
+    schema.ClassifyRequest,
+    schema.TagRequest,
+    schema.TranslateRequest,
+    schema.CaptionRequest,
+    schema.GenerateRequest,
+    schema.ScoreRequest,
+    CompletionRequest,
+)
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": schema.ErrorResponse, "description": description}
+    for status, description in {
+        400: "A field is wrong, or above this server's limit",
+        401: "The key is missing or unknown",
+        404: "No such model",
+        408: "The deadline passed before the answer was ready",
+        413: "The input or the body is too long",
+        415: "The content type, or this kind of input, is not taken here",
+        422: "The input is empty",
+        429: "The queue is full; try again after the seconds in Retry-After",
+        500: "A fault of the server",
+        503: "The server is not ready, or shutting down",
+    }.items()
+}
+
+
+def build_app(
+    runner: "Runner[Pipeline]",
+    config: ServeConfig,
+    *,
+    key_hashes: Sequence[str] = (),
+    warm_ups: Mapping[str, Mapping[str, Any]] | None = None,
+    observe: Observe = lambda path, status, seconds: None,
+) -> FastAPI:
+    """The service as an ASGI app, which starts the runner with its lifespan and drains it at the end.
+
+    warm_ups: what each pipeline's `warm_up` reported, for /readyz. observe: called once per answer.
+    """
+    service = Service(runner)
+    created = int(time.time())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await service.stop(config.drain_s)
+
+    app = FastAPI(title="seqmodels", summary="Recurrent sequence models over HTTP", redoc_url=None, lifespan=lifespan)
+    app.add_middleware(Guard, key_hashes=key_hashes, observe=observe)
+    app.add_exception_handler(HTTPException, _router_error)
+    front = Front(service, config.limits)
+
+    @app.post("/v1/classify", **_documented(schema.ClassifyRequest, schema.ClassifyResponse))
+    async def classify(request: Request) -> Response:
+        """One label for each input, with the probability of every label."""
+        return await front.answer(request, schema.ClassifyRequest, "classify")
+
+    @app.post("/v1/tag", **_documented(schema.TagRequest, schema.TagResponse))
+    async def tag(request: Request) -> Response:
+        """Labelled spans of each input, with offsets in characters of the given text."""
+        return await front.answer(request, schema.TagRequest, "tag")
+
+    @app.post("/v1/translate", **_documented(schema.TranslateRequest, schema.GenerateResponse, streams=True))
+    async def translate(request: Request) -> Response:
+        """Text to text. With `stream: true`: `delta` events, then one `answer` event."""
+        return await front.answer(request, schema.TranslateRequest, "translate")
+
+    @app.post("/v1/caption", **_documented(schema.CaptionRequest, schema.GenerateResponse, streams=True, images=True))
+    async def caption(request: Request) -> Response:
+        """A text about each picture, clip or series. Also takes one raw picture, with options in the query."""
+        if is_image(request):
+            return await front.caption_image(request)
+        return await front.answer(request, schema.CaptionRequest, "caption")
+
+    @app.post("/v1/generate", **_documented(schema.GenerateRequest, schema.GenerateResponse, streams=True))
+    async def generate(request: Request) -> Response:
+        """Text from a language model, going on from each input or, without one, freely."""
+        return await front.answer(request, schema.GenerateRequest, "generate")
+
+    @app.post("/v1/score", **_documented(schema.ScoreRequest, schema.ScoreResponse))
+    async def score(request: Request) -> Response:
+        """The model's own log-probability of each target, token by token."""
+        return await front.score(request)
+
+    @app.post("/v1/completions", **_documented(CompletionRequest, CompletionResponse, streams=True))
+    async def completions(request: Request) -> Response:
+        """Completions as OpenAI's clients expect them, from any model that writes text."""
+        return await front.complete(request)
+
+    @app.get("/v1/models", response_model=schema.ModelList, responses=ERRORS)
+    async def models() -> Response:
+        """The models served here."""
+        return JSONResponse({"object": "list", "data": [card(name) for name in service.pipelines]})
+
+    def card(name: str) -> dict[str, Any]:
+        pipeline = service.pipelines[name]
+        about = {"task": pipeline.task, "input": pipeline.config.input, "revision": pipeline.revision}
+        return {"id": name, "object": "model", "created": created, "owned_by": "local", **about}
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        """Whether the process is alive."""
+        return JSONResponse({"alive": True})
+
+    @app.get("/readyz", responses={503: {"description": "The engine does not turn, or a model is broken"}})
+    async def readyz() -> Response:
+        """Whether every model is warm and the engine turns, with what it is doing."""
+        report = {
+            "ready": runner.is_turning and not runner.broken_models,
+            "turning": runner.is_turning,
+            "broken_models": runner.broken_models,
+            "requests": runner.num_open,
+            "num_threads": torch.get_num_threads(),
+            "models": {name: {**runner.loads[name], **(warm_ups or {}).get(name, {})} for name in service.pipelines},
+        }
+        return JSONResponse(report, 200 if report["ready"] else 503)
+
+    _document_requests(app)
+    return app
+
+
+async def _router_error(request: Request, error: Exception) -> Response:
+    return error_response(error)
+
+
+def _documented(
+    request: type[BaseModel], response: type[BaseModel], *, streams: bool = False, images: bool = False
+) -> dict[str, Any]:
+    """What /docs says of an endpoint that reads its body itself."""
+    content: dict[str, Any] = {"application/json": {"schema": {"$ref": REFERENCE.format(model=request.__name__)}}}
+    if images:
+        content["image/*"] = {"schema": {"type": "string", "format": "binary"}}
+    success: dict[str, Any] = {"model": response}
+    if streams:
+        success["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+    return {
+        "responses": {200: success, **ERRORS},
+        "openapi_extra": {"requestBody": {"required": True, "content": content}},
+    }
+
+
+def _document_requests(app: FastAPI) -> None:
+    """Add the request models to the OpenAPI description, where FastAPI has put the response models alone."""
+    _, definitions = models_json_schema([(model, "validation") for model in REQUESTS], ref_template=REFERENCE)
+    app.openapi()["components"]["schemas"].update(definitions["$defs"])

@@ -1,0 +1,149 @@
+"""ServeConfig: what the service runs and what it allows, as data. Strict, frozen, from YAML or a command line.
+
+Knows no HTTP, no Ray and no torch. Every field has its default here and nowhere else.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
+
+from seqmodels.config import Strict, explain
+from seqmodels.errors import ConfigError
+
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class Limits(Strict):
+    """The most that one request may ask for. Passing any of them is a 4xx that names the limit."""
+
+    body_bytes: PositiveInt = 8 * 2**20  # enforced while reading, before anything is parsed
+    inputs: PositiveInt = 256  # items in one request
+    characters: PositiveInt = 20_000  # in one text, one target, or all words of one item together
+    words: PositiveInt = 2_000  # in one pre-split item
+    image_bytes: PositiveInt = 4 * 2**20  # of one picture or frame, after base64
+    frames: PositiveInt = 64
+    features: PositiveInt = 1_000_000  # numbers in one item: steps times feature size
+    num_beams: PositiveInt = 16
+    num_return_sequences: PositiveInt = 16
+    max_new_tokens: PositiveInt = 512
+    stop: PositiveInt = 8  # stop strings, and bad words too
+    stop_characters: PositiveInt = 100  # in one stop string or bad word
+    timeout_s: PositiveFloat = 60.0  # from arrival to answer; a client may ask for less, never for more
+
+
+class Autoscaling(Strict):
+    """How many replicas Ray Serve keeps, by the number of requests that each is working on."""
+
+    min_replicas: PositiveInt = 1
+    max_replicas: PositiveInt = 4
+    target_ongoing_requests: PositiveFloat = 32.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas is {self.min_replicas}, above max_replicas, which is {self.max_replicas}")
+        return self
+
+
+class ServeConfig(Strict):
+    """One service: its models, where it listens, what it may use and what it allows."""
+
+    models: dict[str, str] = Field(min_length=1)  # name that clients use -> model directory
+    host: str = "127.0.0.1"  # loopback unless told otherwise
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPU when there is one, CPU otherwise
+    num_threads: PositiveInt = 1  # torch threads, and CPUs reserved, in each replica
+    max_rows: PositiveInt = 256  # decoder rows of one model that live at once
+    max_requests: PositiveInt = 1024  # inputs accepted and not yet answered, in each replica; more get 429
+    api_keys_file: str | None = None  # one key per line; without it SEQMODELS_API_KEYS is read, comma-separated
+    replicas: PositiveInt = 1
+    num_gpus: Annotated[float, Field(ge=0.0)] | None = None  # for each replica; left out: 1 on "cuda", 0 on "cpu"
+    autoscaling: Autoscaling | None = None  # in place of a fixed number of replicas
+    stall_after_s: PositiveFloat = 30.0  # an engine that does not turn for so long counts as dead
+    drain_s: PositiveFloat = 20.0  # on shutdown, the time that running requests get to finish
+    limits: Limits = Limits()
+
+    @field_validator("models")
+    @classmethod
+    def _check_names(cls, models: dict[str, str]) -> dict[str, str]:
+        for name in models:
+            if not MODEL_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} cannot name a model; use letters, digits, '.', '_' and '-' (at most 100)")
+        return models
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.limits.inputs > self.max_requests:
+            raise ValueError(
+                f"limits.inputs is {self.limits.inputs}, but max_requests is {self.max_requests}, so such a list "
+                "could never be accepted; raise max_requests or lower limits.inputs"
+            )
+        if self.limits.num_beams > self.max_rows or self.limits.num_return_sequences > self.max_rows:
+            raise ValueError(
+                f"max_rows is {self.max_rows}, fewer than limits.num_beams ({self.limits.num_beams}) or "
+                f"limits.num_return_sequences ({self.limits.num_return_sequences}); raise it or lower them"
+            )
+        if self.autoscaling is not None and self.replicas != 1:
+            raise ValueError(f"replicas is {self.replicas} and autoscaling is given; leave one of them out")
+        if self.device == "cpu" and self.num_gpus:
+            raise ValueError(f"num_gpus is {self.num_gpus}, but device is 'cpu'; leave one of them out")
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in LOOPBACK
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    @classmethod
+    def parse(cls, fields: dict[str, Any]) -> Self:
+        """Build from plain data; raises ConfigError that names the field, its value and what is allowed."""
+        try:
+            return cls.model_validate_json(json.dumps(fields))
+        except ValidationError as error:
+            raise ConfigError(explain(error)) from None
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"a value is not plain data: {error}") from None
+
+    @classmethod
+    def load(cls, path: Path, **overrides: Any) -> Self:
+        """Read a YAML file; `overrides` replace its top-level fields. Raises ConfigError that names the file."""
+        try:
+            fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from None
+        except (UnicodeDecodeError, yaml.YAMLError):
+            raise ConfigError(f"{path} is not YAML; see deploy/service.yaml for an example") from None
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{path} holds no fields; it needs at least `models`")
+        try:
+            return cls.parse({**fields, **overrides})
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+
+def named_models(arguments: Sequence[str]) -> dict[str, str]:
+    """`DIRECTORY` or `NAME=DIRECTORY` from a command line to name -> directory; a name defaults to the last part.
+
+    Raises ConfigError if a directory is absent or a name is given twice.
+    """
+    models: dict[str, str] = {}
+    for argument in arguments:
+        given, separator, rest = argument.partition("=")
+        directory = Path(rest if separator else given)
+        name = given if separator else directory.resolve().name
+        if not directory.is_dir():
+            raise ConfigError(f"{directory} is not a directory; give a saved model, such as models/sentiment")
+        if name in models:
+            raise ConfigError(f"two models are called {name!r}; give one another name: NAME={directory}")
+        models[name] = str(directory.resolve())
+    return models

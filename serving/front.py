@@ -1,0 +1,164 @@
+"""Front: from an HTTP request to work for the service, and from its answer to an HTTP response.
+
+All endpoints go the same way: read the body with a bound, parse and prepare it in the pool, hand it to the runner,
+then wait for the answer, or stream it, while watching whether the client leaves.
+"""
+
+import base64
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from serving import intake, schema
+from serving.completions import CompletionRequest, CompletionWriter
+from serving.config import Limits
+from serving.errors import HttpError, http_error, invalid_request
+from serving.http import EventStream, read_body, seconds_allowed, server_sent_event, unless_client_leaves
+from serving.service import Call, Delta, Service, Work
+
+if TYPE_CHECKING:
+    from seqmodels.pipeline import Job, Pipeline
+
+logger = logging.getLogger(__name__)
+
+Parsed = TypeVar("Parsed", bound=BaseModel)
+Body = TypeVar("Body", bound=schema.Request | CompletionRequest)
+Read = Callable[[bytes], Body]
+Prepare = Callable[["Pipeline", Body, Limits], "list[Job]"]
+
+GENERATORS = ("translate", "caption", "generate")
+DONE = b"data: [DONE]\n\n"
+
+
+class Front:
+    """The way of every kind of endpoint through the service."""
+
+    def __init__(self, service: Service, limits: Limits) -> None:
+        self.service = service
+        self.limits = limits
+
+    async def answer(self, request: Request, shape: type[intake.TaskRequest], task: str) -> Response:
+        """An endpoint whose `inputs` go to a model of one task."""
+        read = partial(_parse_json, shape, _content_type(request))
+        return await self._answer(request, read, task)
+
+    async def caption_image(self, request: Request) -> Response:
+        """A picture as the whole body, with the options in the query string."""
+        read = partial(_parse_image, dict(request.query_params))
+        return await self._answer(request, read, "caption")
+
+    async def score(self, request: Request) -> Response:
+        """The probability of given targets, from any model that writes text."""
+        read = partial(_parse_json, schema.ScoreRequest, _content_type(request))
+        _, work = await self._prepare(request, read, GENERATORS, intake.prepare_score)
+        answer = await unless_client_leaves(request.receive, self.service.call(work).answer())
+        return JSONResponse(answer.body())
+
+    async def complete(self, request: Request) -> Response:
+        """Text in OpenAI's words, from any model that writes text."""
+        read = partial(_parse_json, CompletionRequest, _content_type(request))
+        body, work = await self._prepare(request, read, GENERATORS, intake.prepare_completion)
+        writer = CompletionWriter(work.model, self.service.pipelines[work.model].revision, body.n or 1)
+        call = self.service.call(work)
+        if body.stream:
+            return EventStream(_completion_events(call, writer, body.wants_usage))
+        answer = await unless_client_leaves(request.receive, call.answer())
+        return JSONResponse(writer.answer(answer.results, answer.usage))
+
+    async def _answer(self, request: Request, read: Read[intake.TaskRequest], task: str) -> Response:
+        body, work = await self._prepare(request, read, (task,), intake.prepare_inputs)
+        call = self.service.call(work)
+        if isinstance(body, schema.GeneratorOptions) and body.stream:
+            return EventStream(_events(call))
+        answer = await unless_client_leaves(request.receive, call.answer())
+        return JSONResponse(answer.body())
+
+    async def _prepare(
+        self, request: Request, read: Read[Body], tasks: tuple[str, ...], prepare: Prepare[Body]
+    ) -> tuple[Body, Work]:
+        """From bytes to jobs; whatever is the client's fault comes to light here."""
+        deadline = time.monotonic() + seconds_allowed(request, self.limits.timeout_s)
+        self.service.runner.check_room(1)
+        data = await read_body(request, self.limits.body_bytes)
+
+        def in_pool() -> tuple[Body, Work]:
+            body = read(data)
+            name = self.service.find_model(body.model, tasks)
+            return body, Work(name, prepare(self.service.pipelines[name], body, self.limits), deadline)
+
+        return await self.service.in_pool(in_pool)
+
+
+def is_image(request: Request) -> bool:
+    return _content_type(request).startswith("image/")
+
+
+def _content_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _parse_json(shape: type[Parsed], content_type: str, data: bytes) -> Parsed:
+    if content_type != "application/json":
+        message = "the content type is not application/json; send JSON and say so in the header Content-Type"
+        raise HttpError(415, message, "unsupported_media_type")
+    try:
+        return shape.model_validate_json(data)
+    except ValidationError as error:
+        raise invalid_request(error) from None
+
+
+def _parse_image(query: dict[str, str], data: bytes) -> schema.CaptionRequest:
+    """The request that would have said the same in JSON."""
+    image = base64.b64encode(data).decode("ascii")
+    try:
+        options = schema.GeneratorOptions.model_validate_strings(query)
+        return schema.CaptionRequest(inputs=schema.ImageInput(image=image), **options.model_dump(exclude_unset=True))
+    except ValidationError as error:
+        raise invalid_request(error) from None
+
+
+async def _events(call: Call) -> AsyncGenerator[bytes]:
+    """`delta` events, then one `answer` event; an `error` event in place of what could not be done."""
+    pieces = call.stream()
+    try:
+        async for piece in pieces:
+            if isinstance(piece, Delta):
+                delta = {"index": piece.index, "sequence": piece.sequence, "delta": piece.text}
+                yield server_sent_event(delta, "delta")
+            else:
+                yield server_sent_event(piece.body(), "answer")
+    except Exception as error:
+        yield server_sent_event(_stream_error(error), "error")
+    finally:
+        await pieces.aclose()
+
+
+async def _completion_events(call: Call, writer: CompletionWriter, with_usage: bool) -> AsyncGenerator[bytes]:
+    """Chunks in OpenAI's words, then [DONE]."""
+    pieces = call.stream()
+    try:
+        async for piece in pieces:
+            if isinstance(piece, Delta):
+                yield server_sent_event(writer.delta(piece.index, piece.sequence, piece.text))
+            else:
+                yield server_sent_event(writer.finish(piece.results))
+                if with_usage:
+                    yield server_sent_event(writer.usage(piece.usage))
+    except Exception as error:
+        yield server_sent_event(_stream_error(error))
+    finally:
+        await pieces.aclose()
+    yield DONE
+
+
+def _stream_error(error: Exception) -> dict[str, dict[str, str | None]]:
+    told = http_error(error)
+    if told.status == 500:
+        logger.error("a stream broke off", exc_info=error)
+    return told.body

@@ -1,0 +1,143 @@
+"""From a parsed request body to jobs for a pipeline: limits, base64, tokenizing.
+
+Pure functions, slow enough (pictures, long texts) that they run in pool threads, never on the event loop. The first
+bad item fails its whole list and is named, as in `inputs[3]`.
+"""
+
+import base64
+import binascii
+from typing import TYPE_CHECKING, Any
+
+from seqmodels.errors import InputError, TooLongError
+from serving.completions import CompletionRequest
+from serving.config import Limits
+from serving.errors import EMPTY
+from serving.schema import (
+    CaptionRequest,
+    ClassifyRequest,
+    FeaturesInput,
+    FramesInput,
+    GenerateRequest,
+    GeneratorOptions,
+    ImageInput,
+    ScoreRequest,
+    TagRequest,
+    TextInput,
+    TranslateRequest,
+    WordsInput,
+)
+
+if TYPE_CHECKING:
+    from seqmodels.pipeline import Job, Pipeline
+
+TaskRequest = ClassifyRequest | TagRequest | TranslateRequest | CaptionRequest | GenerateRequest
+Input = str | TextInput | WordsInput | ImageInput | FramesInput | FeaturesInput
+PipelineItem = str | dict[str, Any] | None
+
+
+def prepare_inputs(pipeline: "Pipeline", body: TaskRequest, limits: Limits) -> "list[Job]":
+    """A job for each of `inputs`, which is one or a list. Raises InputError."""
+    options = body.search() if isinstance(body, GeneratorOptions) else {}
+    check_search(options, limits)
+    stream = isinstance(body, GeneratorOptions) and body.stream
+    return [
+        pipeline.prepare(item, options, field=field, truncate=body.truncate, stream=stream)
+        for item, field in named_items(body.inputs, "inputs", limits)
+    ]
+
+
+def prepare_score(pipeline: "Pipeline", body: ScoreRequest, limits: Limits) -> "list[Job]":
+    """One job for each pair of input and target. Raises InputError."""
+    targets = named_items(body.targets, "targets", limits)
+    inputs = (
+        named_items(body.inputs, "inputs", limits) if body.inputs is not None else [(None, "inputs")] * len(targets)
+    )
+    if len(inputs) != len(targets):
+        message = f"targets holds {len(targets)} texts for {len(inputs)} inputs; give one target for each input"
+        raise InputError(message, param="targets", code="invalid_value")
+    return [
+        pipeline.prepare_score(item, str(target), field=field, truncate=body.truncate)
+        for (item, field), (target, _) in zip(inputs, targets, strict=True)
+    ]
+
+
+def prepare_completion(pipeline: "Pipeline", body: CompletionRequest, limits: Limits) -> "list[Job]":
+    """One job for each prompt of an OpenAI completion. Raises InputError."""
+    options = body.search()
+    check_search(options, limits, names={"num_return_sequences": "n", "max_new_tokens": "max_tokens"})
+    return [
+        pipeline.prepare(item, options, field=field, stream=bool(body.stream))
+        for item, field in named_items(body.prompt, "prompt", limits)
+    ]
+
+
+def named_items(inputs: Any, field: str, limits: Limits) -> list[tuple[PipelineItem, str]]:
+    """Each item as a pipeline takes it, and its name for error messages. Raises InputError."""
+    if not isinstance(inputs, list):
+        return [(pipeline_item(inputs, field, limits), field)]
+    if not inputs:
+        raise InputError(f"{field} is an empty list; give at least one item", param=field, code=EMPTY)
+    _check_size(len(inputs), limits.inputs, "items", field)
+    names = [f"{field}[{index}]" for index in range(len(inputs))]
+    return [(pipeline_item(item, name, limits), name) for item, name in zip(inputs, names, strict=True)]
+
+
+def pipeline_item(item: Input | None, field: str, limits: Limits) -> PipelineItem:
+    """Check one input against the limits and decode its base64. Raises InputError."""
+    match item:
+        case None:
+            return None
+        case str():
+            _check_size(len(item), limits.characters, "characters", field)
+            return item
+        case TextInput():
+            _check_size(len(item.text), limits.characters, "characters", f"{field}.text")
+            return {"text": item.text}
+        case WordsInput():
+            _check_size(len(item.words), limits.words, "words", f"{field}.words")
+            _check_size(sum(map(len, item.words)), limits.characters, "characters", f"{field}.words")
+            return {"words": item.words}
+        case ImageInput():
+            return {"image": _decode(item.image, f"{field}.image", limits)}
+        case FramesInput():
+            _check_size(len(item.frames), limits.frames, "frames", f"{field}.frames")
+            return {"frames": [_decode(f, f"{field}.frames[{i}]", limits) for i, f in enumerate(item.frames)]}
+        case FeaturesInput():
+            _check_size(sum(map(len, item.features)), limits.features, "numbers", f"{field}.features")
+            _check_size(len(item.features), limits.features, "steps", f"{field}.features")
+            return {"features": item.features}
+
+
+def check_search(options: dict[str, Any], limits: Limits, names: dict[str, str] | None = None) -> None:
+    """Raise InputError for an option above this server's limit. names: what the client calls an option."""
+    for option in ("num_beams", "num_return_sequences", "max_new_tokens", "min_new_tokens"):
+        most = limits.max_new_tokens if option == "min_new_tokens" else getattr(limits, option)
+        value = options.get(option, 0)
+        if value > most:
+            name = (names or {}).get(option, option)
+            # A number may have thousands of digits; the answer need not.
+            shown = str(value) if value < 10**9 else "very large"
+            message = f"{name} is {shown}, but this server allows at most {most}"
+            raise InputError(message, param=name, code="limit_exceeded")
+    for option in ("stop", "bad_words"):
+        strings = options.get(option, ())
+        _check_size(len(strings), limits.stop, "strings", option)
+        for string in strings:
+            _check_size(len(string), limits.stop_characters, "characters in one string", option)
+            if not string:
+                raise InputError(f"{option} holds an empty string; leave it out", param=option, code="invalid_value")
+    _check_size(len(options.get("prefix", "")), limits.characters, "characters", "prefix")
+
+
+def _decode(text: str, field: str, limits: Limits) -> bytes:
+    _check_size(len(text) * 3 // 4, limits.image_bytes, "bytes", field)
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        message = f"{field} is not base64; send the bytes of an image file in base64, without a data: prefix"
+        raise InputError(message, param=field, code="invalid_base64") from None
+
+
+def _check_size(size: int, most: int, unit: str, field: str) -> None:
+    if size > most:
+        raise TooLongError(f"{field} has {size} {unit}, but this server allows at most {most}", param=field)

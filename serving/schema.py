@@ -1,0 +1,275 @@
+"""What goes over the wire: requests and responses, with the examples that /docs shows.
+
+Shapes only: how large a list or a number may be is in `config.Limits`, what a model takes is the pipeline's to say.
+Lists fail at their first bad item, so that a body of a million faults costs no more than one.
+"""
+
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+
+from pydantic import ConfigDict, Discriminator, FailFast, Field, Tag
+
+from seqmodels.config import Strict
+
+Base64 = Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})]
+T = TypeVar("T")
+
+
+class _FirstFault(FailFast):
+    __hash__ = object.__hash__  # a member of a union needs one
+
+
+Many = Annotated[list[T], _FirstFault()]
+
+
+class TextInput(Strict):
+    text: str
+
+
+class WordsInput(Strict):
+    """Text already split into words."""
+
+    words: Many[str]
+
+
+class ImageInput(Strict):
+    """A PNG or JPEG file in base64."""
+
+    image: Base64
+
+
+class FramesInput(Strict):
+    """The frames of a clip in order, each a PNG or JPEG file in base64."""
+
+    frames: Many[Base64]
+
+
+class FeaturesInput(Strict):
+    """A numeric series: for each time step the same number of values."""
+
+    features: Many[Many[float]]
+
+
+def _kind(value: Any) -> str | None:
+    """Which shape an input claims to have. The ~ keeps these names out of error messages (see errors._field)."""
+    if isinstance(value, str):
+        return "~string"
+    if isinstance(value, list):
+        return "~list"
+    if isinstance(value, dict) and len(value) == 1:
+        return f"~{next(iter(value))}"
+    if isinstance(value, ImageInput):  # made here, from a raw picture
+        return "~image"
+    return None
+
+
+Item: TypeAlias = Annotated[
+    Annotated[str, Tag("~string")]
+    | Annotated[TextInput, Tag("~text")]
+    | Annotated[WordsInput, Tag("~words")]
+    | Annotated[ImageInput, Tag("~image")]
+    | Annotated[FramesInput, Tag("~frames")]
+    | Annotated[FeaturesInput, Tag("~features")],
+    Discriminator(_kind),
+]
+Items: TypeAlias = Annotated[
+    Annotated[str, Tag("~string")]
+    | Annotated[TextInput, Tag("~text")]
+    | Annotated[WordsInput, Tag("~words")]
+    | Annotated[ImageInput, Tag("~image")]
+    | Annotated[FramesInput, Tag("~frames")]
+    | Annotated[FeaturesInput, Tag("~features")]
+    | Annotated[Many[Item], Tag("~list")],
+    Discriminator(_kind),
+]
+OneOrMany: TypeAlias = Annotated[
+    Annotated[str, Tag("~string")] | Annotated[Many[str], Tag("~list")],
+    Discriminator(_kind),
+]
+
+
+class Request(Strict):
+    """What every request may say."""
+
+    model: str | None = None  # may be left out where one model serves the task
+    truncate: bool = False  # cut an input that is too long, where without it the answer is 413
+
+
+class ClassifyRequest(Request):
+    inputs: Items
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"inputs": ["a warm and funny film", "not worth the time"]}}
+    )
+
+
+class TagRequest(Request):
+    inputs: Items
+    model_config = ConfigDict(json_schema_extra={"example": {"inputs": {"words": ["Ada", "lives", "in", "Oslo"]}}})
+
+
+class Search(Strict):
+    """How an answer is searched for: the names of Hugging Face. Left out or null: the model's own default."""
+
+    num_beams: Annotated[int, Field(ge=1)] | None = None
+    num_return_sequences: Annotated[int, Field(ge=1)] | None = None
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_new_tokens: Annotated[int, Field(ge=0)] | None = None
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
+    early_stopping: bool | None = None
+    do_sample: bool | None = None
+    temperature: Annotated[float, Field(ge=0.001, le=100)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.001, le=100)] | None = None
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    prefix: str | None = None  # text that the answer must begin with
+    stop: Many[str] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    logprobs: bool | None = None
+    bad_words: Many[str] | None = None
+
+    def search(self) -> dict[str, Any]:
+        """The options that were given, for `Pipeline.prepare`."""
+        return self.model_dump(include=set(Search.model_fields), exclude_none=True)
+
+
+class GeneratorOptions(Request, Search):
+    """What a request for text may say beside its inputs."""
+
+    stream: bool = False  # answer as server-sent events
+
+
+class TranslateRequest(GeneratorOptions):
+    inputs: Items
+    model_config = ConfigDict(json_schema_extra={"example": {"inputs": ["A dog runs."], "num_beams": 5}})
+
+
+class CaptionRequest(GeneratorOptions):
+    inputs: Items
+    model_config = ConfigDict(json_schema_extra={"example": {"inputs": {"image": "iVBORw0KGgo..."}, "num_beams": 3}})
+
+
+class GenerateRequest(GeneratorOptions):
+    """`inputs` are texts to go on from; without them the model writes freely."""
+
+    inputs: Items | None = None
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"inputs": "Once upon a", "do_sample": True, "temperature": 0.8, "seed": 7}}
+    )
+
+
+class ScoreRequest(Request):
+    """How likely each target is, given its input. For a language model `inputs` is left out."""
+
+    targets: OneOrMany
+    inputs: Items | None = None
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"inputs": ["A dog runs."], "targets": ["Ein Hund rennt."]}}
+    )
+
+
+class Usage(Strict):
+    input_tokens: int
+    output_tokens: int
+
+
+class Response(Strict):
+    model: str
+    revision: str
+    usage: Usage
+
+
+class Classification(Strict):
+    label: str
+    score: float
+    scores: dict[str, float]
+
+
+class ClassifyResponse(Response):
+    results: list[Classification]
+
+
+class Span(Strict):
+    """One labelled span; start and end count characters (or words, frames or steps) of the input."""
+
+    label: str
+    score: float
+    start: int
+    end: int
+    text: str | None = None
+
+
+class Tagging(Strict):
+    tags: list[Span]
+
+
+class TagResponse(Response):
+    results: list[Tagging]
+
+
+class Sequence(Strict):
+    text: str
+    score: float
+    finish_reason: Literal["eos", "stop", "length", "constraint"]
+    tokens: list[str] | None = None
+    logprobs: list[float] | None = None
+
+
+class Generation(Strict):
+    """The best sequences, best first. `seed` is there where sampling was asked for: it repeats the answer."""
+
+    sequences: list[Sequence]
+    seed: int | None = None
+
+
+class GenerateResponse(Response):
+    results: list[Generation]
+
+
+class Scoring(Strict):
+    """`score` is the log-probability of the whole target in nats, end of sequence included."""
+
+    score: float
+    logprobs: list[float]
+    tokens: list[str]
+
+
+class ScoreResponse(Response):
+    results: list[Scoring]
+
+
+class ModelCard(Strict):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "local"
+    task: str
+    input: str
+    revision: str
+
+
+class ModelList(Strict):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ErrorDetail(Strict):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorResponse(Strict):
+    error: ErrorDetail
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "error": {
+                    "message": "num_beams is 64, but this server allows at most 16",
+                    "type": "invalid_request_error",
+                    "param": "num_beams",
+                    "code": "limit_exceeded",
+                }
+            }
+        }
+    )

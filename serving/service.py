@@ -1,0 +1,204 @@
+"""Service: the asynchronous side of a Runner. From a request body to an answer, or to a stream of pieces.
+
+Knows models, pools and deadlines; knows no HTTP. Slow pure work runs in a small pool of threads, engine work in the
+runner's thread, and the event loop only passes things on. Whoever leaves early frees what they held: `Call` cancels
+its unfinished requests however it ends.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+
+from seqmodels.decoding.engine import Event, Failed, Finished, Progress
+from seqmodels.errors import DeadlineError
+from serving.errors import HttpError
+from serving.runner import Order, Runner
+
+if TYPE_CHECKING:
+    from seqmodels.decoding.search import Hypothesis
+    from seqmodels.pipeline import Job, Pipeline
+
+POOL_THREADS = 4
+GRACE_S = 2.0  # after a deadline the runner has so long to say so itself; then its engine is stalled
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Work:
+    """The jobs of one call, for one model. deadline: in `time.monotonic` seconds."""
+
+    model: str
+    jobs: "Sequence[Job]"
+    deadline: float
+
+
+@dataclass(frozen=True)
+class Delta:
+    """More text for one sequence of one input."""
+
+    index: int
+    sequence: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The results of a call, in the order of its inputs."""
+
+    model: str
+    revision: str
+    results: list[dict[str, Any]]
+    usage: dict[str, int]
+
+    def body(self) -> dict[str, Any]:
+        return {"model": self.model, "revision": self.revision, "results": self.results, "usage": self.usage}
+
+
+class Service:
+    """Finds models, prepares work in a pool, and connects calls with the runner."""
+
+    def __init__(self, runner: "Runner[Pipeline]") -> None:
+        self.runner = runner
+        self.pipelines = runner.pipelines
+        self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="prepare")
+        self._calls: dict[str, Call] = {}  # by request id; of the event loop alone
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Begin to turn; to be called on the event loop that will make the calls."""
+        self._loop = asyncio.get_running_loop()
+        self.runner.start(self._deliver)
+
+    async def stop(self, drain_s: float) -> None:
+        await asyncio.to_thread(self.runner.stop, drain_s)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def find_model(self, name: str | None, tasks: Sequence[str]) -> str:
+        """The model of that name or, without a name, the only one with such a task. Raises HttpError."""
+        fitting = [known for known, pipeline in self.pipelines.items() if pipeline.task in tasks]
+        if name is None and len(fitting) == 1:
+            return fitting[0]
+        if name in fitting:
+            return name
+        choices = ", ".join(fitting) or "none"
+        if name is None:
+            message = f"model is missing; models that this endpoint can use here: {choices}"
+            raise HttpError(400 if fitting else 404, message, "model_required" if fitting else "no_model", "model")
+        if name in self.pipelines:
+            message = f"that model has another task, {self.pipelines[name].task}; models for this endpoint: {choices}"
+            raise HttpError(400, message, "wrong_task", "model")
+        message = f"no model of that name is served here; models for this endpoint: {choices}"
+        raise HttpError(404, message, "model_not_found", "model")
+
+    async def in_pool(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run a slow pure function off the event loop."""
+        assert self._loop is not None, "Service.start has not been called"
+        return await self._loop.run_in_executor(self._pool, lambda: function(*args, **kwargs))
+
+    def call(self, work: Work) -> "Call":
+        """Hand work to the runner. Raises QueueFullError or ClosingError."""
+        call = Call(self, work)
+        self.runner.submit([Order(work.model, job, work.deadline) for job in work.jobs])
+        self._calls.update((job.id, call) for job in work.jobs)
+        return call
+
+    def forget(self, request_ids: Sequence[str]) -> None:
+        """Cancel requests that nobody waits for any more."""
+        for request_id in request_ids:
+            self._calls.pop(request_id, None)
+        self.runner.cancel(request_ids)
+
+    def _deliver(self, events: list[Event]) -> None:
+        """In the runner's thread: one hand-over to the event loop for all events of a turn."""
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is left to tell
+            self._loop.call_soon_threadsafe(self._dispatch, events)
+
+    def _dispatch(self, events: list[Event]) -> None:
+        for event in events:
+            call = self._calls.get(event.request_id)
+            if call is None:
+                continue
+            if isinstance(event, Finished | Failed):
+                del self._calls[event.request_id]
+            call.receive(event)
+
+
+class Call:
+    """The requests of one client while the runner has them. Use `answer` or `stream`, once."""
+
+    def __init__(self, service: Service, work: Work) -> None:
+        self._service = service
+        self._work = work
+        self._pipeline = service.pipelines[work.model]
+        self._position = {job.id: index for index, job in enumerate(work.jobs)}
+        self._unfinished = set(self._position)
+        self._results: dict[int, Any] = {}
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def receive(self, event: Event) -> None:
+        """On the event loop: take one event of this call."""
+        if isinstance(event, Finished | Failed):
+            self._unfinished.discard(event.request_id)
+        self._events.put_nowait(event)
+
+    async def answer(self) -> Answer:
+        """Wait for every result. Raises the first error, which ends the whole call."""
+        async with contextlib.aclosing(self._all_events()) as events:
+            async for _ in events:
+                pass
+        return self._answer()
+
+    async def stream(self) -> AsyncGenerator[Delta | Answer]:
+        """Text as it is decided, then the same answer as `answer` gives."""
+        texts = [self._pipeline.text_stream(job) for job in self._work.jobs]
+        async with contextlib.aclosing(self._all_events()) as events:
+            async for index, event in events:
+                if isinstance(event, Finished):
+                    pieces = texts[index].finish(cast("list[Hypothesis]", event.result))
+                else:
+                    pieces = texts[index].push(event)
+                for sequence, text in pieces:
+                    yield Delta(index, sequence, text)
+        yield self._answer()
+
+    async def _all_events(self) -> AsyncGenerator[tuple[int, Finished | Progress]]:
+        """Events with the position of their request, until the last has finished."""
+        try:
+            while len(self._results) < len(self._work.jobs):
+                event = await self._next()
+                if isinstance(event, Failed):
+                    raise event.error
+                index = self._position[event.request_id]
+                if isinstance(event, Finished):
+                    self._results[index] = event.result
+                yield index, event
+        finally:
+            if self._unfinished:
+                self._service.forget(list(self._unfinished))
+
+    async def _next(self) -> Event:
+        try:
+            async with asyncio.timeout(self._work.deadline + GRACE_S - time.monotonic()):
+                return await self._events.get()
+        except TimeoutError:
+            raise DeadlineError("the deadline passed before the answer was ready") from None
+
+    def _answer(self) -> Answer:
+        work, pipeline = self._work, self._pipeline
+        finished = [(job, self._results[index]) for index, job in enumerate(work.jobs)]
+        return Answer(
+            model=work.model,
+            revision=pipeline.revision,
+            results=[pipeline.render(job, result) for job, result in finished],
+            usage={
+                "input_tokens": sum(job.num_input_tokens for job in work.jobs),
+                "output_tokens": sum(pipeline.num_output_tokens(job, result) for job, result in finished),
+            },
+        )

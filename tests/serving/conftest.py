@@ -1,0 +1,80 @@
+"""The app with fake pipelines, in this process: a loop in a thread, the app's lifespan, and a client that waits."""
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from serving.app import build_app
+from serving.config import ServeConfig
+from serving.runner import Runner
+
+from .fakes import FakePipeline, all_fakes
+
+
+class InProcess:
+    """An app that runs, and a client that speaks to it without a socket."""
+
+    def __init__(self, app: FastAPI, pipelines: dict[str, FakePipeline], runner: Runner[Any]) -> None:
+        self.app = app
+        self.pipelines = pipelines
+        self.runner = runner
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+        self.headers: dict[str, str] = {}
+
+    def wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
+
+    @contextmanager
+    def running(self) -> Iterator["InProcess"]:
+        lifespan = self.app.router.lifespan_context(self.app)
+        self.wait(lifespan.__aenter__())
+        try:
+            yield self
+        finally:
+            for pipeline in self.pipelines.values():
+                pipeline.gate.set()
+            self.wait(lifespan.__aexit__(None, None, None))
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join()
+            self.loop.close()
+
+    def request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        return self.wait(self.send(method, path, **kwargs))
+
+    async def send(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        transport = httpx.ASGITransport(self.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=self.headers) as client:
+            return await client.request(method, path, timeout=60, **kwargs)
+
+    def post(self, path: str, body: Any = None, **kwargs: Any) -> httpx.Response:
+        return self.request("POST", path, json=body, **kwargs)
+
+    def get(self, path: str, **kwargs: Any) -> httpx.Response:
+        return self.request("GET", path, **kwargs)
+
+
+@contextmanager
+def in_process(
+    pipelines: dict[str, FakePipeline] | None = None, key_hashes: tuple[str, ...] = (), **fields: Any
+) -> Iterator[InProcess]:
+    """An app over fake pipelines; fields: of its ServeConfig."""
+    pipelines = pipelines or all_fakes()
+    config = ServeConfig.parse({"models": dict.fromkeys(pipelines, "unused"), "drain_s": 1.0, **fields})
+    runner = Runner(pipelines, max_requests=config.max_requests, stall_after_s=config.stall_after_s)
+    app = build_app(runner, config, key_hashes=key_hashes)
+    with InProcess(app, pipelines, runner).running() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[InProcess]:
+    with in_process() as running:
+        yield running

@@ -1,0 +1,228 @@
+"""A pipeline without a model: its answers can be worked out by hand, and it stalls, fails and waits on demand.
+
+A generator answers with the words of its input in capitals, one word a step; a second sequence ends in "#1", a third
+in "#2". A classifier says whether the text holds "good". A tagger tags every word by its first letter.
+"""
+
+import io
+import itertools
+import math
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from seqmodels.decoding.engine import Event, Failed, Finished, Progress
+from seqmodels.errors import InputError, TooLongError, UnsupportedError
+
+MAX_WORDS = 30
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class FakeJob:
+    id: str
+    kind: str
+    source: str
+    outputs: list[list[str]]  # words of each sequence
+    params: dict[str, Any]
+    num_input_tokens: int
+
+
+@dataclass
+class FakeConfig:
+    input: str
+
+
+class FakeTexts:
+    """Deltas of one request: a word at a time, with the blank before it."""
+
+    def __init__(self, job: FakeJob) -> None:
+        self.sent = [0] * len(job.outputs)
+
+    def push(self, event: Progress) -> list[tuple[int, str]]:
+        words = [str(token) for token in event.tokens]
+        first = self.sent[event.index] == 0
+        self.sent[event.index] += len(words)
+        return [(event.index, ("" if first else " ") + " ".join(words))] if words else []
+
+    def finish(self, result: list[list[str]]) -> list[tuple[int, str]]:
+        pieces = []
+        for index, words in enumerate(result):
+            rest = words[self.sent[index] :]
+            if rest:
+                pieces.append((index, (" " if self.sent[index] else "") + " ".join(rest)))
+        return pieces
+
+
+@dataclass
+class FakePipeline:
+    task: str
+    name: str = "fake"
+    revision: str = "0123456789ab"
+    step_s: float = 0.0
+    failing_steps: int = 0
+    live: dict[str, tuple[FakeJob, int]] = field(default_factory=dict)
+    submitted: list[str] = field(default_factory=list)
+    steps: int = 0
+    gate: threading.Event = field(default_factory=threading.Event)  # cleared: a step waits
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+        self.config = FakeConfig(
+            {"translate": "text", "caption": "image", "generate": "nothing"}.get(self.task, "text")
+        )
+
+    def prepare(
+        self,
+        item: Any,
+        params: dict[str, Any],
+        *,
+        field: str = "inputs",
+        truncate: bool = False,
+        stream: bool = False,
+        deadline: float | None = None,
+    ) -> FakeJob:
+        words = self._words(item, field, truncate)
+        if params.get("temperature") is not None and not params.get("do_sample"):
+            raise InputError("temperature needs do_sample=true", param="temperature")
+        if params.get("num_return_sequences", 1) > params.get("num_beams", 1) and not params.get("do_sample"):
+            raise InputError("num_return_sequences is more than num_beams", param="num_return_sequences")
+        length = params.get("max_new_tokens", 64)
+        spoken = [word.upper() for word in words][:length]
+        outputs = [spoken + ([f"#{k}"] if k else []) for k in range(params.get("num_return_sequences", 1))]
+        return self._request(" ".join(words), outputs, params, self.task)
+
+    def prepare_score(self, item: Any, target: str, *, field: str = "inputs", truncate: bool = False) -> FakeJob:
+        if item is not None:
+            self._words(item, field, truncate)
+        return self._request("", [self._words(target, "targets", truncate)], {}, "score")
+
+    def _request(self, source: str, outputs: list[list[str]], params: dict[str, Any], kind: str) -> FakeJob:
+        return FakeJob(f"request-{next(_numbers)}", kind, source, outputs, params, len(source.split()))
+
+    def _words(self, item: Any, field: str, truncate: bool) -> list[str]:
+        if self.task == "caption":
+            if not isinstance(item, dict) or "image" not in item:
+                raise UnsupportedError("this model takes an image", param=field)
+            try:
+                picture = Image.open(io.BytesIO(item["image"]), formats=["PNG"])
+            except OSError:
+                raise UnsupportedError("not a PNG", param=field) from None
+            return ["picture", str(picture.width), "by", str(picture.height)]
+        if item is None and self.task == "generate":
+            return ["freely"]
+        if isinstance(item, dict) and "text" in item:
+            item = item["text"]
+        if isinstance(item, dict) and "words" in item:
+            item = " ".join(item["words"])
+        if not isinstance(item, str):
+            raise UnsupportedError("this model takes text", param=field)
+        words = item.split()
+        if not words:
+            raise InputError(f"{field} is empty", param=field, code="empty")
+        if len(words) > MAX_WORDS and not truncate:
+            raise TooLongError(f"{field} has {len(words)} words, at most {MAX_WORDS}", param=field)
+        return words[:MAX_WORDS]
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.live)
+
+    def submit(self, job: FakeJob) -> None:
+        self.submitted.append(job.id)
+        if job.source == "refuse at submit":
+            raise InputError("refused", param="inputs")
+        self.live[job.id] = (job, 0)
+
+    def cancel(self, request_id: str) -> None:
+        self.live.pop(request_id, None)
+
+    def step(self) -> list[Event]:
+        self.gate.wait(30)
+        if self.step_s:
+            time.sleep(self.step_s)
+        self.steps += 1
+        if self.failing_steps:
+            self.failing_steps -= 1
+            raise RuntimeError("secret detail of the failure")
+        events: list[Event] = []
+        for request_id, (job, done) in list(self.live.items()):
+            events += self._advance(request_id, job, done)
+        return events
+
+    def _advance(self, request_id: str, job: FakeJob, done: int) -> list[Event]:
+        if "poison" in job.source.split():
+            del self.live[request_id]
+            return [Failed(request_id, InputError("poison", param="inputs"))]
+        longest = max(map(len, job.outputs))
+        if job.kind in ("classify", "tag", "score") or done == longest:
+            del self.live[request_id]
+            return [Finished(request_id, job.outputs)]  # type: ignore[arg-type]
+        self.live[request_id] = (job, done + 1)
+        return [
+            Progress(request_id, index, [words[done]])  # type: ignore[list-item]
+            for index, words in enumerate(job.outputs)
+            if done < len(words)
+        ]
+
+    def load(self) -> dict[str, int]:
+        return {"rows_live": len(self.live), "rows_total": 256, "waiting": 0}
+
+    def warm_up(self) -> dict[str, Any]:
+        return {"batch_invariant": True}
+
+    def num_output_tokens(self, job: FakeJob, result: list[list[str]]) -> int:
+        return sum(map(len, result))
+
+    def text_stream(self, job: FakeJob) -> FakeTexts:
+        return FakeTexts(job)
+
+    def render(self, job: FakeJob, result: list[list[str]]) -> dict[str, Any]:
+        if job.kind == "classify":
+            return classification(job.source)
+        if job.kind == "tag":
+            return {"tags": tags(job.source)}
+        if job.kind == "score":
+            words = result[0]
+            return {"score": -1.5 * len(words), "logprobs": [-1.5] * len(words), "tokens": words}
+        sequences = [self._sequence(job, words) for words in result]
+        seeded = {"seed": job.params.get("seed", 11)} if job.params.get("do_sample") else {}
+        return {"sequences": sequences, **seeded}
+
+    def _sequence(self, job: FakeJob, words: list[str]) -> dict[str, Any]:
+        cut = len(words) >= job.params.get("max_new_tokens", 64)
+        rendered = {
+            "text": " ".join(words),
+            "score": -0.5 * math.sqrt(len(words)),
+            "finish_reason": "length" if cut else "eos",
+        }
+        if job.params.get("logprobs"):
+            rendered |= {"tokens": words, "logprobs": [-0.5] * len(words)}
+        return rendered
+
+
+def classification(text: str) -> dict[str, Any]:
+    p = 0.9 if "good" in text.split() else 0.2
+    return {"label": "yes" if p > 0.5 else "no", "score": max(p, 1 - p), "scores": {"yes": p, "no": 1 - p}}
+
+
+def tags(text: str) -> list[dict[str, Any]]:
+    spans, start = [], 0
+    for word in text.split():
+        spans.append({"label": word[0].upper(), "score": 1.0, "start": start, "end": start + len(word), "text": word})
+        start += len(word) + 1
+    return spans
+
+
+def all_fakes() -> dict[str, FakePipeline]:
+    tasks = {"mood": "classify", "names": "tag", "en-de": "translate", "describe": "caption", "story": "generate"}
+    return {name: FakePipeline(task, name) for name, task in tasks.items()}
+
+
+def png(width: int = 4, height: int = 3) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), "red").save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,89 @@
+"""ServeConfig, keys and the command line: errors name field, value and fix."""
+
+from pathlib import Path
+
+import pytest
+
+from seqmodels.errors import ConfigError
+from serving.auth import ENVIRONMENT_VARIABLE, hash_key, is_known, load_key_hashes
+from serving.config import ServeConfig, named_models
+
+KEY = "0123456789abcdef"
+
+
+def test_defaults_are_safe() -> None:
+    config = ServeConfig.parse({"models": {"a": "models/a"}})
+    assert config.is_loopback and config.url == "http://127.0.0.1:8000"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "models"),
+        ({"models": {}}, "models"),
+        ({"models": {"a/b": "x"}}, "'a/b' cannot name a model"),
+        ({"models": {"a": "x"}, "prot": 1}, "prot"),
+        ({"models": {"a": "x"}, "port": "80"}, "port"),
+        ({"models": {"a": "x"}, "port": 70000}, "70000"),
+        ({"models": {"a": "x"}, "limits": {"beams": 3}}, "limits.beams"),
+        ({"models": {"a": "x"}, "max_requests": 8}, "raise max_requests or lower limits.inputs"),
+        ({"models": {"a": "x"}, "max_rows": 8}, "max_rows is 8"),
+        ({"models": {"a": "x"}, "replicas": 2, "autoscaling": {}}, "leave one of them out"),
+        ({"models": {"a": "x"}, "autoscaling": {"min_replicas": 9}}, "min_replicas is 9"),
+        ({"models": {"a": "x"}, "device": "cpu", "num_gpus": 0.5}, "num_gpus is 0.5"),
+        ({"models": {"a": "x"}, "drain_s": float("nan")}, "drain_s"),
+    ],
+)
+def test_errors_name_the_field(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ServeConfig.parse(fields)
+
+
+def test_load_from_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text("models: {a: models/a}\nport: 8001\nlimits: {num_beams: 4}\n")
+    config = ServeConfig.load(path, port=9000)
+    assert (config.port, config.limits.num_beams, config.limits.inputs) == (9000, 4, 256)
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "- a", "\x00"])
+def test_yaml_that_is_none(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"serve\.yaml"):
+        ServeConfig.load(path)
+    with pytest.raises(ConfigError, match=r"none\.yaml: No such file"):
+        ServeConfig.load(tmp_path / "none.yaml")
+
+
+def test_named_models(tmp_path: Path) -> None:
+    (tmp_path / "sentiment").mkdir()
+    directory = tmp_path / "sentiment"
+    models = named_models([str(directory), f"mood={directory}"])
+    assert models == {"sentiment": str(directory), "mood": str(directory)}
+    with pytest.raises(ConfigError, match="two models are called 'sentiment'"):
+        named_models([str(directory)] * 2)
+    with pytest.raises(ConfigError, match="is not a directory"):
+        named_models([str(tmp_path / "none")])
+
+
+def test_keys_from_a_file_and_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "keys"
+    path.write_text(f"# ours\n{KEY}\n\n  {KEY}2  \n")
+    hashes = load_key_hashes(str(path))
+    assert hashes == (hash_key(KEY), hash_key(KEY + "2")) and KEY not in "".join(hashes)
+    assert is_known(KEY, hashes) and not is_known(KEY + "3", hashes) and not is_known("", hashes)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, f"{KEY}, {KEY}4")
+    assert load_key_hashes(None) == (hash_key(KEY), hash_key(KEY + "4"))
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE)
+    assert load_key_hashes(None) == ()
+
+
+def test_keys_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    for text, message in (("", "holds no key"), ("short", "has 5 characters; use at least 16")):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_key_hashes(str(path))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_key_hashes(str(tmp_path / "none"))

@@ -1,0 +1,251 @@
+"""The runner's thread, with fake pipelines: what goes in comes out once, or fails in a way that says why."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from seqmodels.decoding.engine import Event, Failed, Finished, Progress
+from seqmodels.errors import DeadlineError, InputError, QueueFullError
+from serving.errors import ClosingError, EngineError
+from serving.runner import FAILURES_IN_A_ROW, Order, Runner
+
+from .fakes import FakePipeline
+
+FOREVER = float("inf")
+
+
+def order(pipeline: FakePipeline, text: str = "one two three", deadline: float = FOREVER) -> Order:
+    return Order(pipeline.name, pipeline.prepare(text, {}), deadline)
+
+
+class Outbox:
+    """Collects what the runner delivers, a list per call."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[Event]] = []
+
+    def __call__(self, events: list[Event]) -> None:
+        self.calls.append(events)
+
+    def of(self, wanted: Order) -> list[Event]:
+        return [event for call in list(self.calls) for event in call if event.request_id == wanted.job.id]
+
+    def end_of(self, wanted: Order) -> Finished | Failed:
+        def find() -> list[Event]:
+            return [event for event in self.of(wanted) if isinstance(event, Finished | Failed)]
+
+        until(lambda: bool(find()))
+        (end,) = find()
+        assert isinstance(end, Finished | Failed)
+        return end
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "waited in vain"
+        time.sleep(0.002)
+
+
+@contextmanager
+def turning(
+    *pipelines: FakePipeline, max_requests: int = 100, stall_after_s: float = 5.0
+) -> Iterator[tuple[Runner[FakePipeline], Outbox]]:
+    outbox = Outbox()
+    runner = Runner({p.name: p for p in pipelines}, max_requests=max_requests, stall_after_s=stall_after_s)
+    runner.start(outbox)
+    try:
+        yield runner, outbox
+    finally:
+        for pipeline in pipelines:
+            pipeline.gate.set()
+        runner.stop()
+
+
+def test_every_request_ends_once_and_in_order_of_its_own_events() -> None:
+    pipelines = [FakePipeline("translate", "a"), FakePipeline("classify", "b")]
+    with turning(*pipelines) as (runner, outbox):
+        jobs = [order(pipelines[i % 2]) for i in range(20)]
+        for one in jobs:
+            runner.submit([one])
+        for one in jobs:
+            assert isinstance(outbox.end_of(one), Finished)
+        translated = outbox.of(jobs[0])
+        assert [type(event) for event in translated] == [Progress] * 3 + [Finished]
+        assert runner.num_open == 0
+
+
+def test_one_delivery_per_turn_carries_all_events() -> None:
+    pipelines = [FakePipeline("translate", "a"), FakePipeline("translate", "b")]
+    runner: Runner[FakePipeline] = Runner({p.name: p for p in pipelines})
+    jobs = [order(pipelines[i % 2]) for i in range(6)]
+    runner.submit(jobs)
+    assert {event.request_id for event in runner.turn()} == {one.job.id for one in jobs}
+
+
+def test_full_queue_refuses_all_of_a_list_or_none() -> None:
+    pipeline = FakePipeline("translate")
+    pipeline.gate.clear()
+    with turning(pipeline, max_requests=4) as (runner, outbox):
+        first = [order(pipeline) for _ in range(3)]
+        runner.submit(first)
+        with pytest.raises(QueueFullError, match="3 of 4 places are taken and this request needs 2"):
+            runner.submit([order(pipeline), order(pipeline)])
+        with pytest.raises(QueueFullError):
+            runner.check_room(2)
+        last = order(pipeline)
+        runner.submit([last])
+        pipeline.gate.set()
+        assert all(isinstance(outbox.end_of(one), Finished) for one in [*first, last])
+        runner.check_room(4)
+        assert len(pipeline.submitted) == 4
+
+
+def test_cancel_frees_rows_at_the_next_turn_without_an_event() -> None:
+    pipeline = FakePipeline("translate", step_s=0.01)
+    with turning(pipeline) as (runner, outbox):
+        kept, dropped = order(pipeline, "a " * 20), order(pipeline, "b " * 30)
+        runner.submit([kept, dropped])
+        until(lambda: bool(outbox.of(dropped)))
+        runner.cancel([dropped.job.id, "never heard of"])
+        steps = pipeline.steps
+        until(lambda: dropped.job.id not in pipeline.live)
+        assert pipeline.steps <= steps + 2
+        assert isinstance(outbox.end_of(kept), Finished)
+        assert not any(isinstance(event, Finished | Failed) for event in outbox.of(dropped))
+        assert runner.num_open == 0
+
+
+def test_cancel_of_what_has_not_begun() -> None:
+    pipeline = FakePipeline("translate")
+    runner: Runner[FakePipeline] = Runner({pipeline.name: pipeline})
+    one = order(pipeline)
+    runner.submit([one])
+    runner.cancel([one.job.id])
+    assert runner.turn() == []
+    assert runner.num_open == 0 and not pipeline.live
+
+
+def test_expired_request_never_starts() -> None:
+    pipeline = FakePipeline("translate")
+    with turning(pipeline) as (runner, outbox):
+        late = order(pipeline, deadline=time.monotonic() - 0.001)
+        runner.submit([late])
+        end = outbox.end_of(late)
+        assert isinstance(end, Failed) and isinstance(end.error, DeadlineError)
+        assert pipeline.submitted == []
+
+
+def test_deadline_ends_a_running_request_and_frees_its_rows() -> None:
+    pipeline = FakePipeline("translate", step_s=0.02)
+    with turning(pipeline) as (runner, outbox):
+        late, patient = order(pipeline, "a " * 30, time.monotonic() + 0.1), order(pipeline, "b " * 12)
+        runner.submit([late, patient])
+        end = outbox.end_of(late)
+        assert isinstance(end, Failed) and isinstance(end.error, DeadlineError)
+        assert late.job.id not in pipeline.live
+        assert isinstance(outbox.end_of(patient), Finished)
+
+
+def test_failing_step_fails_that_pipeline_alone_and_the_runner_lives_on() -> None:
+    bad, good = FakePipeline("translate", "bad", failing_steps=1), FakePipeline("translate", "good")
+    with turning(bad, good) as (runner, outbox):
+        jobs = [order(bad), order(bad), order(good)]
+        runner.submit(jobs)
+        for one in jobs[:2]:
+            end = outbox.end_of(one)
+            assert isinstance(end, Failed) and isinstance(end.error, EngineError)
+            assert "secret" not in str(end.error)
+        assert isinstance(outbox.end_of(jobs[2]), Finished)
+        again = order(bad)
+        runner.submit([again])
+        assert isinstance(outbox.end_of(again), Finished)
+        assert runner.is_turning and runner.broken_models == []
+
+
+def test_a_model_that_always_fails_is_reported() -> None:
+    bad = FakePipeline("translate", "bad", failing_steps=10**6)
+    with turning(bad) as (runner, outbox):
+        for _ in range(FAILURES_IN_A_ROW):
+            one = order(bad)
+            runner.submit([one])
+            assert isinstance(outbox.end_of(one), Failed)
+        assert runner.broken_models == ["bad"] and runner.is_turning
+
+
+def test_refusal_at_submit_reaches_its_sender() -> None:
+    pipeline = FakePipeline("translate")
+    with turning(pipeline) as (runner, outbox):
+        refused = order(pipeline, "refuse at submit")
+        runner.submit([refused])
+        end = outbox.end_of(refused)
+        assert isinstance(end, Failed) and isinstance(end.error, InputError)
+
+
+def test_stop_drains_what_runs_and_accepts_nothing_more() -> None:
+    pipeline = FakePipeline("translate", step_s=0.01)
+    with turning(pipeline) as (runner, outbox):
+        running = [order(pipeline, "a " * 10) for _ in range(3)]
+        runner.submit(running)
+        stopping = threading.Thread(target=runner.stop, args=(10.0,))
+        stopping.start()
+        until(lambda: runner._closing)
+        with pytest.raises(ClosingError):
+            runner.submit([order(pipeline)])
+        stopping.join()
+        assert all(isinstance(outbox.end_of(one), Finished) for one in running)
+        assert not runner.is_turning
+
+
+def test_stop_without_time_fails_what_is_left() -> None:
+    pipeline = FakePipeline("translate", step_s=0.05)
+    with turning(pipeline) as (runner, outbox):
+        left = order(pipeline, "a " * 30)
+        runner.submit([left])
+        until(lambda: bool(outbox.of(left)))
+        runner.stop(drain_s=0.0)
+        end = outbox.end_of(left)
+        assert isinstance(end, Failed) and isinstance(end.error, ClosingError)
+        assert not pipeline.live and runner.num_open == 0
+
+
+def test_a_stalled_engine_is_noticed_and_a_resting_one_is_not() -> None:
+    pipeline = FakePipeline("translate")
+    with turning(pipeline, stall_after_s=0.8) as (runner, outbox):
+        time.sleep(1.2)  # resting
+        assert runner.is_turning
+        pipeline.gate.clear()
+        one = order(pipeline)
+        runner.submit([one])
+        until(lambda: not runner.is_turning, seconds=3)
+        pipeline.gate.set()
+        outbox.end_of(one)
+        assert runner.is_turning
+
+
+def test_many_threads_submit_and_cancel() -> None:
+    pipeline = FakePipeline("translate")
+    with turning(pipeline, max_requests=10**6) as (runner, outbox):
+        kept: list[Order] = []
+
+        def client(number: int) -> None:
+            for i in range(100):
+                one = order(pipeline, "a b c")
+                runner.submit([one])
+                if i % 2:
+                    runner.cancel([one.job.id])
+                else:
+                    kept.append(one)
+
+        threads = [threading.Thread(target=client, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        until(lambda: runner.num_open == 0)
+        ends = [event.request_id for call in outbox.calls for event in call if isinstance(event, Finished | Failed)]
+        assert len(ends) == len(set(ends)) >= 200 == len(kept)
+        assert {one.job.id for one in kept} <= set(ends)
