@@ -71,12 +71,13 @@ def train(recipe: Recipe) -> Path:
         rows = load_rows(recipe)
         codec = _prepare(directory, recipe, rows, saved, reporter)
         examples = codec.encode(rows["train"])
-        _introduce(recipe, rows, codec, examples, reporter)
+        batches = _batches(recipe, codec, examples)
+        _introduce(recipe, rows, codec, examples, batches, reporter)
         trainer = Trainer(
             recipe,
             directory,
             codec,
-            _batches(recipe, codec, examples),
+            batches,
             lambda candidate: _validate(recipe, codec, rows["validation"], candidate),
             _metric(recipe, codec),
             reporter,
@@ -199,13 +200,21 @@ def _differences(was: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, 
 
 
 def _introduce(
-    recipe: Recipe, rows: Mapping[str, Sequence[Row]], codec: Codec, examples: Sequence[Example], reporter: Reporter
+    recipe: Recipe,
+    rows: Mapping[str, Sequence[Row]],
+    codec: Codec,
+    examples: Sequence[Example],
+    batches: Batches,
+    reporter: Reporter,
 ) -> None:
     left_out = sum(len(row.references) if recipe.makes_text else 1 for row in rows["train"]) - len(examples)
     reporter.say(
         f"{recipe.task} on {_data_name(recipe)}: {len(examples)} examples to train on, "
-        f"{len(rows['validation'])} rows to validate" + (f"; {left_out} left out, being empty or too long" if left_out else "")
+        f"{len(rows['validation'])} rows to validate; {len(batches)} batches an epoch, "
+        f"{batches.padding_share:.1%} padding"
     )
+    if left_out:
+        reporter.say(f"{left_out} examples are left out, being longer than data.max_input_length or max_target_length")
     reporter.show_examples(examples[:NUM_EXAMPLES_SHOWN], codec)
 
 

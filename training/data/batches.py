@@ -28,6 +28,11 @@ class Batches(Protocol):
         """Batches in an epoch."""
         ...
 
+    @property
+    def padding_share(self) -> float:
+        """How much of an epoch's positions is padding."""
+        ...
+
     def batch(self, epoch: int, index: int) -> Batch:
         """The tensors for `model(**batch)`."""
         ...
@@ -46,11 +51,13 @@ class Buckets:
         self._examples, self._codec, self._seed = examples, codec, seed
         self._inputs = np.array([example.input_length for example in examples])
         self._targets = np.array([example.target_length for example in examples])
+        if codec.config.input == "image":
+            # Captions of one length show pictures of one kind, and batch normalisation must see all kinds together.
+            self._targets[:] = self._targets.max()
         # Sorted lengths are the same in every epoch, and so are the places where batches begin and end.
         order = np.lexsort((self._inputs, self._targets))
         sizes = list(zip(self._inputs[order].tolist(), self._targets[order].tolist(), strict=True))
         self._bounds = _bounds(sizes, tokens_per_batch, rows_per_batch)
-        self.padding_share = _padding_share(sizes, self._bounds)
         self._epoch: tuple[int, list[list[int]]] | None = None
 
     def __len__(self) -> int:
@@ -58,6 +65,17 @@ class Buckets:
 
     def batch(self, epoch: int, index: int) -> Batch:
         return collate([self._examples[row] for row in self.rows(epoch)[index]], self._codec)
+
+    @property
+    def padding_share(self) -> float:
+        """The share of positions in all batches of the first epoch that are padding."""
+        real = padded = 0
+        for rows in self.rows(0):
+            inputs = [self._examples[row].input_length for row in rows]
+            targets = [self._examples[row].target_length for row in rows]
+            real += sum(inputs) + sum(targets)
+            padded += len(rows) * (max(inputs) + max(targets))
+        return 1 - real / padded
 
     def rows(self, epoch: int) -> list[list[int]]:
         """The examples of each batch of an epoch, by number."""
@@ -111,13 +129,3 @@ def _bounds(sizes: Sequence[tuple[int, int]], tokens: int, rows: int) -> list[tu
             bounds.append((first, place))
             first, longest_input, longest_target = place, input_length, target_length
     return [*bounds, (first, len(sizes))]
-
-
-def _padding_share(sizes: Sequence[tuple[int, int]], bounds: Sequence[tuple[int, int]]) -> float:
-    """The share of positions in all batches that are padding."""
-    real = sum(map(sum, sizes))
-    padded = 0
-    for first, last in bounds:
-        inputs, targets = zip(*sizes[first:last], strict=True)
-        padded += (last - first) * (max(inputs) + max(targets))
-    return 1 - real / padded

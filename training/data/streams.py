@@ -25,6 +25,7 @@ class Streams:
     """
 
     carries_state = True
+    padding_share = 0.0  # but for the end of the last stream
 
     def __init__(self, examples: Sequence[Example], rows: int, chunk_length: int, seed: int | None = None) -> None:
         tokens = [token for example in examples for token in example.targets]  # type: ignore[union-attr]

@@ -11,13 +11,8 @@ from training.data.rows import Row
 
 SIZE = 32  # pixels, both ways
 CENTRES = {"left": (8, 16), "right": (24, 16), "top": (16, 8), "bottom": (16, 24), "middle": (16, 16)}
-# Where the first shape is, seen from the second: the words, and the places of both.
-RELATIONS = (
-    ("left of", "left", "right"),
-    ("right of", "right", "left"),
-    ("above", "top", "bottom"),
-    ("below", "bottom", "top"),
-)
+# The words, and the places of both shapes. A caption begins at the left or the top, so each scene has one caption.
+RELATIONS = (("left of", "left", "right"), ("above", "top", "bottom"))
 
 
 def make(seed: int, sizes: Sequence[int]) -> dict[str, list[Row]]:
