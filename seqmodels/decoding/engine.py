@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seqmodels.decoding.logits import Rules
 from seqmodels.decoding.params import SearchParams
-from seqmodels.decoding.search import STOP, Beams, Hypothesis, Samples
+from seqmodels.decoding.search import Beams, Hypothesis, Samples
 from seqmodels.errors import DeadlineError, InputError, SeqModelsError
 from seqmodels.models import SequenceGenerator
 from seqmodels.state import Memory, State
@@ -333,10 +333,8 @@ class Engine:
             if not new:
                 continue
             lane.sent[r][index] = len(tokens)
-            if request.watch and request.watch(index, tokens) and isinstance(lane.search, Samples):
-                which = torch.zeros_like(lane.search.ended)
-                which[r, index] = True
-                lane.search = lane.search.end(which, torch.full_like(lane.search.end_reason, STOP))
+            if request.watch and isinstance(lane.search, Samples) and request.watch(index, tokens):
+                lane.search = lane.search.stop(r, index)
             if request.stream:
                 yield Progress(request.id, index, new)
 

@@ -283,6 +283,13 @@ class Samples(Search):
             finished=ended.all(1),
         )
 
+    def stop(self, request: int, index: int) -> "Samples":
+        """End one output here; that it also reached its limit with this token is of no interest."""
+        which = torch.zeros_like(self.ended)
+        which[request, index] = True
+        after = self.end(which, self.end_reason)
+        return replace(after, end_reason=self.end_reason.masked_fill(which, STOP))
+
     def results(self, request: int) -> list[Hypothesis]:
         """All outputs in order of their index."""
         prefix = int(self.prefix_length[request])

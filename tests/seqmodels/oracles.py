@@ -1,0 +1,130 @@
+"""Searches written to be believed, not to be fast: plain Python, from the words of DESIGN section 4."""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from seqmodels.decoding.params import SearchParams
+from seqmodels.models import SequenceGenerator
+
+F32 = np.float32
+
+
+@dataclass(frozen=True)
+class Found:
+    tokens: tuple[int, ...]
+    score: np.float32
+    finish_reason: str
+
+
+class Table:
+    """A language model's logits after every history of up to `depth` tokens, by asking its `step`."""
+
+    def __init__(self, model: SequenceGenerator, depth: int) -> None:
+        assert model.config.decoder is not None
+        self.eos = model.config.decoder.eos_token_id
+        self.vocab_size = model.config.decoder.vocab_size
+        self._logits: dict[tuple[int, ...], torch.Tensor] = {}
+        self._cache: dict[tuple[tuple[int, ...], bool], list[np.float32]] = {}
+        histories: list[tuple[int, ...]] = [()]
+        tokens = torch.tensor([model.config.decoder.bos_token_id] * 4)
+        state = model.start(None, 4)
+        with torch.inference_mode():
+            for _ in range(depth):
+                logits, state = model.step(tokens, state, [])
+                self._logits.update(zip(histories, logits, strict=False))
+                rows = torch.arange(len(histories)).repeat_interleave(self.vocab_size)
+                histories = [(*h, v) for h in histories for v in range(self.vocab_size)]
+                tokens = torch.tensor([h[-1] for h in histories])
+                state = state.select(rows)
+
+    def logprobs(self, history: tuple[int, ...], ban_eos: bool = False) -> list[np.float32]:
+        key = (history, ban_eos)
+        if key not in self._cache:
+            logits = self._logits[history].clone()
+            if ban_eos:
+                logits[self.eos] = float("-inf")
+            self._cache[key] = [F32(x) for x in logits.expand(4, -1).log_softmax(-1)[0].tolist()]
+        return self._cache[key]
+
+
+def score(total: np.float32, length: int, penalty: float) -> np.float32:
+    return F32(total / F32(float(length) ** penalty))
+
+
+def brute_force(table: Table, params: SearchParams) -> list[Found]:
+    """Every sequence that ends with EOS within the limit, or reaches the limit without; best first."""
+    others = [v for v in range(table.vocab_size) if v != table.eos]
+    found = []
+    for length in range(1, params.max_new_tokens + 1):
+        last = [table.eos] if length < params.max_new_tokens else range(table.vocab_size)
+        for head in itertools.product(others, repeat=length - 1):
+            for token in last:
+                tokens = (*head, token)
+                total = F32(0)
+                for i, v in enumerate(tokens):
+                    total = F32(total + table.logprobs(tokens[:i])[v])
+                reason = "eos" if token == table.eos else "length"
+                found.append(Found(tokens, score(total, length, params.length_penalty), reason))
+    return sorted(found, key=lambda one: -one.score)
+
+
+def slow_beam_search(table: Table, params: SearchParams) -> list[Found]:
+    """Rule 3, sentence by sentence."""
+    width, limit, wanted = params.num_beams, params.max_new_tokens, params.num_return_sequences
+    live: list[tuple[np.float32, tuple[int, ...]]] = [(F32(0), ())]
+    pool: list[Found] = []
+    for length in range(1, limit + 1):
+        ban_eos = length < params.min_new_tokens
+        candidates = [
+            (F32(total + logprob), beam, token)
+            for beam, (total, tokens) in enumerate(live)
+            for token, logprob in enumerate(table.logprobs(tokens, ban_eos))
+            if logprob > -np.inf
+        ]
+        candidates.sort(key=lambda c: (-c[0], c[1], c[2]))
+        next_live = []
+        for rank, (total, beam, token) in enumerate(candidates[: 2 * width]):
+            tokens = (*live[beam][1], token)
+            if token != table.eos:
+                next_live.append((total, tokens))
+            elif rank < width:
+                pool.append(Found(tokens, score(total, length, params.length_penalty), "eos"))
+        live = next_live[:width]
+        pool = sorted(pool, key=lambda one: -one.score)[:width]  # stable: earlier ones win ties
+        if params.early_stopping:
+            if len(pool) == width:
+                break
+        elif len(pool) >= wanted and not (live and bound(live[0][0], length, params) > pool[wanted - 1].score):
+            break
+        if not live:
+            break
+        if length == limit:
+            pool += [Found(tokens, score(total, length, params.length_penalty), "length") for total, tokens in live]
+            pool = sorted(pool, key=lambda one: -one.score)[:width]
+    return pool[:wanted]
+
+
+def bound(total: np.float32, length: int, params: SearchParams) -> np.float32:
+    p, limit = params.length_penalty, params.max_new_tokens
+    if p > 0:
+        return F32(total / F32(float(limit) ** p))
+    if p == 0:
+        return total
+    return F32(total / F32(float(max(min(length + 1, limit), params.min_new_tokens)) ** p))
+
+
+def slow_greedy(table: Table, params: SearchParams) -> Found:
+    tokens: tuple[int, ...] = ()
+    total = F32(0)
+    while True:
+        logprobs = table.logprobs(tokens, len(tokens) + 1 < params.min_new_tokens)
+        best = max(range(len(logprobs)), key=lambda v: (logprobs[v], -v))
+        total = F32(total + logprobs[best])
+        tokens = (*tokens, best)
+        if best == table.eos:
+            return Found(tokens, score(total, len(tokens), params.length_penalty), "eos")
+        if len(tokens) == params.max_new_tokens:
+            return Found(tokens, score(total, len(tokens), params.length_penalty), "length")

@@ -1,0 +1,282 @@
+"""The engine: a request's answer is the same alone, in any batch, slot or order of arrival, to the last bit."""
+
+import random
+import time
+
+import pytest
+import torch
+
+from seqmodels.decoding.engine import Engine, Event, Failed, Finished, Progress, Request, bucket
+from seqmodels.decoding.generate import generate
+from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.search import Hypothesis
+from seqmodels.errors import DeadlineError, InputError
+from seqmodels.models import SequenceGenerator
+from seqmodels.selftest import find_row_floor
+from tests.seqmodels.builders import make_language_model, make_translator
+
+
+def random_params(choose: random.Random) -> SearchParams:
+    width = choose.choice([1, 1, 2, 3, 5])
+    fields = {
+        "max_new_tokens": choose.randint(1, 12),
+        "repetition_penalty": choose.choice([1.0, 1.0, 1.3]),
+        "no_repeat_ngram_size": choose.choice([0, 0, 1, 2, 3]),
+        "logprobs": True,
+    }
+    fields["min_new_tokens"] = choose.choice([0, 0, min(3, fields["max_new_tokens"])])
+    if choose.random() < 0.35:
+        fields |= {
+            "do_sample": True,
+            "num_return_sequences": width,
+            "temperature": choose.choice([1.0, 0.7, 1.5]),
+            "top_k": choose.choice([0, 0, 3, 10]),
+            "top_p": choose.choice([1.0, 0.9, 0.5]),
+        }
+    else:
+        fields |= {
+            "num_beams": width,
+            "num_return_sequences": choose.randint(1, width),
+            "early_stopping": choose.random() < 0.5,
+            "length_penalty": choose.choice([-1.0, 0.0, 0.6, 1.0, 2.0]),
+        }
+    return SearchParams(**fields)
+
+
+def random_request(choose: random.Random, name: str, model: SequenceGenerator, longest: int = 40) -> Request:
+    assert model.config.decoder is not None
+    vocab_size = model.config.decoder.vocab_size
+    inputs = None
+    if model.encoder is not None:
+        inputs = torch.tensor([choose.randrange(vocab_size) for _ in range(choose.randint(1, longest))])
+    words = tuple(
+        tuple(choose.randrange(4, vocab_size) for _ in range(choose.choice([1, 1, 2])))
+        for _ in range(choose.choice([0, 0, 2]))
+    )
+    prefix = tuple(choose.randrange(4, vocab_size) for _ in range(choose.choice([0, 0, 1, 4])))
+    return Request(name, inputs, random_params(choose), prefix, words, choose.randrange(2**62), choose.random() < 0.3)
+
+
+def run_schedule(choose: random.Random, model: SequenceGenerator, bank: list[Request], expected: list[object]) -> None:
+    """Requests arrive at random steps at an engine with random room; some leave before they are done."""
+    engine = Engine(model, max_rows=choose.randint(6, 40), max_encoder_positions=choose.choice([12, 100, 4096]))
+    picked = choose.sample(range(len(bank)), choose.randint(3, 9))
+    arrivals = sorted((choose.randint(0, 12), i) for i in picked)
+    cancelled = {bank[i].id: choose.randint(0, 15) for i in picked if choose.random() < 0.15}
+    answers: dict[str, object] = {}
+    step = 0
+    while arrivals or engine.has_work:
+        while arrivals and arrivals[0][0] <= step:
+            engine.submit(bank[arrivals.pop(0)[1]])
+        for name in [name for name, when in cancelled.items() if when == step]:
+            engine.cancel(name)
+        for event in engine.step():
+            if isinstance(event, Finished):
+                answers[event.request_id] = event.result
+        step += 1
+    assert engine.num_rows == 0
+    for i in picked:
+        if bank[i].id in answers:
+            assert answers[bank[i].id] == expected[i], bank[i]
+        else:
+            assert bank[i].id in cancelled
+
+
+SMALL_MODELS = [
+    ("translator, LSTM", lambda: make_translator(1)),
+    ("translator, additive, GRU", lambda: make_translator(2, attention="additive", cell="gru")),
+    ("translator, dot, two layers", lambda: make_translator(3, attention="dot", num_layers=2)),
+    ("translator, no attention", lambda: make_translator(4, attention="none")),
+    ("language model", lambda: make_language_model(5, vocab_size=40, hidden_size=16)),
+]
+
+
+@pytest.mark.parametrize("make", [make for _, make in SMALL_MODELS], ids=[name for name, _ in SMALL_MODELS])
+def test_a_busy_engine_changes_no_bit(make) -> None:  # type: ignore[no-untyped-def]
+    """200 random schedules for each of five models: mixed widths, options, lengths, arrivals and cancels."""
+    model = make()
+    if find_row_floor(model) != 4:
+        pytest.skip("on this machine these shapes are not batch invariant; /readyz would say so")
+    choose = random.Random(0)
+    bank = [random_request(choose, str(i), model) for i in range(60)]
+    expected = [generate(model, [request])[0] for request in bank]
+    assert len({str(answer) for answer in expected}) > 50  # the bank is no collection of equal answers
+    for _ in range(200):
+        run_schedule(choose, model, bank, expected)  # type: ignore[arg-type]
+
+
+def test_a_busy_engine_changes_no_bit_at_real_size() -> None:
+    """LSTM 512, vocabulary 7,700, memories across buckets: 50 schedules."""
+    model = make_translator(0, vocab_size=7700, hidden_size=512, embedding_size=256, scale=1.2)
+    if find_row_floor(model) != 4:
+        pytest.skip("on this machine these shapes are not batch invariant; /readyz would say so")
+    choose = random.Random(1)
+    bank = [random_request(choose, str(i), model, longest=70) for i in range(24)]
+    expected = [generate(model, [request])[0] for request in bank]
+    for _ in range(50):
+        run_schedule(choose, model, bank, expected)  # type: ignore[arg-type]
+
+
+def run(engine: Engine, *requests: Request) -> list[Event]:
+    for request in requests:
+        engine.submit(request)
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    return events
+
+
+def result(events: list[Event], name: str) -> list[Hypothesis]:
+    (found,) = [e.result for e in events if isinstance(e, Finished) and e.request_id == name]
+    assert isinstance(found, list)
+    return found
+
+
+def test_what_was_streamed_is_a_prefix_of_the_result() -> None:
+    model = make_translator(1, scale=2.0)
+    choose = random.Random(2)
+    streamed_early = 0
+    for i in range(60):
+        request = random_request(choose, "a", model)
+        request = Request("a", request.inputs, request.params, request.prefix, request.bad_words, request.seed, True)
+        events = run(Engine(model), request)
+        outputs = result(events, "a")
+        pieces: dict[int, list[int]] = {}
+        for event in events:
+            if isinstance(event, Progress):
+                pieces.setdefault(event.index, []).extend(event.tokens)
+        streamed_early += sum(map(len, pieces.values())) if request.params.num_beams > 1 else 0
+        for index, tokens in pieces.items():
+            assert outputs[index].generated[: len(tokens)] == tokens, i
+        if request.params.num_beams == 1:
+            assert [pieces[k] for k in range(len(outputs))] == [h.generated for h in outputs]
+    assert streamed_early > 50  # beams do stream before the end
+
+
+def test_settled_tokens_of_beams_never_change() -> None:
+    """At every step, not only at the end: what is settled now begins with what was settled before."""
+    model = make_translator(7, scale=2.5)
+    for seed in range(20):
+        params = SearchParams(num_beams=4, max_new_tokens=15, early_stopping=False)
+        engine = Engine(model)
+        engine.submit(Request("a", torch.tensor([seed % 40, 5, 6]), params))
+        settled: list[int] = []
+        while True:
+            events = engine.step()
+            if not engine.has_work:
+                break
+            (lane,) = engine._lanes.values()
+            (now,) = lane.search.settled(0)
+            assert now[: len(settled)] == settled
+            settled = now
+        assert result(events, "a")[0].tokens[: len(settled)] == settled
+
+
+def test_sampling_follows_the_distribution() -> None:
+    """Chi-square of 4,000 first tokens against the model's own probabilities."""
+    model = make_language_model(11, vocab_size=8, scale=1.5)
+    params = SearchParams(do_sample=True, num_return_sequences=100, max_new_tokens=1)
+    requests = [Request(str(seed), None, params, seed=seed) for seed in range(40)]
+    firsts = torch.tensor([h.tokens[0] for hs in generate(model, requests, max_rows=4000) for h in hs])
+    with torch.inference_mode():
+        logits, _ = model.step(torch.full((4,), 2), model.start(None, 4), [])
+    expected = logits[0].softmax(-1) * len(firsts)
+    counts = torch.bincount(firsts, minlength=8)
+    assert float(((counts - expected) ** 2 / expected).sum()) < 24.3  # 7 degrees of freedom, p = 0.001
+
+
+def test_seeds_decide_samples() -> None:
+    model = make_language_model(12, vocab_size=30, scale=0.5)
+    params = SearchParams(do_sample=True, num_return_sequences=4, max_new_tokens=10)
+
+    def sample(seed: int) -> list[list[int]]:
+        return [h.tokens for h in generate(model, [Request("a", None, params, seed=seed)])[0]]
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+    assert len({tuple(tokens) for tokens in sample(1)}) == 4
+    two = SearchParams(do_sample=True, num_return_sequences=2, max_new_tokens=10)
+    assert [h.tokens for h in generate(model, [Request("a", None, two, seed=1)])[0]] == sample(1)[:2]
+
+
+def test_watch_ends_an_output_where_it_says() -> None:
+    model = make_language_model(13, vocab_size=30, scale=0.5)
+    params = SearchParams(do_sample=True, num_return_sequences=3, max_new_tokens=20, min_new_tokens=20)
+    free = generate(model, [Request("a", None, params, seed=4)])[0]
+    stopped = generate(
+        model, [Request("a", None, params, seed=4, watch=lambda index, tokens: index == 1 and len(tokens) == 5)]
+    )[0]
+    assert stopped[1].tokens == free[1].tokens[:5]
+    assert stopped[1].finish_reason == "stop"
+    assert [stopped[0], stopped[2]] == [free[0], free[2]]
+
+
+def test_deadlines_and_cancels_free_rows() -> None:
+    model = make_language_model(14, vocab_size=30)
+    long = SearchParams(max_new_tokens=50, min_new_tokens=50, num_beams=4)
+    engine = Engine(model, max_rows=8)
+    for name in "abc":
+        engine.submit(Request(name, None, long))
+    engine.submit(Request("late", None, long, deadline=time.monotonic() - 1))
+    events = engine.step()
+    assert [e.request_id for e in events if isinstance(e, Failed) and isinstance(e.error, DeadlineError)] == ["late"]
+    assert (engine.num_rows, engine.num_waiting) == (8, 1)
+    engine.cancel("a")
+    assert engine.num_rows == 4
+    engine.step()
+    assert (engine.num_rows, engine.num_waiting) == (8, 0)
+    engine.cancel("b")
+    engine.cancel("c")
+    assert not engine.has_work
+
+
+def test_a_running_request_expires() -> None:
+    model = make_language_model(14, vocab_size=30)
+    engine = Engine(model)
+    params = SearchParams(max_new_tokens=10_000, min_new_tokens=10_000)
+    engine.submit(Request("a", None, params, deadline=time.monotonic() + 0.05))
+    events: list[Event] = []
+    while engine.has_work:
+        events += engine.step()
+    assert [type(e) for e in events] == [Failed]
+    assert engine.num_rows == 0
+
+
+def test_a_request_that_can_never_fit_is_refused() -> None:
+    engine = Engine(make_language_model(0), max_rows=4)
+    with pytest.raises(InputError, match="num_beams is 5, but this engine has 4 rows"):
+        engine.submit(Request("a", None, SearchParams(num_beams=5)))
+
+
+def test_a_wide_request_at_the_head_is_not_overtaken() -> None:
+    model = make_language_model(14, vocab_size=30)
+    engine = Engine(model, max_rows=6)
+    slow = SearchParams(max_new_tokens=8, min_new_tokens=8, num_beams=4)
+    engine.submit(Request("first", None, slow))
+    engine.step()
+    engine.submit(Request("wide", None, slow))
+    engine.submit(Request("narrow", None, SearchParams(max_new_tokens=1)))
+    finished = [e.request_id for e in run(engine) if isinstance(e, Finished)]
+    assert finished.index("first") < finished.index("narrow")
+
+
+def test_buckets_cover_every_length() -> None:
+    for length in range(1, 5000):
+        assert length <= bucket(length) <= max(12, 2 * length)
+    assert bucket(1025) == 2048
+
+
+def test_memory_stays_flat_and_rows_return() -> None:
+    """After many requests with random cancels nothing is left behind."""
+    model = make_translator(1)
+    choose = random.Random(5)
+    engine = Engine(model, max_rows=24)
+    for i in range(400):
+        engine.submit(random_request(choose, str(i), model, longest=20))
+        engine.step()
+        if choose.random() < 0.3:
+            engine.cancel(str(choose.randrange(i + 1)))
+    while engine.has_work:
+        engine.step()
+    assert (engine.num_rows, engine.num_waiting, len(engine._lanes)) == (0, 0, 0)
+    assert engine._state.num_rows <= 24

@@ -1,0 +1,198 @@
+"""The three models: what they compute, and that a row's output depends on nothing but the row."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from seqmodels.config import ModelConfig
+from seqmodels.errors import ConfigError
+from seqmodels.models import IGNORE, SequenceGenerator
+from tests.seqmodels.builders import make_language_model, make_model, make_translator
+
+STACK = {"hidden_size": 16, "num_layers": 2}
+BOTH_WAYS = {**STACK, "bidirectional": True, "residual": True}
+PICTURE = {"image_size": [12, 10], "channels": [4, 8]}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "text": {"input": "text", "vocab_size": 30, "embedding_size": 8, "recurrent": BOTH_WAYS},
+    "one-way text": {"input": "text", "vocab_size": 30, "embedding_size": 8, "recurrent": {**STACK, "cell": "gru"}},
+    "features": {"input": "features", "feature_size": 3, "recurrent": {**STACK, "cell": "rnn_tanh"}},
+    "frames": {"input": "frames", "backbone": PICTURE, "recurrent": BOTH_WAYS},
+    "image": {"input": "image", "backbone": PICTURE},
+}
+LENGTHS = torch.tensor([9, 4, 1, 7, 9, 2])
+
+
+def make_inputs(kind: str) -> Tensor:
+    """Six rows, padded to nine steps."""
+    if "text" in kind:
+        return torch.randint(0, 30, (6, 9))
+    shape = {"features": (9, 3), "frames": (9, 3, 12, 10), "image": (3, 12, 10)}[kind]
+    return torch.randn(6, *shape)
+
+
+def spoil(inputs: Tensor, kind: str, keep: int) -> Tensor:
+    """Other values in every row but one, and in that row's padding."""
+    other = make_inputs(kind)
+    if kind == "image":
+        other[keep] = inputs[keep]
+    else:
+        other[keep, : LENGTHS[keep]] = inputs[keep, : LENGTHS[keep]]
+    return other
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "max", "attention"])
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_classified_row_depends_on_itself_alone(kind: str, pooling: str) -> None:
+    model = make_model(architecture="classifier", encoder=ENCODERS[kind], labels=["a", "b", "c"], pooling=pooling)
+    inputs = make_inputs(kind)
+    lengths = None if kind == "image" else LENGTHS
+    logits, _ = model.predict(inputs, lengths)  # type: ignore[operator, union-attr]
+    for keep in (1, 2):
+        other, _ = model.predict(spoil(inputs, kind, keep), lengths)  # type: ignore[operator, union-attr]
+        assert torch.equal(logits[keep], other[keep])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ENCODERS if kind != "image"])
+def test_a_tagged_row_depends_on_itself_alone(kind: str) -> None:
+    model = make_model(architecture="tagger", encoder=ENCODERS[kind], labels=["a", "b", "c"])
+    inputs = make_inputs(kind)
+    logits, _ = model.predict(inputs, LENGTHS)  # type: ignore[operator, union-attr]
+    for keep in (1, 2):
+        other, _ = model.predict(spoil(inputs, kind, keep), LENGTHS)  # type: ignore[operator, union-attr]
+        assert torch.equal(logits[keep, : LENGTHS[keep]], other[keep, : LENGTHS[keep]])
+
+
+@pytest.mark.parametrize("attention", ["none", "dot", "general", "additive"])
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_generated_row_depends_on_itself_alone(kind: str, attention: str) -> None:
+    hidden = 8 if kind == "image" else 32 if kind in ("text", "frames") else 16
+    decoder = {"vocab_size": 20, "embedding_size": 8, "recurrent": {"hidden_size": hidden}, "attention": attention}
+    model = make_model(architecture="generator", encoder=ENCODERS[kind], decoder=decoder)
+    assert isinstance(model, SequenceGenerator)
+    inputs, labels = make_inputs(kind), torch.randint(0, 20, (6, 5))
+    label_lengths = torch.tensor([5, 4, 2, 3, 5, 5])
+    lengths = None if kind == "image" else LENGTHS
+    logprobs = model.logprobs(labels, label_lengths, inputs, lengths)
+    for keep in (1, 2):
+        other_labels = torch.randint(0, 20, (6, 5))
+        other_labels[keep, : label_lengths[keep]] = labels[keep, : label_lengths[keep]]
+        other = model.logprobs(other_labels, label_lengths, spoil(inputs, kind, keep), lengths)
+        assert torch.equal(logprobs[keep], other[keep])
+
+
+@pytest.mark.parametrize("attention", ["none", "dot", "general", "additive"])
+def test_steps_equal_the_whole(attention: str) -> None:
+    """The search's `step`, one token and lanes of beams at a time, against teacher forcing over all T."""
+    model = make_translator(1, attention=attention, num_layers=2)
+    inputs, lengths = torch.randint(0, 40, (4, 9)), torch.tensor([9, 3, 5, 1])
+    tokens = torch.randint(0, 40, (8, 6))  # two beams a row
+    memory = model.encode(inputs, lengths)
+    rows = torch.arange(4).repeat_interleave(2)
+    state = model.start(memory, 4).select(rows)
+    stepped = []
+    for t in range(5):
+        logits, state = model.step(tokens[:, t], state, [(memory, 2)])
+        stepped.append(logits.log_softmax(-1).gather(1, tokens[:, t + 1 : t + 2])[:, 0])
+    whole = model.logprobs(tokens, torch.full((8,), 6), inputs[rows], lengths[rows])
+    assert torch.allclose(torch.stack(stepped, 1), whole, atol=1e-5)
+
+
+def test_loss_is_the_mean_per_target_by_hand() -> None:
+    model = make_language_model(0, vocab_size=6)
+    labels = torch.tensor([[2, 4, 5, 3], [2, 4, 3, 0]])
+    out = model(labels, torch.tensor([4, 3]))
+    logprobs = model.logprobs(labels, torch.tensor([4, 3]))
+    assert int(out.num_targets) == 5
+    assert float(out.nll) == pytest.approx(float(-logprobs.detach().sum() / 5), rel=1e-5)
+    assert float(out.loss) == float(out.nll)
+
+
+def test_label_smoothing_by_hand() -> None:
+    """loss = -(1 - e) log p(target) - e * mean over classes of log p; nll stays plain."""
+    model = make_model(architecture="tagger", encoder=ENCODERS["text"], labels=["a", "b", "c"], label_smoothing=0.3)
+    inputs, labels = make_inputs("text"), torch.randint(0, 3, (6, 9))
+    labels[torch.arange(9) >= LENGTHS[:, None]] = IGNORE
+    out = model(inputs, labels, LENGTHS)
+    logprobs = out.logits.log_softmax(-1)
+    total = plain = 0.0
+    for b, length in enumerate(LENGTHS.tolist()):
+        for t in range(length):
+            plain -= float(logprobs[b, t, labels[b, t]])
+            total -= 0.7 * float(logprobs[b, t, labels[b, t]]) + 0.3 * float(logprobs[b, t].mean())
+    assert int(out.num_targets) == int(LENGTHS.sum())
+    assert float(out.nll) == pytest.approx(plain / int(LENGTHS.sum()), rel=1e-5)
+    assert float(out.loss) == pytest.approx(total / int(LENGTHS.sum()), rel=1e-5)
+
+
+def test_a_carried_state_makes_chunks_equal_the_whole() -> None:
+    """Truncated back-propagation: the loss over two chunks with carried state is the loss over the whole."""
+    model = make_language_model(0, vocab_size=9)
+    stream = torch.randint(4, 9, (4, 13))
+    full = torch.full((4,), 13)
+    whole = model(stream, full)
+    first = model(stream[:, :7], torch.full((4,), 7), state=model.start(None, 4))
+    second = model(stream[:, 6:], torch.full((4,), 7), state=first.state.detach())
+    assert float(first.loss + second.loss) / 2 == pytest.approx(float(whole.loss), rel=1e-5)
+    assert torch.allclose(second.state.values, whole.state.values, atol=1e-6)
+
+
+def test_a_one_directional_tagger_reads_in_pieces() -> None:
+    model = make_model(architecture="tagger", encoder=ENCODERS["one-way text"], labels=["a", "b"])
+    inputs = make_inputs("one-way text")
+    nine = torch.full((6,), 9)
+    whole, _ = model.predict(inputs, nine)  # type: ignore[operator, union-attr]
+    state = model.encoder.recurrent.initial_state(6)  # type: ignore[union-attr, operator]
+    pieces = []
+    for start in (0, 4, 5):
+        end = {0: 4, 4: 5, 5: 9}[start]
+        logits, state = model.predict(inputs[:, start:end], torch.full((6,), end - start), state)  # type: ignore[operator, union-attr]
+        pieces.append(logits)
+    assert torch.equal(torch.cat(pieces, 1), whole)
+
+
+def test_tied_embeddings_share_one_matrix() -> None:
+    model = make_language_model(0, vocab_size=9, tie_embeddings=True)
+    assert "decoder.output_weight" not in model.state_dict()
+    before = model.logprobs(torch.tensor([[2, 4, 5, 3]]), torch.tensor([4]))
+    with torch.no_grad():
+        model.decoder.embedding.weight[7] += 1.0  # not among the inputs, so only the output layer can tell
+    after = model.logprobs(torch.tensor([[2, 4, 5, 3]]), torch.tensor([4]))
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hiden_size": 3}, "hiden_size: Extra inputs are not permitted"),
+        ({"architecture": "generator"}, "needs a `decoder` section"),
+        ({"labels": ["a"]}, "at least two"),
+        ({"labels": ["a", "a"]}, "holds a name twice"),
+        ({"encoder": {"input": "sound"}}, "encoder"),
+        ({"encoder": {"input": "text", "vocab_size": "30"}}, "encoder.text.vocab_size"),
+        ({"dropout": 1.0}, "dropout: Input should be less than 1"),
+        ({"architecture": "tagger", "encoder": {"input": "image"}}, "an image has no steps to label"),
+    ],
+)
+def test_a_wrong_config_names_field_and_fix(change: dict[str, Any], message: str) -> None:
+    fields = {"architecture": "classifier", "encoder": ENCODERS["text"], "labels": ["a", "b"]}
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.parse({**fields, **change})
+    assert message in str(caught.value)
+
+
+def test_tasks_follow_from_what_goes_in_and_out() -> None:
+    decoder = {"vocab_size": 9}
+    tasks = {
+        ("classifier", "image"): "classify",
+        ("tagger", "frames"): "tag",
+        ("generator", "text"): "translate",
+        ("generator", "image"): "caption",
+        ("generator", "frames"): "caption",
+    }
+    for (architecture, kind), task in tasks.items():
+        parts = {"decoder": decoder} if architecture == "generator" else {"labels": ["a", "b"]}
+        config = ModelConfig.parse({"architecture": architecture, "encoder": ENCODERS[kind], **parts})
+        assert config.task == task
+    assert ModelConfig.parse({"architecture": "generator", "decoder": decoder}).task == "generate"

@@ -1,0 +1,352 @@
+"""Raw input to result: text, words, pictures and numbers in; labels, offsets and text out."""
+
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from seqmodels.__main__ import main
+from seqmodels.decoding.engine import Finished, Progress
+from seqmodels.decoding.params import SearchParams
+from seqmodels.errors import InputError, TooLongError, UnsupportedError
+from seqmodels.pipeline import Pipeline, bio_spans, is_bio
+from seqmodels.preprocessing import Preprocessor
+from seqmodels.pretrained import save_pretrained
+from seqmodels.tokenizer import Tokenizer
+from tests.seqmodels.builders import make_model
+
+CORPUS = ["the quick brown fox jumps over the lazy dog", "Ein Hund läuft über die Straße 🙂", "0 1 2 3 4 5 6 7 8 9"]
+TOKENIZER = Tokenizer.train(CORPUS * 3, "bpe", vocab_size=320)
+STACK = {"hidden_size": 16}
+TEXT = {"input": "text", "vocab_size": TOKENIZER.vocab_size, "embedding_size": 8, "recurrent": STACK}
+DECODER = {"vocab_size": TOKENIZER.vocab_size, "embedding_size": 8, "recurrent": STACK}
+PICTURE = {"image_size": [8, 8], "channels": [4]}
+MODELS: dict[str, dict[str, Any]] = {
+    "classifier": {"architecture": "classifier", "encoder": TEXT, "labels": ["bad", "good"], "max_source_length": 50},
+    "tagger": {"architecture": "tagger", "encoder": TEXT, "labels": ["O", "B-X", "I-X"]},
+    "translator": {"architecture": "generator", "encoder": TEXT, "decoder": {**DECODER, "attention": "general"}},
+    "language model": {"architecture": "generator", "decoder": DECODER, "max_source_length": 50},
+    "captioner": {"architecture": "generator", "encoder": {"input": "image", "backbone": PICTURE}, "decoder": DECODER},
+    "frames": {"architecture": "tagger", "encoder": {"input": "frames", "backbone": PICTURE}, "labels": ["l", "r"]},
+    "series": {
+        "architecture": "classifier",
+        "encoder": {"input": "features", "feature_size": 2, "recurrent": STACK},
+        "labels": ["up", "down"],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    for name, fields in MODELS.items():
+        save_pretrained(
+            make_model(1, 2.0, **fields),
+            root / name,
+            source_tokenizer=TOKENIZER,
+            target_tokenizer=TOKENIZER,
+            preprocessor=Preprocessor(size=(8, 8)),
+            generation=SearchParams(max_new_tokens=12),
+        )
+    return {name: root / name for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def pipelines(directories: dict[str, Path]) -> dict[str, Pipeline]:
+    return {name: Pipeline.from_pretrained(path) for name, path in directories.items()}
+
+
+def png(mode: str = "RGB", size: tuple[int, int] = (20, 10), kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise(size, 50).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_classify(pipelines: dict[str, Pipeline]) -> None:
+    for answer in pipelines["classifier"](["the fox", {"text": "a dog"}]):
+        assert sum(answer["scores"].values()) == pytest.approx(1, abs=1e-6)
+        assert answer["label"] == max(answer["scores"], key=answer["scores"].get)
+        assert answer["score"] == answer["scores"][answer["label"]]
+
+
+def test_answers_do_not_depend_on_the_company(pipelines: dict[str, Pipeline]) -> None:
+    texts = ["the fox", "jumps over the lazy dog " * 5, "a", "brown brown brown", "0 1 2 3 4 5 6 7 8 9 0 1 2 3"]
+    for name in ("classifier", "tagger", "translator", "language model"):
+        pipeline = pipelines[name]
+        if pipeline.batch_invariant:
+            assert pipeline(texts) == [pipeline([text])[0] for text in texts]
+    assert pipelines["classifier"].batch_invariant
+
+
+def test_tags_have_offsets_in_the_given_text(pipelines: dict[str, Pipeline]) -> None:
+    text = "Ein Hund  läuft, über 🙂 die Straße."
+    (answer,) = pipelines["tagger"]([text])
+    assert answer["tags"]
+    for tag in answer["tags"]:
+        assert tag["text"] == text[tag["start"] : tag["end"]]
+        assert tag["label"] == "X"
+    words = ["Ein", "Hund", "läuft", ","]
+    (answer,) = pipelines["tagger"]([{"words": words}])
+    for tag in answer["tags"]:
+        assert tag["text"] == " ".join(words)[tag["start"] : tag["end"]]
+
+
+def test_bio_spans_as_conlleval_reads_them() -> None:
+    labels = ["O", "I-A", "I-A", "B-A", "I-B", "O", "B-B", "I-B", "I-B", "B-B"]
+    assert bio_spans(labels) == [("A", 1, 3), ("A", 3, 4), ("B", 4, 5), ("B", 6, 9), ("B", 9, 10)]
+    assert is_bio(["O", "B-A", "I-A"])
+    assert not is_bio(["NOUN", "VERB"])
+    assert not is_bio(["O", "B-A", "C"])
+
+
+def test_frames_series_and_captions(pipelines: dict[str, Pipeline]) -> None:
+    tags = pipelines["frames"]([{"frames": [png()] * 3}])[0]["tags"]
+    assert [(tag["start"], tag["end"]) for tag in tags] == [(0, 1), (1, 2), (2, 3)]
+    assert set(pipelines["series"]([{"features": [[1, 2.5], [0, -1]]}])[0]["scores"]) == {"up", "down"}
+    (answer,) = pipelines["captioner"]([{"image": png()}], num_beams=3, num_return_sequences=2)
+    assert len(answer["sequences"]) == 2
+
+
+def test_scores_are_the_models_log_probabilities(pipelines: dict[str, Pipeline]) -> None:
+    source, target = TOKENIZER.encode_source("the fox"), TOKENIZER.encode("Ein Hund")
+    translator, model = pipelines["translator"], pipelines["language model"]
+    (score,) = translator.score(["the fox"], ["Ein Hund"])
+    labels = torch.tensor([[2, *target, 3]])
+    sizes = torch.tensor([labels.shape[1]])
+    want = translator._pretrained.model.logprobs(labels, sizes, torch.tensor([source]), torch.tensor([len(source)]))  # type: ignore[union-attr, operator]
+    assert score["logprobs"] == pytest.approx(want[0].tolist(), abs=1e-5)
+    assert score["score"] == pytest.approx(float(want.sum()), abs=1e-4)
+    assert score["tokens"] == [TOKENIZER.token(i) for i in [*target, 3]]
+    (continued,) = model.score(["the"], [" fox"])
+    (whole,) = model.score([None], ["the fox"])
+    assert continued["logprobs"] == whole["logprobs"][1:]
+    (best,) = translator(["the fox"], num_beams=4, logprobs=True, length_penalty=0.0)[0]["sequences"]
+    assert best["score"] == pytest.approx(math.fsum(best["logprobs"]), rel=1e-5)
+
+
+def test_a_prompt_is_left_out_and_a_prefix_is_kept(pipelines: dict[str, Pipeline]) -> None:
+    (answer,) = pipelines["language model"](["the quick"], prefix=" brown fox", max_new_tokens=4)
+    assert answer["sequences"][0]["text"].startswith(" brown fox")
+    (answer,) = pipelines["translator"](["the quick"], prefix="Ein Hund", max_new_tokens=4, num_beams=2)
+    assert answer["sequences"][0]["text"].startswith("Ein Hund")
+
+
+def stream(pipeline: Pipeline, item: Any, **params: Any) -> tuple[list[str], dict[str, Any]]:
+    job = pipeline.prepare(item, params, stream=True)
+    streamed: dict[int, str] = {}
+    text = pipeline.text_stream(job)
+    pipeline.submit(job)
+    while pipeline.has_work:
+        for event in pipeline.step():
+            if isinstance(event, Progress):
+                deltas = text.push(event)
+            else:
+                assert isinstance(event, Finished)
+                assert isinstance(event.result, list)
+                deltas = text.finish(event.result)
+                answer = pipeline.render(job, event.result)
+            for index, delta in deltas:
+                streamed[index] = streamed.get(index, "") + delta
+    return [streamed.get(i, "") for i in range(max(streamed, default=-1) + 1)], answer
+
+
+@pytest.mark.parametrize("name", ["translator", "language model"])
+def test_streamed_text_is_the_final_text(name: str, pipelines: dict[str, Pipeline]) -> None:
+    for seed in range(12):
+        streamed, answer = stream(
+            pipelines[name], "the fox", do_sample=True, num_return_sequences=3, seed=seed, stop=["e", "the f"]
+        )
+        texts = [sequence["text"] for sequence in answer["sequences"]]
+        assert streamed + [""] * (3 - len(streamed)) == texts
+        assert all("e" not in text for text in texts)
+        assert answer["seed"] == seed
+        streamed, answer = stream(pipelines[name], "the fox", num_beams=3, length_penalty=-1.0 + seed / 4)
+        assert ("".join(streamed)) == answer["sequences"][0]["text"]
+
+
+def test_stop_ends_before_the_string(pipelines: dict[str, Pipeline]) -> None:
+    pipeline = pipelines["language model"]
+    (free,) = pipeline(["the"], do_sample=True, seed=5, max_new_tokens=40)
+    text = free["sequences"][0]["text"]
+    stop = text[len(text) // 2 : len(text) // 2 + 2]
+    (stopped,) = pipeline(["the"], do_sample=True, seed=5, max_new_tokens=40, stop=[stop])
+    assert stopped["sequences"][0]["text"] == text[: text.index(stop)]
+    assert stopped["sequences"][0]["finish_reason"] == "stop"
+
+
+def test_bad_words_never_appear(pipelines: dict[str, Pipeline]) -> None:
+    pipeline = pipelines["language model"]
+    seen: set[str] = set()
+    for seed in range(40):
+        params = {"do_sample": True, "seed": seed, "max_new_tokens": 20, "logprobs": True}
+        seen.update(pipeline(["the"], **params)[0]["sequences"][0]["tokens"])
+        tokens = pipeline(["the"], **params, bad_words=["e", "a"])[0]["sequences"][0]["tokens"]
+        assert not {"e", "a", "Ġe", "Ġa"} & set(tokens)
+    assert {"e", "a"} <= seen
+
+
+@pytest.mark.parametrize(
+    ("name", "item", "params", "kind", "param", "message"),
+    [
+        ("classifier", "", {}, InputError, "inputs", "empty"),
+        ("classifier", "   ", {}, InputError, "inputs", "empty"),
+        ("classifier", 5, {}, UnsupportedError, "inputs", "this model takes a string"),
+        ("classifier", {"image": b""}, {}, UnsupportedError, "inputs", "this model takes a string"),
+        ("classifier", {"text": 5}, {}, UnsupportedError, "inputs", "must be a string"),
+        ("classifier", "a \ud800 b", {}, InputError, "inputs", "surrogate"),
+        ("classifier", "fox " * 100, {}, TooLongError, "inputs", "takes at most 50"),
+        ("classifier", "fox", {"num_beams": 2}, InputError, "num_beams", "option of generators"),
+        ("tagger", {"words": ["a", ""]}, {}, InputError, "inputs", "none of them empty"),
+        ("tagger", {"words": []}, {}, InputError, "inputs", "empty"),
+        ("tagger", " \n ", {}, InputError, "inputs", "empty"),
+        ("series", {"features": [[1]]}, {}, InputError, "inputs", "list of 2 numbers"),
+        ("series", {"features": [[1, math.nan]]}, {}, InputError, "inputs", "no finite number"),
+        ("series", {"features": [[1, 1e300]]}, {}, InputError, "inputs", "too large"),
+        ("series", {"features": [[True, "x"]]}, {}, InputError, "inputs", "no finite number"),
+        ("series", {"features": []}, {}, InputError, "inputs", "empty"),
+        ("captioner", "fox", {}, UnsupportedError, "inputs", "this model takes {'image'"),
+        ("captioner", {"image": b"no image"}, {}, UnsupportedError, "inputs", "not an image"),
+        ("captioner", {"image": png()[:60]}, {}, InputError, "inputs", "broken"),
+        ("captioner", {"image": "text"}, {}, InputError, "inputs", "must be bytes"),
+        ("frames", {"frames": [b"x"]}, {}, UnsupportedError, "inputs[0]", "not an image"),
+        ("translator", "fox", {"num_beams": 0}, InputError, "num_beams", "greater than 0"),
+        ("translator", "fox", {"num_beams": "2"}, InputError, "num_beams", "valid integer"),
+        ("translator", "fox", {"temperature": 0.5}, InputError, None, "temperature is 0.5, which needs do_sample"),
+        ("translator", "fox", {"stop": ["x"], "num_beams": 2}, InputError, None, "stop needs num_beams=1"),
+        ("translator", "fox", {"beams": 2}, InputError, "beams", "Extra inputs"),
+        ("translator", "fox", {"length_penalty": math.inf}, InputError, None, "length_penalty"),
+        ("language model", 5, {}, UnsupportedError, "inputs", "a prompt string"),
+    ],
+)  # fmt: skip
+def test_bad_input_names_field_value_and_fix(
+    name: str, item: Any, params: dict[str, Any], kind: type, param: str | None, message: str,
+    pipelines: dict[str, Pipeline],
+) -> None:  # fmt: skip
+    with pytest.raises(kind) as caught:
+        pipelines[name].prepare(item, params)
+    assert message in str(caught.value)
+    if param:
+        assert caught.value.param == param
+
+
+def test_truncate_shortens(pipelines: dict[str, Pipeline]) -> None:
+    job = pipelines["classifier"].prepare("fox " * 100, truncate=True)
+    assert job.num_input_tokens == 50
+    job = pipelines["language model"].prepare("fox " * 100 + "dog", truncate=True)
+    assert job.prompt[-3:] == tuple(TOKENIZER.encode("fox dog"))[-3:]
+    assert len(job.prompt) == 50
+
+
+def test_defaults_of_a_search_do_not_reach_a_sampling_request(tmp_path: Path) -> None:
+    save_pretrained(
+        make_model(1, **MODELS["translator"]), tmp_path, source_tokenizer=TOKENIZER, target_tokenizer=TOKENIZER,
+        generation=SearchParams(num_beams=5, length_penalty=0.6),
+    )  # fmt: skip
+    pipeline = Pipeline.from_pretrained(tmp_path)
+    assert pipeline.prepare("fox").params.num_beams == 5
+    assert pipeline.prepare("fox", {"do_sample": True}).params.num_beams == 1
+
+
+def test_pictures_of_every_kind() -> None:
+    preprocessor = Preprocessor(size=(8, 6), mean=(0.5, 0.5, 0.5), std=(0.25, 0.5, 1.0))
+    for mode, kind in (("L", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("1", "PNG"), ("RGB", "WEBP")):
+        assert preprocessor.image(png(mode, kind=kind)).shape == (3, 8, 6)
+    red = Image.new("RGB", (6, 8), (255, 0, 51))
+    assert preprocessor.image(red)[:, 0, 0].tolist() == pytest.approx([2.0, -1.0, -0.3])
+
+
+def test_a_picture_turned_by_exif_stands_upright() -> None:
+    picture = Image.new("RGB", (4, 8), (0, 0, 0))
+    picture.paste((255, 255, 255), (0, 0, 4, 4))  # white above
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", exif=exif)
+    upright = Preprocessor(size=(8, 4)).image(buffer.getvalue())
+    assert upright[0, 0, 0] < upright[0, 7, 0]
+
+
+def test_a_bomb_is_refused_before_it_is_decoded() -> None:
+    header = bytearray(png())
+    header[16:24] = (13000).to_bytes(4, "big") * 2  # claims 169 million pixels
+    import zlib
+
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
+    with pytest.raises(InputError, match="pixels|too large"):
+        Preprocessor(size=(8, 8)).image(bytes(header))
+
+
+def command_line(*arguments: str, lines: str = "") -> tuple[int, list[Any], str]:
+    """Run `python -m seqmodels` as a user does."""
+    done = subprocess.run(
+        [sys.executable, "-m", "seqmodels", *arguments], input=lines, capture_output=True, text=True, timeout=120
+    )
+    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+def test_command_line(directories: dict[str, Path], tmp_path: Path, pipelines: dict[str, Pipeline]) -> None:
+    code, answers, _ = command_line("predict", str(directories["classifier"]), lines='the fox\n{"text": "a dog"}\n')
+    assert code == 0
+    assert [a["label"] for a in answers] == [a["label"] for a in pipelines["classifier"](["the fox", "a dog"])]
+    (tmp_path / "in.txt").write_text("the fox\nthe dog\n")
+    code, answers, _ = command_line(
+        "generate",
+        str(directories["translator"]),
+        str(tmp_path / "in.txt"),
+        "--num-beams",
+        "3",
+        "--max-new-tokens",
+        "5",
+    )
+    assert code == 0
+    assert [a["sequences"][0]["text"] for a in answers] == [
+        a["sequences"][0]["text"]
+        for a in pipelines["translator"](["the fox", "the dog"], num_beams=3, max_new_tokens=5)
+    ]
+
+
+def test_command_line_in_process(
+    directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "score.jsonl").write_text('{"text": "the fox", "target": "Ein Hund"}\n')
+    assert main(["score", str(directories["translator"]), str(tmp_path / "score.jsonl")]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"][-1] == "<eos>"
+    (tmp_path / "picture.png").write_bytes(png())
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"image": str(tmp_path / "picture.png")}) + "\n")
+    assert main(["generate", str(directories["captioner"]), str(tmp_path / "captions.jsonl")]) == 0
+    assert "sequences" in json.loads(capsys.readouterr().out)
+    mistakes = {
+        ("predict", str(directories["translator"])): "use generate or score",
+        ("generate", str(directories["tagger"])): "use predict",
+        ("predict", str(tmp_path)): "is no model directory",
+        ("predict", str(directories["tagger"]), str(tmp_path / "nothing")): "cannot read",
+        ("generate", str(directories["captioner"]), str(tmp_path / "score.jsonl")): "line 1: this model takes",
+        ("score", str(directories["translator"]), str(tmp_path / "captions.jsonl")): "line 1",
+        ("generate", str(directories["captioner"]), str(tmp_path / "captions.jsonl"), "--num-beams", "0"): "num_beams",
+        ("generate", str(directories["captioner"]), str(tmp_path / "captions.jsonl"), "--num-beams", "999"): "256 rows",
+    }
+    for arguments, message in mistakes.items():
+        assert main(list(arguments)) == 2, arguments
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
+        assert error.count("\n") == 1
+
+
+def test_load_tells_how_busy_it_is(pipelines: dict[str, Pipeline]) -> None:
+    assert pipelines["translator"].load() == {"waiting": 0, "rows_live": 0, "rows_total": 256}
+    job = pipelines["translator"].prepare("the fox", {"num_beams": 3})
+    pipelines["translator"].submit(job)
+    assert pipelines["translator"].load()["waiting"] == 1
+    pipelines["translator"].step()
+    assert pipelines["translator"].load()["rows_live"] == 3
+    pipelines["translator"].cancel(job.id)
+    assert pipelines["translator"].load()["rows_live"] == 0
+    assert torch.is_inference_mode_enabled() is False

@@ -1,0 +1,168 @@
+"""Search against oracles: brute force over all sequences, and a slow search in plain Python."""
+
+import random
+
+import pytest
+import torch
+
+from seqmodels.decoding.engine import Request
+from seqmodels.decoding.generate import generate
+from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.search import Hypothesis, best_candidates
+from seqmodels.models import SequenceGenerator
+from tests.seqmodels.builders import make_language_model
+from tests.seqmodels.oracles import Found, Table, brute_force, slow_beam_search, slow_greedy
+
+PENALTIES = (-1.0, 0.0, 0.6, 1.0, 2.0)
+
+
+def make_history_model(seed: int) -> SequenceGenerator:
+    """A random model whose scores depend on the whole history through its State; every fifth has equal logits."""
+    choose = random.Random(seed)
+    cell = choose.choice(["lstm", "gru", "rnn_tanh"])
+    model = make_language_model(seed, vocab_size=choose.choice([4, 5]), cell=cell, scale=choose.choice([1.0, 2.0, 4.0]))
+    with torch.no_grad():
+        weight, bias = model.decoder.output_weight, model.decoder.output_bias
+        assert weight is not None
+        if seed % 5 == 0:  # two tokens always equal, EOS one of them
+            weight[3], bias[3] = weight[1], bias[1]
+        if seed % 10 == 0:  # all equal, whatever the history
+            weight.zero_()
+            bias.zero_()
+        bias[3] += choose.choice([-1.0, 0.0, 1.0]) if seed % 5 else 0.0
+    return model
+
+
+def search(model: SequenceGenerator, params: list[SearchParams]) -> list[list[Hypothesis]]:
+    return generate(model, [Request(str(i), None, p) for i, p in enumerate(params)], max_rows=100_000)
+
+
+def as_found(hypotheses: list[Hypothesis]) -> list[tuple[tuple[int, ...], float, str]]:
+    return [(tuple(h.tokens), h.score, h.finish_reason) for h in hypotheses]
+
+
+def expected(found: list[Found]) -> list[tuple[tuple[int, ...], float, str]]:
+    return [(one.tokens, float(one.score), one.finish_reason) for one in found]
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_exhaustive_width_equals_brute_force(block: int) -> None:
+    for seed in range(block * 50, block * 50 + 50):
+        model = make_history_model(seed)
+        table = Table(model, 4)
+        width = table.vocab_size**4
+        params = [
+            SearchParams(
+                num_beams=width, num_return_sequences=25, max_new_tokens=4, length_penalty=p, early_stopping=early
+            )
+            for p in PENALTIES
+            for early in (True, False)
+        ]
+        for p, hypotheses in zip(params, search(model, params), strict=True):
+            everything = brute_force(table, p)
+            score_of = {one.tokens: float(one.score) for one in everything}
+            assert [h.score for h in hypotheses] == [float(one.score) for one in everything[:25]]
+            assert [score_of[tuple(h.tokens)] for h in hypotheses] == [h.score for h in hypotheses]
+            assert len({tuple(h.tokens) for h in hypotheses}) == 25
+            if len({one.score for one in everything[:26]}) == 26:  # no ties, so the order is fixed too
+                assert as_found(hypotheses) == expected(everything[:25])
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_narrow_width_equals_slow_search(block: int) -> None:
+    for seed in range(block * 50, block * 50 + 50):
+        choose = random.Random(seed)
+        model = make_history_model(seed)
+        table = Table(model, 5)
+        params = []
+        for p in PENALTIES:
+            for early in (True, False):
+                width = choose.randint(2, 4)
+                limit = choose.randint(4, 5)
+                params.append(
+                    SearchParams(
+                        num_beams=width,
+                        num_return_sequences=choose.randint(1, width),
+                        max_new_tokens=limit,
+                        min_new_tokens=choose.choice([0, 0, 2, 4]),
+                        length_penalty=p,
+                        early_stopping=early,
+                    )
+                )
+        for p, hypotheses in zip(params, search(model, params), strict=True):
+            assert as_found(hypotheses) == expected(slow_beam_search(table, p)), (seed, p)
+
+
+def test_beam_of_one_is_greedy() -> None:
+    for seed in range(60):
+        model = make_history_model(seed)
+        table = Table(model, 5)
+        for limit, least in ((5, 0), (3, 0), (5, 3)):
+            params = SearchParams(max_new_tokens=limit, min_new_tokens=least)
+            assert as_found(search(model, [params])[0]) == expected([slow_greedy(table, params)])
+
+
+def test_returned_scores_resum_from_returned_logprobs() -> None:
+    for seed in range(40):
+        model = make_history_model(seed)
+        params = [
+            SearchParams(num_beams=4, num_return_sequences=4, max_new_tokens=6, length_penalty=p) for p in PENALTIES
+        ] + [SearchParams(do_sample=True, num_return_sequences=3, max_new_tokens=6, seed=seed)]
+        for p, hypotheses in zip(params, search(model, params), strict=True):
+            for h in hypotheses:
+                total = torch.tensor(0.0)
+                for logprob in h.logprobs:
+                    total = total + torch.tensor(logprob)
+                assert float(total / torch.tensor(float(len(h.logprobs)) ** p.length_penalty)) == h.score
+
+
+def test_exact_stopping_returns_a_prefix_of_the_longer_list() -> None:
+    for seed in range(100):
+        model = make_history_model(seed)
+        for penalty in PENALTIES:
+            params = [
+                SearchParams(
+                    num_beams=4, num_return_sequences=n, max_new_tokens=6, length_penalty=penalty, early_stopping=False
+                )
+                for n in (1, 2, 3, 4)
+            ]
+            lists = [as_found(hypotheses) for hypotheses in search(model, params)]
+            for shorter, longer in zip(lists, lists[1:], strict=False):
+                assert longer[: len(shorter)] == shorter
+
+
+def test_ties_go_to_the_better_beam_then_to_the_smaller_token() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        totals = torch.randint(0, 6, (3, 40), generator=generator).float()
+        totals[0, :30] = float("-inf")
+        values, index = best_candidates(totals, 8)
+        for row in range(3):
+            order = sorted(range(40), key=lambda i: (-totals[row, i], i))[:8]  # noqa: B023
+            assert index[row].tolist() == order
+            assert values[row].tolist() == totals[row, order].tolist()
+
+
+def test_a_prefix_is_returned_but_not_scored() -> None:
+    model = make_language_model(3, vocab_size=6)
+    params = SearchParams(num_beams=3, num_return_sequences=3, max_new_tokens=4)
+    free = search(model, [SearchParams(num_beams=1, max_new_tokens=4)])[0][0]
+    hypotheses = generate(model, [Request("a", None, params, prefix=(4, 5))])[0]
+    for h in hypotheses:
+        assert h.tokens[:2] == [4, 5]
+        assert len(h.logprobs) == len(h.tokens) - 2
+        labels = torch.tensor([[2, *h.tokens]])
+        with torch.inference_mode():
+            scores = model.logprobs(labels, torch.tensor([labels.shape[1]]))[0]
+        assert torch.allclose(scores[2:], torch.tensor(h.logprobs), atol=1e-5)
+    forced = generate(model, [Request("a", None, SearchParams(max_new_tokens=2), prefix=tuple(free.tokens[:2]))])[0][0]
+    assert forced.tokens == free.tokens[:4]
+
+
+def test_logprobs_are_the_models_own_without_rules() -> None:
+    model = make_language_model(5, vocab_size=7)
+    for h in search(model, [SearchParams(num_beams=4, num_return_sequences=4, max_new_tokens=5)])[0]:
+        labels = torch.tensor([[2, *h.tokens]])
+        with torch.inference_mode():
+            scores = model.logprobs(labels, torch.tensor([labels.shape[1]]))[0]
+        assert torch.allclose(scores, torch.tensor(h.logprobs), atol=1e-5)

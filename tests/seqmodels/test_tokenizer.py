@@ -1,0 +1,93 @@
+"""Tokenizers round-trip text, and never read a special token out of it."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seqmodels.errors import ConfigError, ModelDirectoryError
+from seqmodels.tokenizer import BOS, EOS, PAD, UNK, Detokenizer, Kind, Tokenizer
+
+TEXTS = [
+    "A dog runs over the street.",
+    "Ein Hund läuft über die Straße.",
+    "日本語 🙂 and\nnew lines",
+    "two  spaces",
+] * 5
+KINDS: tuple[Kind, ...] = ("bpe", "unigram", "word", "character", "byte")
+TOKENIZERS = {kind: Tokenizer.train(TEXTS, kind, vocab_size=400) for kind in KINDS}
+texts = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "byte"])
+@given(text=texts)
+@settings(max_examples=200, deadline=None)
+def test_byte_based_kinds_round_trip_every_text(kind: Kind, text: str) -> None:
+    tokenizer = TOKENIZERS[kind]
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not {PAD, UNK, BOS, EOS} & set(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_seen_text_round_trips(kind: Kind) -> None:
+    tokenizer = TOKENIZERS[kind]
+    for text in TEXTS[:3]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("") == []
+    assert tokenizer.decode([BOS, *tokenizer.encode(TEXTS[0]), EOS, PAD]) == TEXTS[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_in_a_text_are_text(kind: Kind) -> None:
+    ids = TOKENIZERS[kind].encode("<eos> <pad> <bos>")
+    assert not {PAD, BOS, EOS} & set(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_words_are_labelled_at_their_last_piece(kind: Kind) -> None:
+    tokenizer = TOKENIZERS[kind]
+    words = ["A", "dog", "läuft", "Unseen", "over"]
+    ids, last = tokenizer.encode_words(words)
+    assert len(last) == len(words)
+    assert last == sorted(set(last))
+    assert last[-1] == len(ids) - 1
+    pieces = [ids[start + 1 : end + 1] for start, end in zip([-1, *last], last, strict=False)]
+    assert pieces == [tokenizer.encode(word) for word in words]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "byte", "character"])
+def test_a_detokenizer_sends_whole_characters_only(kind: Kind) -> None:
+    tokenizer = TOKENIZERS[kind]
+    text = "日本語 🙂 and"
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.push([token]) for token in tokenizer.encode(text)]
+    assert "".join(pieces) + detokenizer.finish() == text
+    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded_is_the_same(kind: Kind, tmp_path: Path) -> None:
+    tokenizer = TOKENIZERS[kind]
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.fingerprint == tokenizer.fingerprint
+    for text in [*TEXTS[:4], "unseen Ωmega"]:
+        assert loaded.encode(text) == tokenizer.encode(text)
+        assert loaded.encode_words(text.split()) == tokenizer.encode_words(text.split())
+
+
+def test_lowercase_is_part_of_the_tokenizer() -> None:
+    tokenizer = Tokenizer.train(TEXTS, "bpe", vocab_size=300, lowercase=True)
+    assert tokenizer.decode(tokenizer.encode("A DOG")) == "a dog"
+
+
+def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="vocab_size is 100, but a bpe tokenizer needs at least 260"):
+        Tokenizer.train(TEXTS, "bpe", vocab_size=100)
+    with pytest.raises(ModelDirectoryError, match=r"tokenizer\.json is missing"):
+        Tokenizer.load(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelDirectoryError, match=r"tokenizer\.json is not a tokenizer"):
+        Tokenizer.load(tmp_path / "tokenizer.json")
