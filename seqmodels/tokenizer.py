@@ -52,7 +52,8 @@ class Tokenizer:
         least = 260 if kind in ("bpe", "unigram") else 5
         if vocab_size < least:
             raise ConfigError(f"vocab_size is {vocab_size}, but a {kind} tokenizer needs at least {least}")
-        backend.train_from_iterator(texts, _trainer(kind, vocab_size))
+        spaced = (" " + text for text in texts) if kind in ("bpe", "unigram") else texts  # as `encode` will see them
+        backend.train_from_iterator(spaced, _trainer(kind, vocab_size))
         return cls(backend)
 
     @classmethod

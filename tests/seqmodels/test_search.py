@@ -1,5 +1,6 @@
 """Search against oracles: brute force over all sequences, and a slow search in plain Python."""
 
+import itertools
 import random
 
 import pytest
@@ -127,7 +128,7 @@ def test_exact_stopping_returns_a_prefix_of_the_longer_list() -> None:
                 for n in (1, 2, 3, 4)
             ]
             lists = [as_found(hypotheses) for hypotheses in search(model, params)]
-            for shorter, longer in zip(lists, lists[1:], strict=False):
+            for shorter, longer in itertools.pairwise(lists):
                 assert longer[: len(shorter)] == shorter
 
 
@@ -138,7 +139,7 @@ def test_ties_go_to_the_better_beam_then_to_the_smaller_token() -> None:
         totals[0, :30] = float("-inf")
         values, index = best_candidates(totals, 8)
         for row in range(3):
-            order = sorted(range(40), key=lambda i: (-totals[row, i], i))[:8]  # noqa: B023
+            order = sorted(range(40), key=lambda i: (-totals[row, i], i))[:8]
             assert index[row].tolist() == order
             assert values[row].tolist() == totals[row, order].tolist()
 

@@ -83,6 +83,12 @@ def test_lowercase_is_part_of_the_tokenizer() -> None:
     assert tokenizer.decode(tokenizer.encode("A DOG")) == "a dog"
 
 
+def test_a_word_looks_the_same_at_the_start_of_a_text() -> None:
+    tokenizer = Tokenizer.train(["Two dogs and Two cats", "Two more"] * 10, "bpe", vocab_size=300)
+    (first, *_), (_, later) = tokenizer.encode("Two"), tokenizer.encode("and Two")
+    assert first == later
+
+
 def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="vocab_size is 100, but a bpe tokenizer needs at least 260"):
         Tokenizer.train(TEXTS, "bpe", vocab_size=100)
