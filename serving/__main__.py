@@ -7,6 +7,7 @@ It says where it listens and stays up until Ctrl-C. For a cluster see deploy/ser
 """
 
 import argparse
+import logging
 import os
 import signal
 import socket
@@ -17,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from seqmodels.errors import SeqModelsError
+from serving.auth import load_key_hashes
 from serving.config import ServeConfig, named_models
 
 # Before Ray is imported: nothing is sent anywhere, and Ray does not repeat its advice about GPUs.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+APPLICATION = "seqmodels"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,17 +78,18 @@ def _check_models(config: ServeConfig) -> None:
 
 
 def _serve(config: ServeConfig) -> None:
-    stop = threading.Event()
     try:
         start(config)
+        stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         _say_where(config)
         stop.wait()
-        print("stopping: running requests may finish", flush=True)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # while starting
         pass
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C would leave Ray's processes behind
+        print("stopping; running requests may finish", flush=True)
         shut_down()
 
 
@@ -97,7 +102,8 @@ def start(config: ServeConfig) -> None:
 
     replicas = config.autoscaling.max_replicas if config.autoscaling else config.replicas
     num_cpus = max(os.cpu_count() or 1, replicas * config.num_threads)  # room for what was asked, even on few cores
-    ray.init(num_cpus=num_cpus, include_dashboard=False, logging_level="warning")
+    ray.init(num_cpus=num_cpus, include_dashboard=False, logging_level=logging.ERROR)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     http: dict[str, Any] = {
         "host": config.host,
         "port": config.port,
@@ -105,23 +111,21 @@ def start(config: ServeConfig) -> None:
     }
     logging_config = {"log_level": "WARNING", "enable_access_log": False}
     serve.start(proxy_location="HeadOnly", http_options=http, logging_config=logging_config)
-    serve.run(build(config), logging_config=logging_config)
+    serve.run(build(config), name=APPLICATION, logging_config=logging_config)
 
 
 def shut_down() -> None:
-    """Stop the service, letting what runs finish, and every process of Ray's that `start` began."""
+    """Stop the service, letting what runs finish, then every process of Ray's that `start` began."""
     import ray
     from ray import serve
 
     if ray.is_initialized():
-        serve.shutdown()
+        serve.delete(APPLICATION)
         ray.shutdown()
 
 
 def _say_where(config: ServeConfig) -> None:
     print(f"serving {', '.join(config.models)} at {config.url}; documentation at {config.url}/docs; Ctrl-C stops it")
-    from serving.auth import load_key_hashes
-
     if not config.is_loopback and not load_key_hashes(config.api_keys_file):
         print("warning: other machines can reach this address and no API key is set; see api_keys_file", flush=True)
     sys.stdout.flush()

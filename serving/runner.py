@@ -169,6 +169,7 @@ class Runner(Generic[E]):
         for name, pipeline in self.pipelines.items():
             if pipeline.has_work:
                 events += self._step(name, pipeline)
+            self._loads[name] = pipeline.load()
         return events
 
     def _take_in(self, wait_s: float) -> list[Event]:
@@ -211,7 +212,6 @@ class Runner(Generic[E]):
     def _step(self, name: str, pipeline: E) -> list[Event]:
         try:
             events = pipeline.step()
-            self._loads[name] = pipeline.load()
         except Exception:
             logger.exception("step failed: model %s", name)
             self._failures[name] += 1

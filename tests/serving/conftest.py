@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,15 +15,16 @@ from serving.config import ServeConfig
 from serving.runner import Runner
 
 from .fakes import FakePipeline, all_fakes
+from .model_directories import save_all
 
 
 class InProcess:
     """An app that runs, and a client that speaks to it without a socket."""
 
-    def __init__(self, app: FastAPI, pipelines: dict[str, FakePipeline], runner: Runner[Any]) -> None:
+    def __init__(self, app: FastAPI, runner: Runner[Any]) -> None:
         self.app = app
-        self.pipelines = pipelines
         self.runner = runner
+        self.pipelines: Mapping[str, Any] = runner.pipelines
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
@@ -40,7 +41,8 @@ class InProcess:
             yield self
         finally:
             for pipeline in self.pipelines.values():
-                pipeline.gate.set()
+                if isinstance(pipeline, FakePipeline):
+                    pipeline.gate.set()
             self.wait(lifespan.__aexit__(None, None, None))
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join()
@@ -63,15 +65,21 @@ class InProcess:
 
 @contextmanager
 def in_process(
-    pipelines: dict[str, FakePipeline] | None = None, key_hashes: tuple[str, ...] = (), **fields: Any
+    pipelines: Mapping[str, Any] | None = None, key_hashes: tuple[str, ...] = (), **fields: Any
 ) -> Iterator[InProcess]:
-    """An app over fake pipelines; fields: of its ServeConfig."""
+    """An app over these pipelines, or over fakes; fields: of its ServeConfig."""
     pipelines = pipelines or all_fakes()
     config = ServeConfig.parse({"models": dict.fromkeys(pipelines, "unused"), "drain_s": 1.0, **fields})
-    runner = Runner(pipelines, max_requests=config.max_requests, stall_after_s=config.stall_after_s)
+    runner: Runner[Any] = Runner(pipelines, max_requests=config.max_requests, stall_after_s=config.stall_after_s)
     app = build_app(runner, config, key_hashes=key_hashes)
-    with InProcess(app, pipelines, runner).running() as server:
+    with InProcess(app, runner).running() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Name -> directory of a small real model for each task."""
+    return save_all(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
