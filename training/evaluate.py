@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from seqmodels.errors import DataError
-from seqmodels.pipeline import Pipeline, is_bio
+from seqmodels.pipeline import Pipeline
 from seqmodels.pretrained import load_pretrained
+from seqmodels.rendering import is_bio
 from seqmodels.state import State
 from seqmodels.tokenizer import BOS
 from training import metrics

@@ -7,7 +7,7 @@ from typing import Any
 
 from sacrebleu.metrics import BLEU, CHRF
 
-from seqmodels.pipeline import bio_spans
+from seqmodels.rendering import bio_spans
 
 
 def accuracy(predicted: Sequence[str], expected: Sequence[str]) -> float:

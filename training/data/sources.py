@@ -107,7 +107,7 @@ def _load_with_datasets(data: DataSection, *args: Any, **options: Any) -> dict[s
 
 
 def _read_text(path: Path, task: str) -> Table:
-    """A running text for language models, or space-separated columns (numbered from "0") for taggers."""
+    """A running text for language models, or space-separated columns (column0, column1, ...) for taggers."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -123,7 +123,7 @@ def _columns(block: str, name: str) -> dict[str, list[str]]:
     lines = [line.split() for line in block.splitlines() if line.strip()]
     if len({len(line) for line in lines}) != 1:
         raise DataError(f"{name}: the lines of a sentence differ in their number of columns, near {block[:40]!r}")
-    return {str(number): [line[number] for line in lines] for number in range(len(lines[0]))}
+    return {f"column{number}": [line[number] for line in lines] for number in range(len(lines[0]))}
 
 
 # Rows

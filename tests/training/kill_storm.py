@@ -1,0 +1,186 @@
+"""Kill a training run with SIGKILL, again and again, and compare its end with that of a run left alone.
+
+    python -m tests.training.kill_storm --kills 100
+
+Runs are forked from one process that has imported everything, so a kill costs a fraction of a second. A child says in
+shared memory what it is doing; the parent waits for the phase it wants to hit, then strikes at a random moment in it.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import mmap
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import training.checkpoint
+import training.loop
+import training.run
+from training.config import parse_recipe
+
+PHASES = ("start-up", "step", "validation", "save")
+TIMEOUT_S = 120.0
+Shared = mmap.mmap  # byte 0: the phase; byte 1: how often it was entered, modulo 256
+
+
+def recipe_fields(number: int, directory: Path) -> dict[str, Any]:
+    """Two runs that between them use all that a checkpoint holds."""
+    if number % 2 == 0:  # carried state, dropout, averages, plateau
+        return {
+            "task": "generate",
+            "data": {
+                "generated": "language-model",
+                "tokenizer": {"kind": "word", "vocab_size": 120},
+                "chunk_length": 8,
+            },
+            "model": {
+                "architecture": "generator",
+                "decoder": {"embedding_size": 8, "dropout": 0.2, "recurrent": {"cell": "lstm", "hidden_size": 8}},
+            },
+            "optim": {"learning_rate": 0.01, "lr_scheduler_type": "plateau"},
+            "run": _run(directory, ema_decay=0.9, tokens_per_batch=128),
+        }
+    return {  # length buckets, accumulation, momentum, warm-up
+        "task": "classify",
+        "data": {"generated": "sentiment", "tokenizer": {"kind": "word", "vocab_size": 200}},
+        "model": {
+            "architecture": "classifier",
+            "dropout": 0.1,
+            "encoder": {"input": "text", "embedding_size": 8, "recurrent": {"cell": "gru", "hidden_size": 8}},
+        },
+        "optim": {
+            "optimizer": "sgd",
+            "momentum": 0.9,
+            "nesterov": True,
+            "learning_rate": 0.1,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 5,
+        },
+        "run": _run(directory, gradient_accumulation_steps=2, tokens_per_batch=256),
+    }
+
+
+def _run(directory: Path, **settings: Any) -> dict[str, Any]:
+    every = {"eval_steps": 12, "save_steps": 5, "logging_steps": 3, "max_eval_samples": 40}
+    return {"max_steps": 60, "threads": 1, "output_dir": str(directory), **every, **settings}
+
+
+def outcome(directory: Path) -> dict[str, str]:
+    """What must not depend on interruptions: weights, optimizer, random states, and the metric log."""
+    newest = training.checkpoint.saved_checkpoints(directory / "checkpoints")[-1]
+    progress = json.loads((newest / "progress.json").read_text(encoding="utf-8"))
+    del progress["seconds"]
+    files = {"state": newest / "state.safetensors", "log": directory / "metrics.jsonl"}
+    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    digests["model"] = hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
+    return {**digests, "progress": json.dumps(progress)}
+
+
+def storm(kills: int, seed: int = 1) -> Counter[str]:
+    """Kill so often; return how many kills hit each phase. Raises AssertionError where an end differs."""
+    source = random.Random(seed)
+    hits: Counter[str] = Counter()
+    number = 0
+    with tempfile.TemporaryDirectory() as folder:
+        while sum(hits.values()) < kills:
+            alone, stormy = Path(folder) / f"alone-{number}", Path(folder) / f"stormy-{number}"
+            assert _finish(recipe_fields(number, alone)), "the uninterrupted run failed"
+            # Half of the kills wanted, so that both recipes get their share.
+            limit = min(kills, sum(hits.values()) + -(-kills // 2))
+            while sum(hits.values()) < limit:
+                rarest = min(PHASES, key=lambda phase: (hits[phase], source.random()))
+                hit = _kill_in(rarest, recipe_fields(number, stormy), source)
+                if hit is None:  # it was done before we struck
+                    break
+                hits[hit] += 1
+            assert _finish(recipe_fields(number, stormy)), "the run did not get over its last kill"
+            difference = {k for k, v in outcome(alone).items() if v != outcome(stormy)[k]}
+            assert not difference, f"after {sum(hits.values())} kills these differ: {', '.join(sorted(difference))}"
+            number += 1
+    return hits
+
+
+def _kill_in(phase: str, fields: dict[str, Any], source: random.Random) -> str | None:
+    """Start, wait for the phase, kill. Returns the phase that was hit, None if the run ended first."""
+    shared = mmap.mmap(-1, 2)
+    child = _fork(fields, shared)
+    entries = 1 if phase == "start-up" else source.randint(1, 9 if phase == "step" else 2)
+    seen, last, deadline = 0, -1, time.monotonic() + TIMEOUT_S
+    while seen < entries:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return None
+        assert time.monotonic() < deadline, f"phase {phase} never came"
+        if PHASES[shared[0]] == phase and shared[1] != last:
+            seen, last = seen + 1, shared[1]
+    time.sleep(source.random() * (0.15 if phase == "start-up" else 0.003))
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return PHASES[shared[0]] if os.WIFSIGNALED(status) else None
+
+
+def _finish(fields: dict[str, Any]) -> bool:
+    return os.waitpid(_fork(fields, mmap.mmap(-1, 2)), 0)[1] == 0
+
+
+def _fork(fields: dict[str, Any], shared: Shared) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _announce(shared)
+        training.run.train(parse_recipe(fields))
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _announce(shared: Shared) -> None:
+    """Wrap the phases so that each says when it begins, and gives way to the one it stands in when it ends."""
+
+    def announced(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **options: Any) -> Any:
+            before = shared[0]
+            shared[0], shared[1] = PHASES.index(phase), (shared[1] + 1) % 256
+            result = function(*args, **options)
+            shared[0] = before
+            return result
+
+        return wrapper
+
+    training.loop.Trainer.run = announced("step", training.loop.Trainer.run)  # type: ignore[method-assign]
+    training.loop.Trainer._step = announced("step", training.loop.Trainer._step)  # type: ignore[method-assign]
+    training.loop.Trainer._validate = announced("validation", training.loop.Trainer._validate)  # type: ignore[method-assign]
+    training.loop.Trainer._save = announced("save", training.loop.Trainer._save)  # type: ignore[method-assign]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    hits = storm(options.kills, options.seed)
+    missed = [phase for phase in PHASES if not hits[phase]]
+    print(
+        json.dumps({"kills": dict(hits), "missed": missed, "equal": True, "seconds": round(time.monotonic() - began)})
+    )
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

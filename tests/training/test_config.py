@@ -1,0 +1,91 @@
+"""Recipes: strict, with the nearest known key where one is misspelt."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from seqmodels.errors import ConfigError
+from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, fields
+from training.config import load_recipe, parse_recipe
+
+ROOT = Path(__file__).parent.parent.parent
+ALL_RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+DEMO = ROOT / "recipes" / "demo" / "sentiment.yaml"
+NAMED = {"sst2", "imdb", "multi30k-en-de", "multi30k-en-fr", "tatoeba-de-en", "ptb", "tinyshakespeare"}
+NAMED |= {"ud-english-ewt", "conll2000", "flickr8k", "sentiment", "numbers-en-fr", "captions", "number-tags"}
+NAMED |= {"frames", "series", "language-model"}
+
+
+def test_all_recipes_are_there() -> None:
+    assert {path.stem for path in ALL_RECIPES} == NAMED
+
+
+@pytest.mark.parametrize("path", ALL_RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.run.output_dir == f"models/{path.stem}"
+
+
+def test_overrides_go_before_the_file_and_are_read_as_yaml() -> None:
+    recipe = load_recipe(DEMO, ["run.seed=7", "optim.learning_rate=1e-4", "model.encoder.recurrent.cell=gru"])
+    assert recipe.run.seed == 7
+    assert recipe.optim.learning_rate == 1e-4
+    assert recipe.model["encoder"]["recurrent"]["cell"] == "gru"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("run.sed=3", ["run.sed", "did you mean seed"]),
+        ("otpim.learning_rate=1", ["otpim", "did you mean optim"]),
+        ("optim.leaning_rate=1", ["optim.leaning_rate", "did you mean learning_rate"]),
+        ("data.tokenizer.vocabsize=9", ["data.tokenizer.vocabsize", "did you mean vocab_size"]),
+        ("model.encoder.embeding_size=8", ["embeding_size", "did you mean embedding_size"]),
+        ("model.encoder.recurrent.cell=lsmt", ["cell", "lsmt", "lstm"]),
+        ("run.seed=first", ["run.seed", "first"]),
+        ("run.seed", ["run.seed", "key=value"]),
+        ("run.tokens_per_batch.deeper=1", ["tokens_per_batch", "no keys"]),
+        ("run.metric_for_best_model=bleu", ["bleu", "accuracy"]),
+        ("optim.momentum=0.9", ["optim.momentum", "adam", "sgd"]),
+        ("optim.nesterov=true", ["nesterov", "sgd"]),
+        ("optim.lr_scheduler_type=inverse_sqrt", ["inverse_sqrt", "warmup_steps"]),
+        ("optim.plateau_patience=3", ["plateau"]),
+        ("generation.num_beams=4", ["generation", "classify"]),
+        ("data.path=somewhere", ["data.generated", "data.path"]),
+        ("model.labels=[a,b]", ["model.labels", "data.label_names"]),
+        ("model.encoder.vocab_size=9", ["vocab_size", "decided by the data"]),
+        ("model.init_from=nowhere", ["init_from"]),
+        ("task=tag", ["task", "tag", "classify"]),
+    ],
+)
+def test_a_bad_key_or_value_is_named_with_its_fix(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_recipe(DEMO, [override])
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"run": {"max_steps": None}}, "no end"),
+        ({"data": {}}, "no source"),
+        ({"data": {"path": "x"}}, "data.columns"),
+        ({"data": {"path": "x", "revision": "abc", "columns": {"input": "a", "target": "b"}}}, "data.id"),
+        ({"data": {"path": "x", "columns": {"target": "b"}}}, "data.columns.input"),
+        ({"model": LANGUAGE_MODEL}, "generate"),
+        ({"model": {**CLASSIFIER, "init_from": "x"}}, "init_from"),
+    ],
+)
+def test_settings_that_contradict_each_other(change: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        parse_recipe(fields(**change))
+
+
+def test_a_missing_file_and_a_broken_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing\.yaml"):
+        load_recipe(tmp_path / "nothing.yaml")
+    (tmp_path / "broken.yaml").write_text("task: [", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_recipe(tmp_path / "broken.yaml")

@@ -1,0 +1,300 @@
+"""Rows, cuts, examples, batches and streams."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from seqmodels.errors import DataError
+from seqmodels.models import IGNORE, build_model
+from seqmodels.state import State
+from seqmodels.tokenizer import BOS, EOS, PAD
+from tests.training.recipes import DECODER, LANGUAGE_MODEL, TAGGER, TRANSLATOR, WORDS, recipe
+from training.data.batches import Buckets, collate
+from training.data.cut import cut_rows, cut_text
+from training.data.examples import Codec, Example
+from training.data.generated import generate
+from training.data.rows import Row, fingerprint
+from training.data.sources import load_rows
+from training.data.streams import Streams
+
+# Reading
+
+
+def write_csv(path: Path, rows: list[tuple[Any, ...]], header: str = "text,label") -> Path:
+    path.write_text("\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n", encoding="utf-8")
+    return path
+
+
+def csv_recipe(path: Path, **data: Any) -> Any:
+    columns = {"input": "text", "target": "label"}
+    return recipe(data={"path": str(path), "columns": columns, "tokenizer": WORDS, **data})
+
+
+def test_label_strings_and_class_numbers_both_load(tmp_path: Path) -> None:
+    words = write_csv(tmp_path / "words.csv", [(f"text {n}", "good" if n % 2 else "bad") for n in range(20)])
+    numbers = write_csv(tmp_path / "numbers.csv", [(f"text {n}", n % 2) for n in range(20)])
+    cut = {"validation": 4}
+    by_words = load_rows(csv_recipe(words, cut=cut))
+    by_numbers = load_rows(csv_recipe(numbers, cut=cut, label_names=["bad", "good"]))
+    bare = load_rows(csv_recipe(numbers, cut=cut))
+    assert by_words == by_numbers
+    assert {row.target for row in bare["train"]} == {"0", "1"}
+
+
+def test_a_folder_of_splits_and_a_column_map(tmp_path: Path) -> None:
+    for name, count in (("train", 6), ("validation", 3), ("test", 2)):
+        lines = [json.dumps({"quelle": f"{name} {n}", "ziel": f"z {n}", "x": n}) for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    data = {"path": str(tmp_path), "columns": {"input": "quelle", "target": "ziel"}, "tokenizer": WORDS}
+    made = recipe("translate", data=data, model=TRANSLATOR)
+    rows = load_rows(made, ("train", "validation", "test"))
+    assert [len(rows[name]) for name in rows] == [6, 3, 2]
+    assert rows["test"][1] == Row("test 1", ("z 1",))
+
+
+@pytest.mark.parametrize(
+    ("rows", "data", "words"),
+    [
+        ([("a", 1), ("b", 0)], {}, ["validation", "data.cut.validation=0.1", "train"]),
+        ([("a", 1), ("b", -1)], {"cut": {"validation": 1}}, ["unlabelled", "label is -1", "data.cut"]),
+        ([("a", 1), ("b", "")], {"cut": {"validation": 1}}, ["unlabelled"]),
+        ([("a", 1), ("b", 7)], {"cut": {"validation": 1}, "label_names": ["x", "y"]}, ["label 7", "data.label_names"]),
+        ([("a", 1), ("b", 0)], {"columns": {"input": "txt", "target": "label"}}, ["'txt'", "text", "data.columns"]),
+        ([("a", 1), ("b", 0)], {"splits": {"train": "treinta"}}, ["'treinta'", "data.splits.train"]),
+        ([("a", 1), ("b", 0)], {"cut": {"validation": 2}}, ["data.cut", "cut less"]),
+    ],
+)
+def test_what_is_wrong_with_data_is_named_with_its_fix(
+    tmp_path: Path, rows: list[tuple[Any, ...]], data: dict[str, Any], words: list[str]
+) -> None:
+    path = write_csv(tmp_path / "rows.csv", rows)
+    with pytest.raises(DataError) as error:
+        load_rows(csv_recipe(path, **data))
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_missing_path_an_odd_file_and_an_unknown_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        load_rows(csv_recipe(tmp_path / "nothing.csv"))
+    (tmp_path / "rows.xlsx").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"\.parquet"):
+        load_rows(csv_recipe(tmp_path / "rows.xlsx"))
+    with pytest.raises(DataError, match="sentiment"):
+        load_rows(recipe(data={"generated": "sentimental"}))
+
+
+def test_space_separated_columns_of_a_tagger(tmp_path: Path) -> None:
+    text = "Anna NNP B-PER\nsleeps VBZ O\n\nin IN O\nNew NNP B-LOC\nYork NNP I-LOC\n"
+    (tmp_path / "train.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "validation.txt").write_text(text, encoding="utf-8")
+    columns = {"input": "column0", "target": "column2"}
+    rows = load_rows(recipe("tag", data={"path": str(tmp_path), "columns": columns}, model=TAGGER))
+    assert rows["train"][1] == Row(("in", "New", "York"), ("O", "B-LOC", "I-LOC"))
+    (tmp_path / "train.txt").write_text("Anna NNP B-PER\nsleeps O\n", encoding="utf-8")
+    with pytest.raises(DataError, match="number of columns"):
+        load_rows(recipe("tag", data={"path": str(tmp_path), "columns": columns}, model=TAGGER))
+
+
+def test_a_running_text_is_cut_in_its_order(tmp_path: Path) -> None:
+    text = "".join(chr(97 + n % 26) for n in range(1000))
+    (tmp_path / "input.txt").write_text(text, encoding="utf-8")
+    data = {"path": str(tmp_path), "columns": {"target": "text"}, "cut": {"validation": 0.05, "test": 0.05}}
+    made = recipe("generate", data=data, model=LANGUAGE_MODEL)
+    rows = load_rows(made, ("train", "validation", "test"))
+    parts = [rows[name][0].references[0] for name in rows]
+    assert [len(part) for part in parts] == [900, 50, 50]
+    assert "".join(parts) == text
+    with pytest.raises(DataError, match="cut less"):
+        cut_text(rows["train"][0], {"validation": 900})
+
+
+# Cutting
+
+
+def test_cuts_are_seeded_and_keep_duplicates_together() -> None:
+    rows = [Row(f"Text {n // 2}" if n % 2 else f" text  {n // 2} ", "ab"[n % 2]) for n in range(200)]
+    cut = cut_rows(rows, {"validation": 0.1, "test": 30}, seed=4)
+    assert len(cut["train"]) + len(cut["validation"]) + len(cut["test"]) == 200
+    assert (len(cut["validation"]), len(cut["test"])) == (20, 30)
+    keys = [{str(row.input).split()[1] for row in part} for part in cut.values()]
+    assert not keys[0] & keys[1] and not keys[0] & keys[2] and not keys[1] & keys[2]
+    assert cut == cut_rows(rows, {"validation": 0.1, "test": 30}, seed=4)
+    assert cut != cut_rows(rows, {"validation": 0.1, "test": 30}, seed=5)
+
+
+def test_pairs_linked_through_either_language_stay_together() -> None:
+    chain = [Row("a", ("1",)), Row("a", ("2",)), Row("b", ("2",)), Row("b", ("3",))]
+    others = [Row(f"x{n}", (f"y{n}",)) for n in range(20)]
+    for seed in range(8):
+        cut = cut_rows([*chain, *others], {"validation": 6}, seed)
+        assert len({name for name, part in cut.items() for row in part if row in chain}) == 1
+
+
+def test_the_fingerprint_sees_every_part() -> None:
+    rows = [Row("a b", "x"), Row("c", "y")]
+    prints = {
+        fingerprint({"train": part})
+        for part in (rows, rows[::-1], rows[:1], [Row("a", "x"), rows[1]], [Row("a b", "y"), rows[1]])
+    }
+    assert len(prints) == 5
+
+
+# Encoding
+
+
+def test_batches_of_the_three_architectures() -> None:
+    rows = [Row(("a", "bb", "c"), ("O", "B-X", "I-X")), Row(("bb",), ("B-X",))]
+    tagger = Codec.train(recipe("tag", data={"generated": "number-tags", "tokenizer": WORDS}, model=TAGGER), rows)
+    batch = collate(tagger.encode(rows), tagger)
+    names = [[tagger.config.labels[n] if n != IGNORE else "-" for n in row] for row in batch["labels"].tolist()]
+    assert names == [["O", "B-X", "I-X"], ["B-X", "-", "-"]]
+    assert batch["lengths"].tolist() == [3, 1] and batch["inputs"][1].tolist()[1:] == [PAD, PAD]
+
+    pairs = [Row("a b", ("x y",)), Row("b", ("y",))]
+    data = {"generated": "numbers-en-fr", "tokenizer": WORDS}
+    translator = Codec.train(recipe("translate", data=data, model=TRANSLATOR), pairs)
+    batch = collate(translator.encode(pairs), translator)
+    assert batch["inputs"][0].tolist()[-1] == EOS and batch["lengths"].tolist() == [3, 2]
+    assert batch["labels"][:, 0].tolist() == [BOS, BOS]
+    assert batch["labels"][1].tolist()[2:] == [EOS, PAD] and batch["label_lengths"].tolist() == [4, 3]
+
+
+def test_a_label_stands_at_a_words_last_piece() -> None:
+    rows = [Row(("abcdef", "xy"), ("B-X", "O")), Row(("xy",), ("O",))]
+    data = {"generated": "number-tags", "tokenizer": {"kind": "byte"}}
+    codec = Codec.train(recipe("tag", data=data, model=TAGGER), rows)
+    example = codec.encode(rows)[0]
+    ids, last = codec.source_tokenizer.encode_words(["abcdef", "xy"]) if codec.source_tokenizer else ([], [])
+    assert isinstance(example.targets, list) and example.inputs == ids
+    assert [place for place, label in enumerate(example.targets) if label != IGNORE] == last
+
+
+def test_pictures_frames_and_features() -> None:
+    image = {"input": "image", "backbone": {"image_size": [32, 32], "channels": [4]}}
+    captioner = {"architecture": "generator", "encoder": image, "decoder": DECODER}
+    rows = generate("captions")["train"][:3]
+    codec = Codec.train(recipe("caption", data={"generated": "captions", "tokenizer": WORDS}, model=captioner), rows)
+    batch = collate(codec.encode(rows), codec)
+    assert batch["inputs"].shape == (3, 3, 32, 32) and "lengths" not in batch
+    build_model(codec.config)(**batch).loss.backward()
+
+    frames = {"input": "frames", "backbone": {"image_size": [16, 16], "channels": [4]}}
+    clips = generate("frames")["train"][:3]
+    model = {"architecture": "tagger", "encoder": frames}
+    codec = Codec.train(recipe("tag", data={"generated": "frames"}, model=model), clips)
+    batch = collate(codec.encode(clips), codec)
+    longest = max(len(row.target) for row in clips)
+    assert batch["inputs"].shape == (3, longest, 3, 16, 16) and batch["labels"].shape == (3, longest)
+    build_model(codec.config)(**batch).loss.backward()
+
+    waves = generate("series")["train"][:9]
+    model = {"architecture": "classifier", "encoder": {"input": "features"}}
+    codec = Codec.train(recipe(data={"generated": "series"}, model=model), waves)
+    assert codec.config.encoder is not None and getattr(codec.config.encoder, "feature_size", 0) == 2
+    batch = collate(codec.encode(waves), codec)
+    assert batch["inputs"].dtype == torch.float32 and batch["labels"].shape == (9,)
+    build_model(codec.config)(**batch).loss.backward()
+
+
+def test_too_long_rows_are_cut_for_classifiers_and_left_out_for_others() -> None:
+    texts = [Row("a b c d e f", "x"), Row("a", "y")]
+    data = {"generated": "sentiment", "tokenizer": WORDS, "max_input_length": 4, "max_target_length": 4}
+    codec = Codec.train(recipe(data=data), texts)
+    assert [example.input_length for example in codec.encode(texts)] == [4, 1]
+    pairs = [Row("a b c d e f", ("a",)), Row("a", ("a b c d e f",)), Row("a b c d", ("a b c d",))]
+    codec = Codec.train(recipe("translate", data={**data, "generated": "numbers-en-fr"}, model=TRANSLATOR), pairs)
+    assert [(example.input_length, example.target_length) for example in codec.encode(pairs)] == [(5, 6)]
+
+
+# Batches
+
+
+def buckets(seed: int = 1, tokens: int = 400, rows: int = 32) -> Buckets:
+    source = generate("numbers-en-fr")["train"][:500]
+    data = {"generated": "numbers-en-fr", "tokenizer": WORDS}
+    codec = Codec.train(recipe("translate", data=data, model=TRANSLATOR), source)
+    return Buckets(codec.encode(source), codec, tokens, rows, seed)
+
+
+def test_an_epoch_shows_every_row_once_within_the_budget() -> None:
+    made = buckets()
+    for epoch in (0, 1):
+        assert sorted(row for batch in made.rows(epoch) for row in batch) == list(range(500))
+        assert len(made.rows(epoch)) == len(made)
+        for index in range(len(made)):
+            batch = made.batch(epoch, index)
+            assert batch["inputs"].numel() + batch["labels"].numel() <= 400 and len(batch["inputs"]) <= 32
+
+
+def test_the_order_is_a_pure_function_of_seed_epoch_and_step() -> None:
+    one, two = buckets(), buckets()
+    two.batch(3, 1)  # a look at another epoch must not matter
+    assert one.rows(0) == two.rows(0) and one.rows(7) == two.rows(7)
+    assert one.rows(0) != one.rows(1)
+    assert one.rows(0) != buckets(seed=2).rows(0)
+
+
+def test_bucketing_wastes_little() -> None:
+    assert buckets().padding_share < 0.1
+
+
+def test_pictures_are_not_sorted_by_their_captions_lengths() -> None:
+    image = {"input": "image", "backbone": {"image_size": [32, 32], "channels": [4]}}
+    captioner = {"architecture": "generator", "encoder": image, "decoder": DECODER}
+    rows = generate("captions")["train"][:400]
+    codec = Codec.train(recipe("caption", data={"generated": "captions", "tokenizer": WORDS}, model=captioner), rows)
+    lengths = [example.target_length for example in codec.encode(rows)]
+    made = Buckets(codec.encode(rows), codec, 1000, 32, seed=1)
+    assert all(len({lengths[row] for row in batch}) > 1 for batch in made.rows(0) if len(batch) > 16)
+
+
+# Streams
+
+
+def stream_of(num_tokens: int, rows: int, chunk: int, seed: int | None = None) -> Streams:
+    tokens = [BOS, *range(10, 10 + num_tokens)]
+    return Streams([Example(None, tokens, 0, len(tokens))], rows, chunk, seed)
+
+
+def test_streams_are_contiguous_and_chunks_overlap_by_one() -> None:
+    streams = stream_of(23, rows=3, chunk=4)
+    assert len(streams) == 2
+    first, second = (streams.batch(0, index) for index in (0, 1))
+    assert first["labels"].tolist() == [[BOS, 10, 11, 12, 13], [BOS, 18, 19, 20, 21], [BOS, 26, 27, 28, 29]]
+    assert second["labels"].tolist() == [[13, 14, 15, 16, 17], [21, 22, 23, 24, 25], [29, 30, 31, 32, PAD]]
+    assert first["label_lengths"].tolist() == [5, 5, 5] and second["label_lengths"].tolist() == [5, 5, 4]
+
+
+@pytest.mark.parametrize(("num_tokens", "rows", "chunk"), [(23, 3, 4), (100, 8, 7), (5, 4, 64), (1, 3, 3), (64, 8, 8)])
+def test_every_token_is_a_target_once(num_tokens: int, rows: int, chunk: int) -> None:
+    streams = stream_of(num_tokens, rows, chunk, seed=5)
+    for epoch in (0, 1):
+        seen: Counter[int] = Counter()
+        for index in range(len(streams)):
+            batch = streams.batch(epoch, index)
+            for row, length in zip(batch["labels"].tolist(), batch["label_lengths"].tolist(), strict=True):
+                seen.update(row[1:length])
+        assert seen == Counter(range(10, 10 + num_tokens))
+
+
+def test_chunks_with_carried_state_are_the_whole_text() -> None:
+    """Loss over chunks, the state handed on, equals the loss of reading all at once."""
+    rows = generate("language-model")["train"][:20]
+    data = {"generated": "language-model", "tokenizer": WORDS}
+    codec = Codec.train(recipe("generate", data=data, model=LANGUAGE_MODEL), rows)
+    model = build_model(codec.config).eval()
+    examples = codec.encode(rows)
+
+    def total(chunk: int) -> float:
+        streams, state, nll = Streams(examples, 2, chunk), None, 0.0
+        for index in range(len(streams)):
+            out = model(**streams.batch(0, index), state=state)
+            state = State(out.state.values.detach())
+            nll += float(out.nll) * int(out.num_targets)
+        return nll
+
+    assert total(5) == pytest.approx(total(10_000), rel=1e-5)

@@ -1,0 +1,152 @@
+"""One update: clipping by hand, non-finite losses, micro-batches against one large batch, schedules, optimizers."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from seqmodels.errors import ConfigError
+from seqmodels.models import Output, build_model
+from tests.training.recipes import recipe
+from training.config import OptimSection
+from training.data.batches import Batch, Buckets
+from training.data.examples import Codec
+from training.data.generated import generate
+from training.optim import build_optimizer, clip, freeze, gradient_norm, learning_rate, update
+
+FREE = OptimSection(optimizer="sgd", learning_rate=0.5, max_grad_norm=None)
+
+
+class Slope(nn.Module):
+    """loss = weight · inputs, so the gradient is the mean input; its buffer moves in every forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, labels: Tensor) -> Output:
+        self.seen += 1
+        loss = (labels * self.weight).sum(1).mean()
+        return Output(loss, loss.detach(), torch.tensor(len(labels)))
+
+
+def slope_batch(*rows: tuple[float, float]) -> Batch:
+    return {"labels": torch.tensor(rows)}
+
+
+def run(model: nn.Module, *batches: Batch, section: OptimSection = FREE) -> Any:
+    return update(model, batches, build_optimizer(section, model), section, section.learning_rate, measure_ratio=True)
+
+
+def test_clipping_by_norm_by_hand() -> None:
+    gradients = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
+    assert float(gradient_norm(gradients)) == 5.0
+    assert clip(gradients, 5.0, max_norm=1.0, max_value=None)
+    assert torch.allclose(gradients[0], torch.tensor([0.6, 0.0])) and torch.allclose(gradients[1], torch.tensor(0.8))
+    assert not clip(gradients, 1.0, max_norm=1.0, max_value=None)  # not above the bound: left alone
+
+
+def test_clipping_by_value_by_hand() -> None:
+    gradients = [torch.tensor([3.0, -0.5, -9.0])]
+    assert clip(gradients, 9.5, max_norm=None, max_value=1.0)
+    assert gradients[0].tolist() == [1.0, -0.5, -1.0]
+    assert not clip(gradients, 1.5, max_norm=None, max_value=1.0)
+
+
+def test_norm_first_then_value() -> None:
+    gradients = [torch.tensor([6.0, 8.0])]
+    clip(gradients, 10.0, max_norm=5.0, max_value=3.5)  # to (3, 4), then to (3, 3.5)
+    assert gradients[0].tolist() == [3.0, 3.5]
+
+
+def test_the_update_itself_is_bounded() -> None:
+    model, section = Slope(), FREE.model_copy(update={"max_grad_norm": 1.0})
+    done = run(model, slope_batch((30.0, 40.0)), section=section)
+    assert done.norm == 50.0 and done.clipped
+    assert torch.allclose(model.weight, torch.tensor([1 - 0.5 * 0.6, 2 - 0.5 * 0.8]))
+    assert done.ratio == pytest.approx(0.5 / math.sqrt(5))
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_planted_infinite_loss_leaves_everything_untouched(bad: float) -> None:
+    model = Slope()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    done = run(model, slope_batch((1.0, 1.0)), slope_batch((bad, 1.0)))
+    assert done.skipped and done.num_targets == 0
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_micro_batches_of_unequal_size_are_one_large_batch() -> None:
+    whole, parts = Slope(), Slope()
+    one = run(whole, slope_batch((1, 2), (3, 5), (4, 1)))
+    two = run(parts, slope_batch((1, 2)), slope_batch((3, 5), (4, 1)))
+    assert torch.allclose(whole.weight, parts.weight)
+    assert (one.loss, one.num_targets, one.norm) == pytest.approx((two.loss, two.num_targets, two.norm))
+
+
+def test_micro_batches_are_one_large_batch_in_a_real_model() -> None:
+    made, rows = recipe(), generate("sentiment")["train"][:60]
+    codec = Codec.train(made, rows)
+    examples = codec.encode(rows)
+    weights = []
+    for rows_per_batch in (60, 7):
+        torch.manual_seed(3)
+        model = build_model(codec.config)
+        buckets = Buckets(examples, codec, 100_000, rows_per_batch, seed=1)
+        run(model, *(buckets.batch(0, index) for index in range(len(buckets))))
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    assert torch.allclose(weights[0], weights[1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({"optimizer": "adam"}, torch.optim.Adam),
+        ({"optimizer": "adamw", "weight_decay": 0.1}, torch.optim.AdamW),
+        ({"optimizer": "sgd", "momentum": 0.9, "nesterov": True}, torch.optim.SGD),
+        ({"optimizer": "rmsprop", "momentum": 0.5}, torch.optim.RMSprop),
+        ({"optimizer": "adagrad"}, torch.optim.Adagrad),
+    ],
+)
+def test_optimizers_are_torchs_with_the_recipes_settings(settings: dict[str, Any], kind: type) -> None:
+    model = Slope()
+    optimizer = build_optimizer(OptimSection(**settings), model)
+    assert type(optimizer) is kind
+    for name in ("momentum", "nesterov", "weight_decay"):
+        if name in settings:
+            assert optimizer.param_groups[0][name] == settings[name]
+    before = model.weight.detach().clone()
+    update(model, [slope_batch((1.0, 1.0))], optimizer, OptimSection(**settings), 0.01)
+    assert bool((model.weight < before).all())
+
+
+def test_schedules_by_hand() -> None:
+    def rates(steps: list[int], **settings: Any) -> list[float]:
+        section = OptimSection(learning_rate=1.0, **settings)
+        return [learning_rate(section, step, total_steps=14) for step in steps]
+
+    assert rates([0, 1, 3, 4, 9], warmup_steps=4) == [0.25, 0.5, 1.0, 1.0, 1.0]
+    cosine = rates([0, 3, 4, 9, 14], warmup_steps=4, lr_scheduler_type="cosine")
+    assert cosine == pytest.approx([0.25, 1.0, 1.0, 0.5, 0.0])
+    inverse = rates([0, 3, 15], warmup_steps=4, lr_scheduler_type="inverse_sqrt")
+    assert inverse == pytest.approx([0.25, 1.0, 0.5])
+    plateau = OptimSection(learning_rate=1.0, lr_scheduler_type="plateau")
+    assert learning_rate(plateau, 5, 10, plateau_scale=0.25) == 0.25
+
+
+def test_frozen_parameters_stay_and_a_pattern_must_match() -> None:
+    made, rows = recipe(), generate("sentiment")["train"][:60]
+    codec = Codec.train(made, rows)
+    model = build_model(codec.config)
+    freeze(model, ["encoder.*"])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run(model, Buckets(codec.encode(rows), codec, 4096, 60, seed=1).batch(0, 0))
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(before[name], value)}
+    assert changed == {"head.weight", "head.bias"}
+    with pytest.raises(ConfigError, match="encodre"):
+        freeze(model, ["encodre.*"])
+    with pytest.raises(ConfigError, match="nothing to train"):
+        freeze(model, ["*"])
