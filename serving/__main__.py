@@ -32,8 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 after Ctrl-C, 2 for a mistake of the user, told in one line."""
     try:
         config = read_config(arguments)
-        _check_port(config)
-        _check_models(config)
+        _check(config)
         _serve(config)
     except (SeqModelsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -70,10 +69,12 @@ def _check_port(config: ServeConfig) -> None:
             raise OSError(f"cannot listen on {config.url}: {error.strerror}; choose another --port or --host") from None
 
 
-def _check_models(config: ServeConfig) -> None:
-    """Raise ModelDirectoryError now, in one line, rather than in a replica's log."""
+def _check(config: ServeConfig) -> None:
+    """Raise now, in one line, what would otherwise stand in a replica's log."""
     from serving.deployments import load_pipelines
 
+    _check_port(config)
+    load_key_hashes(config.api_keys_file)
     load_pipelines(config)
 
 

@@ -1,0 +1,81 @@
+"""What Ray Serve is told, the shipped examples, and a replica's own parts without a cluster."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve import Application
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+from ray.serve.schema import ServeDeploySchema
+
+from serving import deployments
+from serving.config import ServeConfig
+from serving.deployments import ModelServer, build, deployment_options
+from serving.runner import Order
+
+EXAMPLES = Path(__file__).parents[2] / "deploy"
+
+
+def config(**fields: Any) -> ServeConfig:
+    return ServeConfig.parse({"models": {"a": "models/a"}, **fields})
+
+
+def test_the_cluster_example_is_what_ray_expects(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = yaml.safe_load((EXAMPLES / "serve.yaml").read_text())
+    parsed = ServeDeploySchema.model_validate(fields)
+    (application,) = parsed.applications
+    assert application.import_path == "serving.deployments:build"
+    monkeypatch.setattr(deployments, "load_key_hashes", lambda path: ())  # its key file is not on this machine
+    built = call_user_app_builder_with_args_if_necessary(build, application.args)  # as `serve deploy` does
+    assert isinstance(built, Application)
+    unknown = set(fields) - set(ServeDeploySchema.model_fields) | set(fields["applications"][0]) - set(
+        type(application).model_fields
+    )
+    assert not unknown, "Ray ignores fields that it does not know"
+
+
+def test_the_example_for_one_machine_is_a_config() -> None:
+    assert ServeConfig.load(EXAMPLES / "service.yaml").is_loopback
+
+
+def test_options_in_rays_own_names() -> None:
+    options = deployment_options(config(replicas=3, num_threads=2, num_gpus=0.25, max_requests=500))
+    assert options["num_replicas"] == 3
+    assert options["ray_actor_options"] == {"num_cpus": 2, "num_gpus": 0.25}
+    assert options["max_ongoing_requests"] > 500
+    assert options["backpressure_config"]["status_code"] == 429
+    assert options["graceful_shutdown_timeout_s"] > config().drain_s
+
+
+def test_autoscaling_takes_the_place_of_a_number() -> None:
+    options = deployment_options(config(autoscaling={"max_replicas": 5}))
+    assert "num_replicas" not in options and options["autoscaling_config"]["max_replicas"] == 5
+    assert isinstance(build(config(autoscaling={"max_replicas": 5})), Application)
+
+
+@pytest.mark.parametrize(
+    ("device", "has_gpu", "expected"), [("auto", True, 1), ("auto", False, 0), ("cpu", True, 0), ("cuda", False, 1)]
+)
+def test_a_gpu_is_asked_for_when_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, device: str, has_gpu: bool, expected: int
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    assert deployment_options(config(device=device))["ray_actor_options"]["num_gpus"] == expected
+
+
+def test_health_check_fails_when_the_engine_stands_still(models: dict[str, str]) -> None:
+    fields = config(models={"mood": models["mood"]}, stall_after_s=0.8).model_dump(mode="json")
+    server = ModelServer(fields, ())
+    with pytest.raises(RuntimeError, match="has not turned"):
+        server.check_health()  # not started
+    server.runner.start(lambda events: None)
+    server.check_health()
+    pipeline: Any = server.pipelines["mood"]
+    pipeline.step = lambda: time.sleep(1.5) or []
+    server.runner.submit([Order("mood", pipeline.prepare("good"), float("inf"))])
+    time.sleep(1.2)
+    with pytest.raises(RuntimeError, match="has not turned"):
+        server.check_health()
+    server.runner.stop()

@@ -1,0 +1,48 @@
+"""The command line: what it understands, and that a user's mistake is one line and exit status 2."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from serving.__main__ import main, read_config
+
+
+def test_command_line(models: dict[str, str]) -> None:
+    config = read_config([models["mood"], f"tr={models['en-de']}", "--port", "8111", "--num-threads", "2"])
+    assert list(config.models) == ["mood", "tr"] and (config.port, config.num_threads) == (8111, 2)
+
+
+def test_options_win_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("models: {a: models/a}\nport: 1234\nreplicas: 2\n")
+    config = read_config([str(tmp_path / "s.yaml"), "--port", "8111"])
+    assert (config.port, config.replicas) == (8111, 2)
+
+
+def one_line_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and captured.out == ""
+    return captured.err
+
+
+def test_mistakes_are_one_line(tmp_path: Path, models: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is not a directory" in one_line_error(capsys, str(tmp_path / "none"))
+    assert "No such file" in one_line_error(capsys, str(tmp_path / "none.yaml"))
+    assert "has no config.json" in one_line_error(capsys, str(tmp_path))
+    assert "port" in one_line_error(capsys, models["mood"], "--port", "99999")
+    assert "cannot be read" in one_line_error(capsys, models["mood"], "--api-keys-file", str(tmp_path / "none"))
+
+
+def test_a_port_that_is_taken(models: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        error = one_line_error(capsys, models["mood"], "--port", str(taken.getsockname()[1]))
+    assert "cannot listen on" in error and "choose another --port" in error
+
+
+def test_a_broken_model(tmp_path: Path, models: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    for path in Path(models["mood"]).iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes()[: 200 if path.name == "model.safetensors" else None])
+    assert "model.safetensors" in one_line_error(capsys, f"mood={tmp_path}")

@@ -1,0 +1,146 @@
+"""The real thing once: `python -m serving` in a process of its own, over Ray Serve, asked by our client.
+
+What is served must be what the pipeline answers offline, to the last bit.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from seqmodels.pipeline import Pipeline
+from serving.client import Client, ServiceError
+
+from .fakes import png
+
+ROOT = Path(__file__).parents[2]
+KEY = "a key that only this test knows"
+START_S = 120
+
+
+@pytest.fixture(scope="module")
+def address(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    directory = tmp_path_factory.mktemp("service")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = {"models": models, "port": port, "limits": {"max_new_tokens": 4000}, "drain_s": 5.0}
+    (directory / "service.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    log = directory / "log"
+    with log.open("w") as out:
+        service = subprocess.Popen(
+            [sys.executable, "-m", "serving", str(directory / "service.yaml")],
+            cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "SEQMODELS_API_KEYS": KEY},
+        )  # fmt: skip
+    try:
+        limit = time.monotonic() + START_S
+        while f"serving {', '.join(models)} at" not in log.read_text():
+            assert service.poll() is None and time.monotonic() < limit, log.read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+        service.send_signal(signal.SIGINT)
+        assert service.wait(60) == 0
+        assert "Traceback" not in log.read_text() and "ERROR" not in log.read_text(), log.read_text()
+        with pytest.raises(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            pass
+    finally:
+        if service.poll() is None:
+            service.send_signal(signal.SIGTERM)
+            service.wait(60)
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Iterator[Client]:
+    with Client(address, api_key=KEY) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def offline(models: dict[str, str]) -> dict[str, Pipeline]:
+    return {name: Pipeline.from_pretrained(directory) for name, directory in models.items()}
+
+
+def plain(answer: Any) -> Any:
+    return answer.model_dump(exclude_none=True)["results"]
+
+
+def test_every_endpoint_answers_as_the_pipeline_does_offline(client: Client, offline: dict[str, Pipeline]) -> None:
+    texts = ["a good day", "x" * 30, "Grüße"]
+    assert plain(client.classify(texts, model="mood")) == offline["mood"](texts)
+    assert plain(client.tag(texts, model="names")) == offline["names"](texts)
+    beams = {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 12, "logprobs": True}
+    assert plain(client.translate(texts, **beams)) == offline["en-de"](texts, **beams)
+    samples: dict[str, Any] = {"do_sample": True, "seed": 5, "num_return_sequences": 3, "max_new_tokens": 12}
+    assert plain(client.generate("on", **samples)) == offline["story"](["on"], **samples)
+    picture = png()
+    assert plain(client.caption(picture, max_new_tokens=6)) == offline["describe"](
+        [{"image": picture}], max_new_tokens=6
+    )
+    clip = {"frames": [png(8, 8), png(9, 9)]}
+    assert plain(client.tag([clip], model="motion")) == offline["motion"]([clip])
+    series = {"features": [[0.5, 1.0, -2.0]] * 4}
+    assert plain(client.classify(series, model="series")) == offline["series"]([series])
+    assert plain(client.score(["b"], ["a"], model="en-de")) == offline["en-de"].score(["a"], ["b"])
+
+
+def test_models_and_readiness(client: Client, address: str, offline: dict[str, Pipeline]) -> None:
+    assert {card.id: card.revision for card in client.models()} == {n: p.revision for n, p in offline.items()}
+    assert client.is_ready()
+    assert httpx.get(f"{address}/healthz").status_code == 200
+    for path in ("/v1/models", "/docs"):
+        assert httpx.get(address + path).status_code == 401
+
+
+def test_errors_reach_the_client(client: Client) -> None:
+    with pytest.raises(ServiceError, match="num_beams is 64, but this server allows at most 16") as caught:
+        client.translate("x", num_beams=64)
+    assert (caught.value.status, caught.value.code, caught.value.param) == (400, "limit_exceeded", "num_beams")
+    with pytest.raises(ServiceError) as caught:
+        client.translate(["a", ""])
+    assert (caught.value.status, caught.value.param) == (422, "inputs[1]")
+
+
+def test_completion_in_openai_shape(address: str) -> None:
+    body = {"model": "story", "prompt": "on", "max_tokens": 5, "seed": 3, "stream": True}
+    with httpx.stream(
+        "POST", f"{address}/v1/completions", json=body, headers={"authorization": f"Bearer {KEY}"}
+    ) as got:
+        lines = [line for line in got.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]" and '"finish_reason":"length"' in lines[-2]
+
+
+def test_a_stream_says_what_the_answer_says(client: Client) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 30, "num_return_sequences": 2, "do_sample": True, "seed": 9}
+    pieces = ["", ""]
+    for _, sequence, text in client.stream("generate", "once", **options):
+        pieces[sequence] += text
+    assert pieces == [sequence.text for sequence in client.generate("once", **options).results[0].sequences]
+
+
+def test_a_client_that_leaves_frees_its_rows(client: Client, address: str) -> None:
+    for _ in range(10):
+        stream = client.stream("generate", "on", max_new_tokens=4000, min_new_tokens=4000)
+        next(stream)
+        stream.close()
+    with pytest.raises(httpx.ReadTimeout), Client(address, KEY, timeout_s=0.3) as hasty:
+        hasty.generate("on", max_new_tokens=4000, min_new_tokens=4000)
+    limit = time.monotonic() + 3
+    while (report := httpx.get(f"{address}/readyz").json())["requests"] or report["models"]["story"]["rows_live"]:
+        assert time.monotonic() < limit, report
+        time.sleep(0.05)
+
+
+def test_deadline(address: str) -> None:
+    headers = {"authorization": f"Bearer {KEY}", "x-request-timeout-seconds": "0.5"}
+    body = {"max_new_tokens": 4000, "min_new_tokens": 4000}
+    response = httpx.post(f"{address}/v1/generate", json=body, headers=headers)
+    assert response.status_code == 408 and response.json()["error"]["code"] == "deadline_passed"
