@@ -21,8 +21,8 @@ from pydantic import PositiveInt, ValidationError
 
 from seqmodels.config import Strict, explain
 from seqmodels.errors import CheckpointError, ConfigError
-from seqmodels.rendering import is_bio
 from seqmodels.pretrained import load_pretrained, save_pretrained, tokenizer_names
+from seqmodels.rendering import is_bio
 from seqmodels.tokenizer import Tokenizer
 from training import baselines, checkpoint
 from training.card import model_card

@@ -16,9 +16,10 @@ from seqmodels.__main__ import main
 from seqmodels.decoding.engine import Finished, Progress
 from seqmodels.decoding.params import SearchParams
 from seqmodels.errors import InputError, TooLongError, UnsupportedError
-from seqmodels.pipeline import Pipeline, bio_spans, is_bio
+from seqmodels.pipeline import Pipeline
 from seqmodels.preprocessing import Preprocessor
 from seqmodels.pretrained import save_pretrained
+from seqmodels.rendering import bio_spans, is_bio
 from seqmodels.tokenizer import Tokenizer
 from tests.seqmodels.builders import make_model
 
@@ -120,7 +121,8 @@ def test_scores_are_the_models_log_probabilities(pipelines: dict[str, Pipeline])
     (score,) = translator.score(["the fox"], ["Ein Hund"])
     labels = torch.tensor([[2, *target, 3]])
     sizes = torch.tensor([labels.shape[1]])
-    want = translator._pretrained.model.logprobs(labels, sizes, torch.tensor([source]), torch.tensor([len(source)]))  # type: ignore[union-attr, operator]
+    with torch.inference_mode():
+        want = translator._pretrained.model.logprobs(labels, sizes, torch.tensor([source]), torch.tensor([len(source)]))  # type: ignore[union-attr, operator]
     assert score["logprobs"] == pytest.approx(want[0].tolist(), abs=1e-5)
     assert score["score"] == pytest.approx(float(want.sum()), abs=1e-4)
     assert score["tokens"] == [TOKENIZER.token(i) for i in [*target, 3]]
@@ -207,9 +209,9 @@ def test_bad_words_never_appear(pipelines: dict[str, Pipeline]) -> None:
         ("tagger", {"words": []}, {}, InputError, "inputs", "empty"),
         ("tagger", " \n ", {}, InputError, "inputs", "empty"),
         ("series", {"features": [[1]]}, {}, InputError, "inputs", "list of 2 numbers"),
-        ("series", {"features": [[1, math.nan]]}, {}, InputError, "inputs", "no finite number"),
-        ("series", {"features": [[1, 1e300]]}, {}, InputError, "inputs", "too large"),
-        ("series", {"features": [[True, "x"]]}, {}, InputError, "inputs", "no finite number"),
+        ("series", {"features": [[1, math.nan]]}, {}, InputError, "inputs", "no finite 32-bit number"),
+        ("series", {"features": [[1, 1e300]]}, {}, InputError, "inputs", "no finite 32-bit number"),
+        ("series", {"features": [[True, "x"]]}, {}, InputError, "inputs", "no finite 32-bit number"),
         ("series", {"features": []}, {}, InputError, "inputs", "empty"),
         ("captioner", "fox", {}, UnsupportedError, "inputs", "this model takes {'image'"),
         ("captioner", {"image": b"no image"}, {}, UnsupportedError, "inputs", "not an image"),
@@ -240,8 +242,8 @@ def test_truncate_shortens(pipelines: dict[str, Pipeline]) -> None:
     job = pipelines["classifier"].prepare("fox " * 100, truncate=True)
     assert job.num_input_tokens == 50
     job = pipelines["language model"].prepare("fox " * 100 + "dog", truncate=True)
-    assert job.prompt[-3:] == tuple(TOKENIZER.encode("fox dog"))[-3:]
-    assert len(job.prompt) == 50
+    assert job.reading.prompt[-3:] == tuple(TOKENIZER.encode("fox dog"))[-3:]
+    assert len(job.reading.prompt) == 50
 
 
 def test_defaults_of_a_search_do_not_reach_a_sampling_request(tmp_path: Path) -> None:
@@ -250,8 +252,8 @@ def test_defaults_of_a_search_do_not_reach_a_sampling_request(tmp_path: Path) ->
         generation=SearchParams(num_beams=5, length_penalty=0.6),
     )  # fmt: skip
     pipeline = Pipeline.from_pretrained(tmp_path)
-    assert pipeline.prepare("fox").params.num_beams == 5
-    assert pipeline.prepare("fox", {"do_sample": True}).params.num_beams == 1
+    assert pipeline.prepare("fox").request.params.num_beams == 5
+    assert pipeline.prepare("fox", {"do_sample": True}).request.params.num_beams == 1
 
 
 def test_pictures_of_every_kind() -> None:
@@ -273,6 +275,7 @@ def test_a_picture_turned_by_exif_stands_upright() -> None:
     assert upright[0, 0, 0] < upright[0, 7, 0]
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_bomb_is_refused_before_it_is_decoded() -> None:
     header = bytearray(png())
     header[16:24] = (13000).to_bytes(4, "big") * 2  # claims 169 million pixels

@@ -1,0 +1,47 @@
+# One line of help each: `make` alone prints them.
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format serve bench kill-storm clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+install: $(INSTALLED)  ## make .venv and install everything, with pinned versions
+
+# torch first and alone, pinned: a range would let pip choose another build of it.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e '.[train,serve,dev]'
+	touch $@
+
+demo: $(INSTALLED)  ## train every task on generated data, serve, ask; EXIT=1 stops after the answers
+	$(BIN)/python -m recipes.demo $(if $(EXIT),--exit)
+
+test: $(INSTALLED)  ## run the tests
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)  ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## put the code into its one format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+serve: $(INSTALLED)  ## serve model directories: make serve MODELS="models/sentiment models/numbers-en-fr"
+	$(BIN)/python -m serving $(MODELS)
+
+bench: $(INSTALLED)  ## run the benchmarks; each prints one JSON line per result
+	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.train_step
+
+kill-storm: $(INSTALLED)  ## kill a training run 100 times, at every phase, and compare with an uninterrupted one
+	$(BIN)/python -m tests.training.kill_storm --kills 100
+
+clean:  ## remove what was built, but no trained model
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

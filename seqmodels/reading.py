@@ -1,0 +1,189 @@
+"""Reading: what a user sends -> what a model reads. Text, words, pictures and numbers, each checked.
+
+Knows text and bytes on the way in; knows no engine and no answer.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqmodels.config import FeatureEncoderConfig
+from seqmodels.errors import InputError, TooLongError, UnsupportedError
+from seqmodels.preprocessing import Preprocessor
+from seqmodels.pretrained import Pretrained
+from seqmodels.tokenizer import Tokenizer
+
+WORDS = re.compile(r"\w+|[^\w\s]")  # how a tagger splits a text that comes without words
+TAKES = {
+    "text": "a string, or {'text': ...}",
+    "words": "a string, {'text': ...} or {'words': [...]}",
+    "image": "{'image': bytes}",
+    "frames": "{'frames': [bytes, ...]}",
+    "features": "{'features': [[number, ...], ...]}",
+    "nothing": "a prompt string, or nothing",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """One input as a model reads it, and what its answer will refer to.
+
+    inputs: without a batch axis, as the encoder takes them; None for a language model, which has a `prompt` instead.
+    text, spans, positions are a tagger's: what offsets count in, where each word (or step) stands in it, and at which
+    of the model's steps its label stands.
+    """
+
+    inputs: Tensor | None = None
+    prompt: tuple[int, ...] = ()
+    text: str = ""
+    spans: tuple[tuple[int, int], ...] = ()
+    positions: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, frames or steps read; an image counts as one."""
+        if self.inputs is None:
+            return len(self.prompt)
+        return 1 if self.inputs.dim() == 3 else len(self.inputs)
+
+
+class Reader:
+    """Reads for one model. `field` names the request's field in errors; all methods raise InputError."""
+
+    def __init__(self, pretrained: Pretrained) -> None:
+        self._config = pretrained.config
+        self._pretrained = pretrained
+
+    def read(self, item: Any, field: str, truncate: bool) -> Reading:
+        """item: as `TAKES` says for this model. Too long is an error unless `truncate`, which keeps the beginning."""
+        if self._config.input == "nothing":
+            return Reading(prompt=self._prompt(item, field, truncate))
+        if self._config.input == "text" and self._config.architecture == "tagger":
+            return self._words(item, field, truncate)
+        inputs = self._inputs(item, field, truncate)
+        steps = 1 if self._config.input == "image" else len(inputs)
+        return Reading(inputs, spans=tuple((i, i + 1) for i in range(steps)), positions=tuple(range(steps)))
+
+    def target(self, item: Any, text: Any, truncate: bool) -> tuple[int, ...]:
+        """The tokens of a text to score; after its prompt, for a language model."""
+        text = checked_text(text, "the target must be a string", "targets")
+        if self._config.input == "nothing":
+            text = _prompt_text(item) + text
+        return self._bounded(tuple(self._target_tokenizer.encode(text)), "targets", truncate)
+
+    def _inputs(self, item: Any, field: str, truncate: bool) -> Tensor:
+        kind = self._config.input
+        if isinstance(item, str):
+            item = {"text": item}
+        if not isinstance(item, Mapping) or kind not in item:
+            raise UnsupportedError(f"this model takes {TAKES[kind]}", param=field)
+        value = item[kind]
+        if kind == "text":
+            return torch.tensor(self._text(value, field, truncate))
+        if kind == "image":
+            if not isinstance(value, bytes):
+                raise InputError("the image must be bytes of an image file", param=field, code="invalid_type")
+            return self._preprocessor.image(value, field)
+        if not isinstance(value, list | tuple):
+            raise InputError(f"{kind} must be a list", param=field, code="invalid_type")
+        if not value:
+            raise InputError(f"{kind} is empty", param=field, code="empty")
+        value = self._bounded(tuple(value), field, truncate)
+        return self._preprocessor.frames(value, field) if kind == "frames" else self._features(value, field)
+
+    def _text(self, text: Any, field: str, truncate: bool) -> tuple[int, ...]:
+        text = checked_text(text, "the text must be a string", field)
+        if not text.strip():
+            raise InputError("the text is empty", param=field, code="empty")
+        if self._config.architecture != "generator":
+            return self._bounded(tuple(self._source_tokenizer.encode(text)), field, truncate)
+        *ids, end = self._source_tokenizer.encode_source(text)
+        return (*self._bounded(tuple(ids), field, truncate), end)
+
+    def _features(self, rows: Sequence[Any], field: str) -> Tensor:
+        assert isinstance(self._config.encoder, FeatureEncoderConfig)
+        size = self._config.encoder.feature_size
+        for step, row in enumerate(rows):
+            if not isinstance(row, list | tuple) or len(row) != size:
+                raise InputError(f"features[{step}] must be a list of {size} numbers", param=field)
+            if not all(isinstance(x, int | float) and abs(x) < 3e38 and not math.isnan(x) for x in row):
+                raise InputError(f"features[{step}] holds something that is no finite 32-bit number", param=field)
+        return torch.tensor(rows, dtype=torch.float32)
+
+    def _words(self, item: Any, field: str, truncate: bool) -> Reading:
+        """A text cut into words, or words given; each labelled at its last piece."""
+        if isinstance(item, Mapping) and "words" in item:
+            words = item["words"]
+            if not isinstance(words, list | tuple) or not all(isinstance(word, str) and word for word in words):
+                raise InputError(
+                    "words must be a list of strings, none of them empty", param=field, code="invalid_type"
+                )
+            text, spans = checked_text(" ".join(words), "", field), spans_of(words)
+        else:
+            given = item.get("text") if isinstance(item, Mapping) else item
+            text = checked_text(given, f"this model takes {TAKES['words']}", field)
+            spans = [match.span() for match in WORDS.finditer(text)]
+        if not spans:
+            raise InputError("the text is empty", param=field, code="empty")
+        ids, positions = self._source_tokenizer.encode_words([text[start:end] for start, end in spans])
+        ids = list(self._bounded(tuple(ids), field, truncate))
+        positions = [position for position in positions if position < len(ids)]
+        return Reading(torch.tensor(ids), (), text, tuple(spans[: len(positions)]), tuple(positions))
+
+    def _prompt(self, item: Any, field: str, truncate: bool) -> tuple[int, ...]:
+        text = checked_text(_prompt_text(item), f"this model takes {TAKES['nothing']}", field)
+        ids = tuple(self._target_tokenizer.encode(text))
+        # What is nearest to the continuation matters most, so a prompt loses its beginning, not its end.
+        return ids[-self._config.max_source_length :] if truncate else self._bounded(ids, field, truncate)
+
+    def _bounded(self, items: tuple[Any, ...], field: str, truncate: bool) -> tuple[Any, ...]:
+        limit = self._config.max_source_length
+        if len(items) > limit and not truncate:
+            raise TooLongError(
+                f"the input has {len(items)} positions, but this model takes at most {limit}; shorten it "
+                "or set truncate",
+                param=field,
+            )
+        return items[:limit]
+
+    @property
+    def _source_tokenizer(self) -> Tokenizer:
+        assert self._pretrained.source_tokenizer is not None
+        return self._pretrained.source_tokenizer
+
+    @property
+    def _target_tokenizer(self) -> Tokenizer:
+        assert self._pretrained.target_tokenizer is not None
+        return self._pretrained.target_tokenizer
+
+    @property
+    def _preprocessor(self) -> Preprocessor:
+        assert self._pretrained.preprocessor is not None
+        return self._pretrained.preprocessor
+
+
+def spans_of(words: Sequence[str]) -> list[tuple[int, int]]:
+    """Where each word stands in the words joined by spaces."""
+    ends = list(itertools.accumulate(len(word) + 1 for word in words))
+    return [(end - 1 - len(word), end - 1) for end, word in zip(ends, words, strict=True)]
+
+
+def checked_text(text: Any, otherwise: str, field: str) -> str:
+    """The text, if it is one that can be written as UTF-8."""
+    if not isinstance(text, str):
+        raise UnsupportedError(otherwise, param=field)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError("the text holds half of a surrogate pair, which is no character", param=field) from None
+    return text
+
+
+def _prompt_text(item: Any) -> Any:
+    return item.get("text", "") if isinstance(item, Mapping) else "" if item is None else item

@@ -1,0 +1,144 @@
+"""Rendering: what a model answers -> what a user gets. Labels, offsets, text, and text as it comes.
+
+Knows text on the way out; knows no engine.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from seqmodels.decoding.engine import Progress, Request
+from seqmodels.decoding.search import Hypothesis
+from seqmodels.reading import Reading
+from seqmodels.tokenizer import Detokenizer, Tokenizer
+
+
+def render_label(labels: Sequence[str], scores: Tensor) -> dict[str, Any]:
+    """scores: probabilities (C,)."""
+    label = labels[int(scores.argmax())]
+    by_label = dict(zip(labels, scores.tolist(), strict=True))
+    return {"label": label, "score": by_label[label], "scores": by_label}
+
+
+def render_tags(labels: Sequence[str], reading: Reading, scores: Tensor) -> dict[str, Any]:
+    """A tag per word or step, per span where the labels are BIO. scores: probabilities (S, C)."""
+    best, indices = scores[list(reading.positions)].max(-1)
+    names, chances = [labels[i] for i in indices.tolist()], best.tolist()
+    spans = bio_spans(names) if is_bio(labels) else [(name, i, i + 1) for i, name in enumerate(names)]
+    tags = []
+    for name, first, end in spans:
+        start, stop = reading.spans[first][0], reading.spans[end - 1][1]
+        tag: dict[str, Any] = {"label": name, "score": math.fsum(chances[first:end]) / (end - first)}
+        tag |= {"start": start, "end": stop}
+        tags.append(tag | {"text": reading.text[start:stop]} if reading.text else tag)
+    return {"tags": tags}
+
+
+def render_score(tokenizer: Tokenizer, reading: Reading, labels: Sequence[int], logprobs: Tensor) -> dict[str, Any]:
+    """Log-probabilities (T,) of labels BOS ... EOS; those of a prompt, which is given and not scored, are left out."""
+    first = len(reading.prompt)
+    nats = logprobs[first:].tolist()
+    return {"score": math.fsum(nats), "logprobs": nats, "tokens": [tokenizer.token(i) for i in labels[1 + first :]]}
+
+
+class Text:
+    """Token ids of one request's outputs -> text: without the prompt, with the forced prefix, up to a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, reading: Reading, request: Request) -> None:
+        self._tokenizer = tokenizer
+        self._stops = request.params.stop
+        self._prompt_length = len(tokenizer.decode(reading.prompt))
+        self._given = len(tokenizer.decode(request.prefix)) - self._prompt_length  # characters of the forced prefix
+
+    def of(self, tokens: Sequence[int]) -> str:
+        """tokens: prompt, forced prefix and generated ones."""
+        text = self._tokenizer.decode(tokens)[self._prompt_length :]
+        return text[: self._given + first_stop(text[self._given :], self._stops)]
+
+    def sequence(self, hypothesis: Hypothesis, with_logprobs: bool) -> dict[str, Any]:
+        sequence: dict[str, Any] = {
+            "text": self.of(hypothesis.tokens),
+            "score": hypothesis.score,
+            "finish_reason": hypothesis.finish_reason,
+        }
+        if with_logprobs:
+            sequence["tokens"] = [self._tokenizer.token(i) for i in hypothesis.generated]
+            sequence["logprobs"] = hypothesis.logprobs
+        return sequence
+
+
+class TextStream:
+    """Events of one request -> new characters of each output. Held back: half characters, and what may begin a stop.
+
+    With beams only the best sequence is streamed, as output 0.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, reading: Reading, request: Request) -> None:
+        self._tokenizer, self._prompt, self._request = tokenizer, reading.prompt, request
+        self._text = Text(tokenizer, reading, request)
+        self._detokenizers: dict[int, Detokenizer] = {}
+        self._given: dict[int, str] = {}  # by output, the forced prefix as text
+        self._generated: dict[int, str] = {}  # by output, all that is known of the generated text
+        self._sent: dict[int, int] = {}  # by output, characters sent
+
+    def push(self, event: Progress) -> list[tuple[int, str]]:
+        """(output index, new characters); nothing where all is held back."""
+        index, stops = event.index, self._request.params.stop
+        if index not in self._detokenizers:
+            self._begin(index)
+        self._generated[index] += self._detokenizers[index].push(event.tokens)
+        known = self._generated[index]
+        safe = min([first_stop(known, stops), *(len(known) - _overlap(known, stop) for stop in stops)])
+        return self._deltas(index, self._given[index] + known[:safe])
+
+    def finish(self, result: Sequence[Hypothesis]) -> list[tuple[int, str]]:
+        """What is still missing from each output's final text."""
+        outputs = result[:1] if self._request.params.num_beams > 1 else result
+        return [
+            delta
+            for index, hypothesis in enumerate(outputs)
+            for delta in self._deltas(index, self._text.of(hypothesis.tokens))
+        ]
+
+    def _begin(self, index: int) -> None:
+        detokenizer = Detokenizer(self._tokenizer)
+        detokenizer.push(self._prompt)
+        self._given[index] = detokenizer.push(self._request.prefix[len(self._prompt) :])
+        self._detokenizers[index], self._generated[index] = detokenizer, ""
+
+    def _deltas(self, index: int, text: str) -> list[tuple[int, str]]:
+        new = text[self._sent.get(index, 0) :]
+        self._sent[index] = max(self._sent.get(index, 0), len(text))
+        return [(index, new)] if new else []
+
+
+def is_bio(labels: Sequence[str]) -> bool:
+    """Whether all labels are O, B-... or I-..., with at least one B-."""
+    return any(label.startswith("B-") for label in labels) and all(re.match(r"O$|[BI]-", label) for label in labels)
+
+
+def bio_spans(labels: Sequence[str]) -> list[tuple[str, int, int]]:
+    """(name, first, end) of each span. As conlleval reads them: an I- after another name begins a span too."""
+    spans: list[tuple[str, int, int]] = []
+    for i, label in enumerate(labels):
+        if label == "O":
+            continue
+        name = label[2:]
+        if label.startswith("I-") and i > 0 and labels[i - 1] in (f"B-{name}", f"I-{name}"):
+            spans[-1] = (name, spans[-1][1], i + 1)
+        else:
+            spans.append((name, i, i + 1))
+    return spans
+
+
+def first_stop(text: str, stops: Sequence[str]) -> int:
+    """Where the first stop string begins, or the length of the text."""
+    return min([found for stop in stops if (found := text.find(stop)) >= 0], default=len(text))
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of the text may be the beginning of the stop string."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
