@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from seqmodels.errors import CheckpointError
 from seqmodels.models import IGNORE
 from training.data.examples import Codec, Example
 from training.optim import Update
@@ -93,7 +94,13 @@ class Reporter:
         os.fsync(self._log.fileno())
 
     def rewind(self, log_bytes: int, step: int) -> None:
-        """Forget what was logged after a checkpoint."""
+        """Forget what was logged after a checkpoint. Raises CheckpointError where the log is shorter than it should be."""
+        length = (self._directory / "metrics.jsonl").stat().st_size
+        if length < log_bytes:
+            raise CheckpointError(
+                f"metrics.jsonl has {length} bytes, but the checkpoint was made at {log_bytes}; bring the file back, or "
+                "start again in a new run.output_dir"
+            )
         self._log.truncate(log_bytes)
         self._log.seek(log_bytes)
         self._first_step, self._begin = step, time.monotonic()

@@ -1,0 +1,132 @@
+"""Checkpoints are whole or absent, and a damaged one falls back to the one before it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from seqmodels.errors import CheckpointError
+from tests.training.kill_storm import PHASES, outcome, recipe_fields
+from training import checkpoint
+from training.checkpoint import Progress
+from training.config import OptimSection, parse_recipe
+from training.optim import build_optimizer
+from training.run import train
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def save_three(directory: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint.save(directory, Progress(step=step, loss=0.1 + step), {"x": torch.full((4,), float(step))})
+
+
+def test_the_last_two_are_kept_and_the_newest_is_loaded(tmp_path: Path) -> None:
+    save_three(tmp_path)
+    assert [path.name for path in checkpoint.saved_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+    found = checkpoint.load_newest(tmp_path)
+    assert found is not None
+    progress, tensors, warnings = found
+    assert progress == Progress(step=3, loss=3.1) and tensors["x"].tolist() == [3.0] * 4 and not warnings
+    assert checkpoint.load_newest(tmp_path / "nothing") is None
+
+
+def test_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
+    save_three(tmp_path)
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=tmp_path / "step-00000003", check=True)
+
+
+@pytest.mark.parametrize("name", [checkpoint.TENSORS, checkpoint.PROGRESS, checkpoint.SUMS])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "remove"])
+def test_a_damaged_newest_falls_back_to_the_last_good(tmp_path: Path, name: str, damage: str) -> None:
+    save_three(tmp_path)
+    path = tmp_path / "step-00000003" / name
+    data = path.read_bytes()
+    if damage == "remove":
+        path.unlink()
+    else:
+        flipped = data[:40] + bytes([data[40] ^ 1]) + data[41:]
+        path.write_bytes({"flip": flipped, "cut": data[: len(data) // 2], "empty": b""}[damage])
+    found = checkpoint.load_newest(tmp_path)
+    assert found is not None
+    assert found[0].step == 2
+    assert "step-00000003" in found[2][0] and "damaged" in found[2][0]
+
+
+def test_all_damaged_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    save_three(tmp_path)
+    for path in tmp_path.glob("step-*/progress.json"):
+        path.write_text("{}", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged; remove"):
+        checkpoint.load_newest(tmp_path)
+
+
+def test_a_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
+    save_three(tmp_path)
+    (tmp_path / ".step-00000004.writing").mkdir()
+    found = checkpoint.load_newest(tmp_path)
+    assert found is not None and found[0].step == 3
+    checkpoint.save(tmp_path, Progress(step=4), {"x": torch.zeros(1)})  # and is in nobody's way
+    found = checkpoint.load_newest(tmp_path)
+    assert found is not None and found[0].step == 4
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "rmsprop", "adagrad"])
+def test_an_optimizer_survives_the_trip(tmp_path: Path, name: str) -> None:
+    section = OptimSection.model_validate({"optimizer": name, "momentum": 0.9 if name in ("sgd", "rmsprop") else 0.0})
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
+        for n in range(count):
+            optimizer.zero_grad()
+            (model(torch.full((1, 3), 1.0 + n)) ** 2).sum().backward()
+            optimizer.step()
+
+    torch.manual_seed(1)
+    model = nn.Linear(3, 2)
+    optimizer = build_optimizer(section, model)
+    steps(model, optimizer, 3)
+    checkpoint.save(tmp_path, Progress(step=3), checkpoint.pack_optimizer(optimizer))
+    copied = nn.Linear(3, 2)
+    copied.load_state_dict(model.state_dict())
+    fresh = build_optimizer(section, copied)
+    found = checkpoint.load_newest(tmp_path)
+    assert found is not None
+    checkpoint.unpack_optimizer(fresh, found[1])
+    steps(model, optimizer, 3)
+    steps(copied, fresh, 3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), copied.parameters(), strict=True))
+
+
+def test_going_on_from_a_damaged_newest_ends_with_the_same_bits(tmp_path: Path) -> None:
+    alone, mended = tmp_path / "alone", tmp_path / "mended"
+    train(parse_recipe(recipe_fields(0, alone)))
+    train(parse_recipe(recipe_fields(0, mended)))
+    for name in ("finished.json", "model.safetensors", "config.json"):
+        (mended / name).unlink()
+    newest = checkpoint.saved_checkpoints(mended / "checkpoints")[-1]
+    (newest / checkpoint.TENSORS).write_bytes(b"damaged")
+    (mended / "metrics.jsonl").open("a").write('{"step": 999}\n')  # a line of after the checkpoint
+    train(parse_recipe(recipe_fields(0, mended)))
+    assert outcome(mended) == outcome(alone)
+
+
+def test_a_shorter_log_than_the_checkpoint_says_is_an_error(tmp_path: Path) -> None:
+    train(parse_recipe(recipe_fields(1, tmp_path)))
+    (tmp_path / "finished.json").unlink()
+    (tmp_path / "metrics.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl"):
+        train(parse_recipe(recipe_fields(1, tmp_path)))
+
+
+def test_killed_runs_end_like_one_left_alone() -> None:
+    """12 kills by SIGKILL over all phases; `make kill-storm` does 100."""
+    # In a process of its own, since it forks: that of the tests has threads.
+    command = [sys.executable, "-m", "tests.training.kill_storm", "--kills", "12"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert sum(result["kills"].values()) >= 10 and set(result["kills"]) == set(PHASES) and result["equal"]
