@@ -36,6 +36,7 @@ class Progress:
     step: int = 0  # updates tried so far, skipped ones included
     validated_step: int | None = None
     best_score: float | None = None
+    best_nll: float = 0.0
     best_step: int | None = None
     validations_without_better: int = 0
     plateau_scale: float = 1.0

@@ -183,9 +183,10 @@ class Trainer:
             scores = self.evaluate(candidate)
         score = -scores[self.metric] if self.metric in LOWER_IS_BETTER else scores[self.metric]
         progress.validated_step = progress.step
-        better = progress.best_score is None or score > progress.best_score
+        # Among equal scores the lower nll is better: BLEU, for one, stays 0 until four words in a row are right.
+        better = progress.best_score is None or (score, -scores["nll"]) > (progress.best_score, -progress.best_nll)
         if better:
-            progress.best_score, progress.best_step = score, progress.step
+            progress.best_score, progress.best_nll, progress.best_step = score, scores["nll"], progress.step
             progress.validations_without_better = progress.plateau_wait = 0
         else:
             progress.validations_without_better += 1

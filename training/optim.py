@@ -60,15 +60,15 @@ def build_optimizer(section: OptimSection, model: nn.Module) -> Optimizer:
     rate, decay, momentum = section.learning_rate, section.weight_decay, section.momentum
     match section.optimizer:
         case "adam":
-            return Adam(parameters, rate, weight_decay=decay)
+            return Adam(parameters, rate, weight_decay=decay, fused=True)
         case "adamw":
-            return AdamW(parameters, rate, weight_decay=decay)
+            return AdamW(parameters, rate, weight_decay=decay, fused=True)
         case "sgd":
-            return SGD(parameters, rate, momentum=momentum, nesterov=section.nesterov, weight_decay=decay)
+            return SGD(parameters, rate, momentum=momentum, nesterov=section.nesterov, weight_decay=decay, fused=True)
         case "rmsprop":
             return RMSprop(parameters, rate, momentum=momentum, weight_decay=decay)
         case "adagrad":
-            return Adagrad(parameters, rate, weight_decay=decay)
+            return Adagrad(parameters, rate, weight_decay=decay, fused=True)
 
 
 def learning_rate(section: OptimSection, step: int, total_steps: int, plateau_scale: float = 1.0) -> float:

@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from seqmodels.errors import CheckpointError
 from seqmodels.models import IGNORE
+from seqmodels.tokenizer import Tokenizer
 from training.data.examples import Codec, Example
 from training.optim import Update
 
@@ -94,11 +95,11 @@ class Reporter:
         os.fsync(self._log.fileno())
 
     def rewind(self, log_bytes: int, step: int) -> None:
-        """Forget what was logged after a checkpoint. Raises CheckpointError where the log is shorter than it should be."""
+        """Forget what was logged after a checkpoint. Raises CheckpointError where some of the log before it is gone."""
         length = (self._directory / "metrics.jsonl").stat().st_size
         if length < log_bytes:
             raise CheckpointError(
-                f"metrics.jsonl has {length} bytes, but the checkpoint was made at {log_bytes}; bring the file back, or "
+                f"metrics.jsonl has {length} bytes, but the checkpoint was made at {log_bytes}; bring it back, or "
                 "start again in a new run.output_dir"
             )
         self._log.truncate(log_bytes)
@@ -221,7 +222,7 @@ def _inputs_as_seen(example: Example, codec: Codec) -> str:
     if codec.config.input == "features":
         return f"{len(example.inputs)} steps, the first {list(example.inputs[0])}"
     assert codec.source_tokenizer is not None
-    return " ".join(_visible(codec.source_tokenizer.token(token)) for token in example.inputs[:40])
+    return _pieces(codec.source_tokenizer, example.inputs)
 
 
 def _targets_as_seen(example: Example, codec: Codec) -> str:
@@ -231,8 +232,17 @@ def _targets_as_seen(example: Example, codec: Codec) -> str:
     if codec.config.architecture == "tagger":
         return " ".join("·" if label == IGNORE else labels[label] for label in targets[:40])
     assert codec.target_tokenizer is not None
-    return " ".join(_visible(codec.target_tokenizer.token(token)) for token in targets[:40])
+    return _pieces(codec.target_tokenizer, targets)
 
 
-def _visible(token: str) -> str:
-    return {" ": "␣", "\n": "⏎"}.get(token, token)
+def _pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The first pieces, spaces between them; a space that is part of a piece shows as ▁."""
+    return " ".join(_piece(tokenizer, token) for token in ids[:40])
+
+
+def _piece(tokenizer: Tokenizer, token: int) -> str:
+    spelt, text = tokenizer.token(token), tokenizer.decode([token])
+    if not text or "\N{REPLACEMENT CHARACTER}" in text:  # a special token, or part of a character
+        return spelt
+    space = "▁" if spelt.startswith("Ġ") else ""  # the library's sign for a leading space
+    return space + text.strip(" ").replace("\n", "⏎") or "▁"

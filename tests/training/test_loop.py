@@ -21,13 +21,13 @@ def log_of(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> None:
+def scripted(monkeypatch: pytest.MonkeyPatch, scores: list[float], nll: list[float] | None = None) -> None:
     """Let validation give these scores, whatever the model does."""
-    left = iter(scores)
+    left = iter(zip(scores, nll or [1.0] * len(scores), strict=True))
 
     def validate(recipe: Any, codec: Any, rows: Any, candidate: Path) -> dict[str, float]:
         (candidate / "samples.json").write_text("[]", encoding="utf-8")
-        return {"accuracy": next(left), "nll": 1.0}
+        return dict(zip(("accuracy", "nll"), next(left), strict=True))
 
     monkeypatch.setattr(training.run, "_validate", validate)
 
@@ -93,6 +93,12 @@ def test_the_best_is_kept_and_patience_ends_the_run(tmp_path: Path, monkeypatch:
     validations = [line for line in log_of(tmp_path) if "validation" in line]
     assert [(line["step"], line["best"]) for line in validations] == [(2, True), (4, True), (6, False), (8, False)]
     assert json.loads((tmp_path / "finished.json").read_text())["validation"]["accuracy"] == 0.5
+
+
+def test_among_equal_scores_the_lower_nll_is_better(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, [0.5, 0.5, 0.5, 0.4], nll=[0.9, 0.7, 0.8, 0.1])
+    train(recipe(directory=tmp_path, run={"max_steps": 8, "eval_steps": 2}))
+    assert [line["best"] for line in log_of(tmp_path) if "validation" in line] == [True, True, False, False]
 
 
 def test_a_lower_nll_is_better(tmp_path: Path) -> None:
