@@ -184,15 +184,13 @@ def _labelled(logits: Tensor, labels: Tensor, smoothing: float) -> Output:
 
     Label smoothing (Szegedy et al. 2016) mixes the target with the uniform distribution.
     """
-    flat, targets = logits.flatten(0, -2).float(), labels.flatten()
+    logprobs, targets = logits.flatten(0, -2).float().log_softmax(-1), labels.flatten()
     counted = targets != IGNORE
     num_targets = counted.sum()
-    targets = targets.masked_fill(~counted, 0)
-    log_total = flat.logsumexp(-1)
     denominator = num_targets.clamp(min=1)
-    nll = ((log_total - flat.gather(1, targets[:, None])[:, 0]) * counted).sum() / denominator
+    nll = F.nll_loss(logprobs, targets, ignore_index=IGNORE, reduction="sum") / denominator
     loss = nll
     if smoothing > 0:
-        uniform = ((log_total - flat.mean(-1)) * counted).sum() / denominator
+        uniform = -(logprobs.mean(-1) * counted).sum() / denominator
         loss = (1 - smoothing) * nll + smoothing * uniform
     return Output(loss, nll.detach(), num_targets, logits)
