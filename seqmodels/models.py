@@ -33,32 +33,49 @@ class Output:
     state: State | None = None
 
 
-class SequenceClassifier(nn.Module):
-    """Encoder + pooling + linear: one label per row."""
+class Labeller(nn.Module):
+    """Encoder + linear: what classifier and tagger have in common. They differ in what the linear layer reads."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.encoder is not None
         self.config = config
         self.encoder = build_encoder(config.encoder)
-        self.pool = nn.Linear(self.encoder.output_size, 1) if config.pooling == "attention" else None
         self.head = nn.Linear(self.encoder.output_size, len(config.labels))
 
     def forward(self, inputs: Tensor, labels: Tensor, lengths: Tensor | None = None) -> Output:
-        """labels: (B,) of int64."""
+        """labels: (B,) of a classifier, (B, S) of a tagger, IGNORE where a position has none."""
         logits, _ = self.predict(inputs, lengths)
         return _labelled(logits, labels, self.config.label_smoothing)
 
     def predict(
         self, inputs: Tensor, lengths: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State | None]:
-        """logits (B, C), and the State after the inputs if one was given."""
+        """logits (B, C) of a classifier, (B, S, C) of a tagger, and the State after the inputs if one was given."""
         memory, state = self.encoder(inputs, lengths, state)
-        pooled = F.dropout(self._pooled(memory), self.config.dropout, self.training)
-        logits: Tensor = self.head(pooled)
+        logits: Tensor = self.head(F.dropout(self.features(memory), self.config.dropout, self.training))
         return logits, state
 
-    def _pooled(self, memory: Memory) -> Tensor:
+    def features(self, memory: Memory) -> Tensor:
+        raise NotImplementedError
+
+
+class SequenceTagger(Labeller):
+    """Encoder + linear per step: one label per position."""
+
+    def features(self, memory: Memory) -> Tensor:
+        return memory.values
+
+
+class SequenceClassifier(Labeller):
+    """Encoder + pooling + linear: one label per row."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.pool = nn.Linear(self.encoder.output_size, 1) if config.pooling == "attention" else None
+
+    def features(self, memory: Memory) -> Tensor:
+        """(B, D)"""
         mask = memory.mask[:, :, None]
         if self.config.pooling == "last":
             return memory.summary
@@ -69,30 +86,6 @@ class SequenceClassifier(nn.Module):
         assert self.pool is not None
         weights: Tensor = self.pool(memory.values).masked_fill(~mask, float("-inf")).softmax(1)  # (B, S, 1)
         return (weights * memory.values.masked_fill(~mask, 0)).sum(1)
-
-
-class SequenceTagger(nn.Module):
-    """Encoder + linear per step: one label per position."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        assert config.encoder is not None
-        self.config = config
-        self.encoder = build_encoder(config.encoder)
-        self.head = nn.Linear(self.encoder.output_size, len(config.labels))
-
-    def forward(self, inputs: Tensor, labels: Tensor, lengths: Tensor | None = None) -> Output:
-        """labels: (B, S) of int64, IGNORE where a position has none."""
-        logits, _ = self.predict(inputs, lengths)
-        return _labelled(logits, labels, self.config.label_smoothing)
-
-    def predict(
-        self, inputs: Tensor, lengths: Tensor | None = None, state: State | None = None
-    ) -> tuple[Tensor, State | None]:
-        """logits (B, S, C), and the State after the inputs if one was given."""
-        memory, state = self.encoder(inputs, lengths, state)
-        logits: Tensor = self.head(F.dropout(memory.values, self.config.dropout, self.training))
-        return logits, state
 
 
 class SequenceGenerator(nn.Module):
