@@ -60,6 +60,9 @@ class CutSection(Strict):
 
 
 class TokenizerSection(Strict):
+    """Trained from the training split. The library's unigram training differs a little from run to run: with it, a run
+    can go on exactly, but not be repeated to the bit from its beginning."""
+
     kind: Literal["bpe", "unigram", "word", "character", "byte"] = "bpe"
     vocab_size: Annotated[int, Field(ge=8)] = 8000
     lowercase: bool = False
@@ -175,9 +178,19 @@ class Recipe(Strict):
                 if columns.input
                 else "data.columns.input is missing; name the column to read"
             )
+        self._check_what_does_nothing()
+        return self
+
+    def _check_what_does_nothing(self) -> None:
+        data = self.data
         if "init_from" in self.model and len(self.model) > 1:
             raise ValueError("model.init_from takes every size from the saved model; remove the other keys of `model`")
-        return self
+        if "init_from" in self.model and data.tokenizer != TokenizerSection():
+            raise ValueError("model.init_from brings the saved model's tokenizer; remove data.tokenizer")
+        if self.task != "generate" and data.chunk_length != DataSection.model_fields["chunk_length"].default:
+            raise ValueError(f"data.chunk_length is for language models, but task is {self.task!r}; remove it")
+        if self.makes_text and data.label_names:
+            raise ValueError(f"data.label_names is set, but task {self.task} has no labels; remove it")
 
     @property
     def makes_text(self) -> bool:
@@ -197,7 +210,8 @@ class Recipe(Strict):
         """The model's config, completed with what the data decided. Raises ConfigError."""
         if self.init_from is not None:
             saved = _saved_config(self.init_from).model_dump(mode="json")
-            return ModelConfig.parse(saved | ({"labels": facts.labels} if saved["labels"] else {}))
+            labels = {"labels": facts.labels} if saved["labels"] else {}
+            return ModelConfig.parse(saved | labels | {"max_source_length": self.data.max_input_length})
         fields = {**self.model}
         for part, size in (("encoder", facts.source_vocab_size), ("decoder", facts.target_vocab_size)):
             if isinstance(fields.get(part), dict) and (part == "decoder" or fields[part].get("input") == "text"):

@@ -26,7 +26,7 @@ from training.data.streams import EVALUATION_ROWS, Streams
 
 CHUNK_LENGTH = 128  # of running text; changes the speed only, since the state is carried
 NLL_TOKENS_PER_BATCH, NLL_ROWS_PER_BATCH = 8192, 128
-NUM_SAMPLES = 8
+NUM_SAMPLES, NUM_FREE_SAMPLES = 8, 4
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,18 @@ def _score_language_model(directory: Path, rows: Sequence[Row], codec: Codec, de
         "perplexity": metrics.perplexity(total / count),
         "bits_per_character": metrics.bits_per_character(total, characters),
     }
-    return Evaluation(scores, len(rows), samples=[])
+    return Evaluation(scores, len(rows), samples=_free_samples(directory, device))
+
+
+def _free_samples(directory: Path, device: str) -> list[dict[str, str]]:
+    """What the model writes of its own accord."""
+    pipeline = Pipeline.from_pretrained(directory, device)
+    answers = pipeline.run([pipeline.prepare(None, {"seed": seed}) for seed in range(1, NUM_FREE_SAMPLES + 1)])
+    return [
+        {"seed": str(seed), "text": sequence["text"]}
+        for seed, answer in enumerate(answers, start=1)
+        for sequence in answer["sequences"]
+    ]
 
 
 def _samples(rows: Sequence[Row], answers: Sequence[str], separator: str = " / ") -> list[dict[str, str]]:

@@ -25,6 +25,22 @@ from seqmodels.tokenizer import Tokenizer
 from training.data.examples import Codec, Example
 from training.optim import Update
 
+# Name in the log: panel, and what the curve is called there.
+CURVES = {
+    "nll": ("nats per target", "training nll"),
+    "loss": ("nats per target", "training loss"),
+    "validation/nll": ("nats per target", "validation nll"),
+    "validation/accuracy": ("validation, of 1", "accuracy"),
+    "validation/macro_f1": ("validation, of 1", "macro F1"),
+    "validation/span_f1": ("validation, of 1", "span F1"),
+    "validation/exact_match": ("validation, of 1", "exact match"),
+    "validation/bleu": ("validation, of 100", "BLEU"),
+    "validation/bleu_lowercase": ("validation, of 100", "BLEU, lower case"),
+    "validation/chrf": ("validation, of 100", "chrF"),
+    "validation/bits_per_character": ("validation, bits", "bits per character"),
+    "learning_rate": ("learning rate", "learning rate"),
+    "gradient_norm": ("gradient", "norm before clipping"),
+}
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal to draw a bar on
 
 
@@ -154,7 +170,7 @@ def write_report(
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
 table{{border-collapse:collapse;margin:1rem 0}}th,td{{text-align:left;padding:.25rem .8rem;border-bottom:1px solid #ddd;
-vertical-align:top}}th{{font-weight:600}}svg{{width:100%;height:auto}}</style></head>
+vertical-align:top;white-space:pre-wrap}}th{{font-weight:600}}svg{{width:100%;height:auto}}</style></head>
 <body><h1>{html.escape(title)}</h1><table>{rows}</table><h2>Curves</h2>{curves[curves.index("<svg") :]}
 {_samples_table(samples)}</body></html>
 """
@@ -169,10 +185,13 @@ def draw_curves(lines: Sequence[Mapping[str, Any]]) -> str:
     from matplotlib import pyplot
 
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    smoothed = any(line.get("loss") != line.get("nll") for line in lines)
     for line in lines:
         for name, value in _numbers(line):
-            panels.setdefault(_panel(name), {}).setdefault(name.split("/")[-1], []).append((line["step"], value))
-    names = [name for name in ("loss", "validation", "learning rate", "gradient") if name in panels]
+            if name in CURVES and (smoothed or name != "loss"):
+                panel, label = CURVES[name]
+                panels.setdefault(panel, {}).setdefault(label, []).append((line["step"], value))
+    names = sorted(panels, key=[panel for panel, _ in CURVES.values()].index)
     figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False, layout="constrained")
     for axis, name in zip(axes[0], names, strict=True):
         for label, points in panels[name].items():
@@ -193,13 +212,7 @@ def _samples_table(samples: Sequence[Mapping[str, str]]) -> str:
     heads = list(samples[0])
     head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
     rows = "".join(f"<tr>{''.join(f'<td>{html.escape(row[name])}</td>' for name in heads)}</tr>" for row in samples)
-    return f"<h2>Answers to validation items</h2><table><tr>{head}</tr>{rows}</table>"
-
-
-def _panel(name: str) -> str:
-    if name.startswith("validation/"):
-        return "validation"
-    return {"loss": "loss", "nll": "loss", "learning_rate": "learning rate", "gradient_norm": "gradient"}.get(name, "")
+    return f"<h2>What it says</h2><table><tr>{head}</tr>{rows}</table>"
 
 
 def _numbers(line: Mapping[str, Any]) -> list[tuple[str, float]]:

@@ -76,6 +76,8 @@ def test_a_bad_key_or_value_is_named_with_its_fix(override: str, words: list[str
         ({"data": {"path": "x", "columns": {"target": "b"}}}, "data.columns.input"),
         ({"model": LANGUAGE_MODEL}, "generate"),
         ({"model": {**CLASSIFIER, "init_from": "x"}}, "init_from"),
+        ({"model": {"init_from": "x"}}, "data.tokenizer"),
+        ({"data": {"generated": "sentiment", "chunk_length": 9}}, "data.chunk_length"),
     ],
 )
 def test_settings_that_contradict_each_other(change: dict[str, Any], word: str) -> None:
