@@ -8,7 +8,7 @@ Inputs are what the service takes; pictures may be given as bytes. Options are t
 
 import base64
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -89,8 +89,8 @@ class Client:
         except httpx.TransportError:
             return False
 
-    def stream(self, task: str, inputs: Any = None, **options: Any) -> Iterator[tuple[int, int, str]]:
-        """Text as it is decided: (input, sequence, more text). Leaving the loop early ends the work on the server."""
+    def stream(self, task: str, inputs: Any = None, **options: Any) -> Generator[tuple[int, int, str]]:
+        """Text as it is decided: (input, sequence, more text). Closing it early ends the work on the server."""
         body = {**_body(inputs, options), "stream": True}
         with self._http.stream("POST", f"/v1/{task}", json=body) as response:
             if response.status_code != 200:

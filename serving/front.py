@@ -5,6 +5,7 @@ then wait for the answer, or stream it, while watching whether the client leaves
 """
 
 import base64
+import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -20,7 +21,7 @@ from serving.completions import CompletionRequest, CompletionWriter
 from serving.config import Limits
 from serving.errors import HttpError, http_error, invalid_request
 from serving.http import EventStream, read_body, seconds_allowed, server_sent_event, unless_client_leaves
-from serving.service import Call, Delta, Service, Work
+from serving.service import Answer, Call, Delta, Service, Work
 
 if TYPE_CHECKING:
     from seqmodels.pipeline import Job, Pipeline
@@ -57,7 +58,7 @@ class Front:
         """The probability of given targets, from any model that writes text."""
         read = partial(_parse_json, schema.ScoreRequest, _content_type(request))
         _, work = await self._prepare(request, read, GENERATORS, intake.prepare_score)
-        answer = await unless_client_leaves(request.receive, self.service.call(work).answer())
+        answer = await _wait(request, self.service.call(work))
         return JSONResponse(answer.body())
 
     async def complete(self, request: Request) -> Response:
@@ -67,16 +68,16 @@ class Front:
         writer = CompletionWriter(work.model, self.service.pipelines[work.model].revision, body.n or 1)
         call = self.service.call(work)
         if body.stream:
-            return EventStream(_completion_events(call, writer, body.wants_usage))
-        answer = await unless_client_leaves(request.receive, call.answer())
+            return EventStream(_completion_events(call, writer, body.wants_usage), call.close)
+        answer = await _wait(request, call)
         return JSONResponse(writer.answer(answer.results, answer.usage))
 
     async def _answer(self, request: Request, read: Read[intake.TaskRequest], task: str) -> Response:
         body, work = await self._prepare(request, read, (task,), intake.prepare_inputs)
         call = self.service.call(work)
         if isinstance(body, schema.GeneratorOptions) and body.stream:
-            return EventStream(_events(call))
-        answer = await unless_client_leaves(request.receive, call.answer())
+            return EventStream(_events(call), call.close)
+        answer = await _wait(request, call)
         return JSONResponse(answer.body())
 
     async def _prepare(
@@ -123,11 +124,15 @@ def _parse_image(query: dict[str, str], data: bytes) -> schema.CaptionRequest:
         raise invalid_request(error) from None
 
 
+async def _wait(request: Request, call: Call) -> Answer:
+    with contextlib.closing(call):
+        return await unless_client_leaves(request.receive, call.answer())
+
+
 async def _events(call: Call) -> AsyncGenerator[bytes]:
     """`delta` events, then one `answer` event; an `error` event in place of what could not be done."""
-    pieces = call.stream()
     try:
-        async for piece in pieces:
+        async for piece in call.stream():
             if isinstance(piece, Delta):
                 delta = {"index": piece.index, "sequence": piece.sequence, "delta": piece.text}
                 yield server_sent_event(delta, "delta")
@@ -135,15 +140,12 @@ async def _events(call: Call) -> AsyncGenerator[bytes]:
                 yield server_sent_event(piece.body(), "answer")
     except Exception as error:
         yield server_sent_event(_stream_error(error), "error")
-    finally:
-        await pieces.aclose()
 
 
 async def _completion_events(call: Call, writer: CompletionWriter, with_usage: bool) -> AsyncGenerator[bytes]:
     """Chunks in OpenAI's words, then [DONE]."""
-    pieces = call.stream()
     try:
-        async for piece in pieces:
+        async for piece in call.stream():
             if isinstance(piece, Delta):
                 yield server_sent_event(writer.delta(piece.index, piece.sequence, piece.text))
             else:
@@ -152,8 +154,6 @@ async def _completion_events(call: Call, writer: CompletionWriter, with_usage: b
                     yield server_sent_event(writer.usage(piece.usage))
     except Exception as error:
         yield server_sent_event(_stream_error(error))
-    finally:
-        await pieces.aclose()
     yield DONE
 
 

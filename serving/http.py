@@ -83,17 +83,21 @@ async def _client_leaves(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events. The iterator is closed, and so what it holds is freed, however the response ends."""
+    """Server-sent events. `close` is called however the response ends, even before its first byte."""
 
-    def __init__(self, events: AsyncGenerator[bytes]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes], close: Callable[[], None]) -> None:
         super().__init__(
             headers={"cache-control": "no-cache", "x-accel-buffering": "no"}, media_type="text/event-stream"
         )
         del self.headers["content-length"]
         self.events = events
+        self.close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await unless_client_leaves(receive, self._send_all(send))
+        try:
+            await unless_client_leaves(receive, self._send_all(send))
+        finally:
+            self.close()
 
     async def _send_all(self, send: Send) -> None:
         async with contextlib.aclosing(self.events) as events:

@@ -174,9 +174,9 @@ class Runner(Generic[E]):
 
     def _take_in(self, wait_s: float) -> list[Event]:
         events: list[Event] = []
-        idle = not self._running and wait_s > 0
+        busy = any(pipeline.has_work for pipeline in self.pipelines.values())
         try:
-            message = self._inbox.get(block=idle, timeout=wait_s)
+            message = self._inbox.get(block=not busy and wait_s > 0, timeout=wait_s)
             while True:
                 if isinstance(message, Order):
                     events += self._begin(message)

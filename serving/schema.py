@@ -7,6 +7,7 @@ Lists fail at their first bad item, so that a body of a million faults costs no 
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import ConfigDict, Discriminator, FailFast, Field, Tag
+from pydantic.config import JsonDict
 
 from seqmodels.config import Strict
 
@@ -178,6 +179,12 @@ class Response(Strict):
     usage: Usage
 
 
+def _example(result: JsonDict, input_tokens: int, output_tokens: int) -> ConfigDict:
+    usage: JsonDict = {"input_tokens": input_tokens, "output_tokens": output_tokens}
+    answer: JsonDict = {"model": "my-model", "revision": "1f3a8c02d417", "usage": usage, "results": [result]}
+    return ConfigDict(json_schema_extra={"example": answer})
+
+
 class Classification(Strict):
     label: str
     score: float
@@ -186,6 +193,7 @@ class Classification(Strict):
 
 class ClassifyResponse(Response):
     results: list[Classification]
+    model_config = _example({"label": "good", "score": 0.93, "scores": {"good": 0.93, "bad": 0.07}}, 5, 1)
 
 
 class Span(Strict):
@@ -204,6 +212,7 @@ class Tagging(Strict):
 
 class TagResponse(Response):
     results: list[Tagging]
+    model_config = _example({"tags": [{"label": "PER", "score": 0.98, "start": 0, "end": 3, "text": "Ada"}]}, 4, 4)
 
 
 class Sequence(Strict):
@@ -223,6 +232,7 @@ class Generation(Strict):
 
 class GenerateResponse(Response):
     results: list[Generation]
+    model_config = _example({"sequences": [{"text": "Ein Hund rennt.", "score": -0.41, "finish_reason": "eos"}]}, 5, 5)
 
 
 class Scoring(Strict):
@@ -235,6 +245,7 @@ class Scoring(Strict):
 
 class ScoreResponse(Response):
     results: list[Scoring]
+    model_config = _example({"score": -0.9, "logprobs": [-0.7, -0.2], "tokens": ["Hund", "<eos>"]}, 3, 2)
 
 
 class ModelCard(Strict):

@@ -1,8 +1,8 @@
 """Service: the asynchronous side of a Runner. From a request body to an answer, or to a stream of pieces.
 
 Knows models, pools and deadlines; knows no HTTP. Slow pure work runs in a small pool of threads, engine work in the
-runner's thread, and the event loop only passes things on. Whoever leaves early frees what they held: `Call` cancels
-its unfinished requests however it ends.
+runner's thread, and the event loop only passes things on. Whoever closes a `Call`
+early frees what it held.
 """
 
 import asyncio
@@ -131,7 +131,7 @@ class Service:
 
 
 class Call:
-    """The requests of one client while the runner has them. Use `answer` or `stream`, once."""
+    """The requests of one client while the runner has them. Use `answer` or `stream`, once, then `close`."""
 
     def __init__(self, service: Service, work: Work) -> None:
         self._service = service
@@ -150,45 +150,43 @@ class Call:
 
     async def answer(self) -> Answer:
         """Wait for every result. Raises the first error, which ends the whole call."""
-        async with contextlib.aclosing(self._all_events()) as events:
-            async for _ in events:
-                pass
+        while await self._next():
+            pass
         return self._answer()
 
     async def stream(self) -> AsyncGenerator[Delta | Answer]:
         """Text as it is decided, then the same answer as `answer` gives."""
         texts = [self._pipeline.text_stream(job) for job in self._work.jobs]
-        async with contextlib.aclosing(self._all_events()) as events:
-            async for index, event in events:
-                if isinstance(event, Finished):
-                    pieces = texts[index].finish(cast("list[Hypothesis]", event.result))
-                else:
-                    pieces = texts[index].push(event)
-                for sequence, text in pieces:
-                    yield Delta(index, sequence, text)
+        while event := await self._next():
+            index = self._position[event.request_id]
+            if isinstance(event, Finished):
+                pieces = texts[index].finish(cast("list[Hypothesis]", event.result))
+            else:
+                pieces = texts[index].push(event)
+            for sequence, text in pieces:
+                yield Delta(index, sequence, text)
         yield self._answer()
 
-    async def _all_events(self) -> AsyncGenerator[tuple[int, Finished | Progress]]:
-        """Events with the position of their request, until the last has finished."""
-        try:
-            while len(self._results) < len(self._work.jobs):
-                event = await self._next()
-                if isinstance(event, Failed):
-                    raise event.error
-                index = self._position[event.request_id]
-                if isinstance(event, Finished):
-                    self._results[index] = event.result
-                yield index, event
-        finally:
-            if self._unfinished:
-                self._service.forget(list(self._unfinished))
+    def close(self) -> None:
+        """Cancel what has not finished."""
+        if self._unfinished:
+            self._service.forget(list(self._unfinished))
+            self._unfinished.clear()
 
-    async def _next(self) -> Event:
+    async def _next(self) -> Finished | Progress | None:
+        """The next event, None after the last. Raises what a request failed with."""
+        if len(self._results) == len(self._work.jobs):
+            return None
         try:
             async with asyncio.timeout(self._work.deadline + GRACE_S - time.monotonic()):
-                return await self._events.get()
+                event = await self._events.get()
         except TimeoutError:
             raise DeadlineError("the deadline passed before the answer was ready") from None
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, Finished):
+            self._results[self._position[event.request_id]] = event.result
+        return event
 
     def _answer(self) -> Answer:
         work, pipeline = self._work, self._pipeline

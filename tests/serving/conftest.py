@@ -49,7 +49,8 @@ class InProcess:
             self.loop.close()
 
     def request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
-        return self.wait(self.send(method, path, **kwargs))
+        response: httpx.Response = self.wait(self.send(method, path, **kwargs))
+        return response
 
     async def send(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         transport = httpx.ASGITransport(self.app)

@@ -1,6 +1,7 @@
 """Tiny random models of every task, saved as a user would save them. Their answers mean nothing, but stay the same."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ def save_all(directory: Path) -> dict[str, str]:
     features = {"input": "features", "feature_size": 3, "recurrent": RECURRENT}
     decoder = {"vocab_size": size, "embedding_size": 8, "recurrent": RECURRENT}
     attending = {**decoder, "attention": "general"}
-    configs = {
+    configs: dict[str, dict[str, Any]] = {
         "mood": {"architecture": "classifier", "encoder": text, "labels": ["bad", "good"]},
         "names": {"architecture": "tagger", "encoder": text, "labels": ["O", "B-NAME", "I-NAME"]},
         "motion": {"architecture": "tagger", "encoder": frames, "labels": ["left", "right"]},

@@ -182,7 +182,7 @@ def test_completion_stream(server: InProcess) -> None:
     events = events_of(server.post("/v1/completions", body))
     assert events[-1] == (None, "[DONE]")
     assert events[-2][1]["choices"] == [] and events[-2][1]["usage"]["completion_tokens"] == 8
-    texts = {}
+    texts: dict[int, str] = {}
     for _, chunk in events[:-2]:
         for choice in chunk["choices"]:
             texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
@@ -210,7 +210,13 @@ def test_completion_refuses_by_name_what_it_cannot_do(server: InProcess, field: 
 
 
 def test_completion_accepts_neutral_and_unknown_fields(server: InProcess) -> None:
-    neutral = {"suffix": None, "echo": False, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}}
+    neutral: dict[str, Any] = {
+        "suffix": None,
+        "echo": False,
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "logit_bias": {},
+    }
     body = {"model": "story", "prompt": "a", "best_of": 1, "some_new_field": [1], **neutral}
     assert server.post("/v1/completions", body).status_code == 200
 
@@ -387,7 +393,7 @@ def test_engine_failure_is_500_with_a_fixed_text_and_the_service_lives_on(caplog
 
 def test_unexpected_exception_is_500_with_a_fixed_text(caplog: pytest.LogCaptureFixture) -> None:
     with in_process() as server:
-        server.pipelines["mood"].prepare = lambda *args, **kwargs: 1 / 0  # type: ignore[method-assign]
+        server.pipelines["mood"].prepare = lambda *args, **kwargs: 1 / 0
         response = server.post("/v1/classify", {"inputs": "x"})
         assert error_of(response, 500)["code"] == "internal_error"
         assert "division" not in response.text and "ZeroDivisionError" in caplog.text

@@ -12,7 +12,10 @@ from .fakes import FakePipeline
 
 
 async def ask_and_leave(server: InProcess, body: dict[str, Any], after_chunks: int) -> list[bytes]:
-    """Speak ASGI by hand: send a request, take so many chunks (or none, and wait a little), close the connection."""
+    """Speak ASGI by hand: send a request, take so many chunks (or none, and wait a little), close the connection.
+
+    after_chunks=-1 closes it while the head of the response is on its way.
+    """
     taken: list[bytes] = []
     leave = asyncio.Event()
     sent = False
@@ -26,6 +29,9 @@ async def ask_and_leave(server: InProcess, body: dict[str, Any], after_chunks: i
         return {"type": "http.disconnect"}
 
     async def send(message: dict[str, Any]) -> None:
+        if after_chunks < 0:
+            leave.set()
+            await asyncio.sleep(10)
         if message["type"] == "http.response.body" and message["body"]:
             taken.append(message["body"])
             if len(taken) >= after_chunks:
@@ -56,12 +62,20 @@ def test_rows_are_free_at_the_next_step(stream: bool) -> None:
         assert not pipeline.live and pipeline.steps < 25
 
 
+def test_who_leaves_before_the_first_byte_of_a_stream_holds_nothing() -> None:
+    pipeline = FakePipeline("translate", step_s=0.02)
+    with in_process({"slow": pipeline}) as server:
+        assert server.wait(ask_and_leave(server, {"inputs": "a " * 30, "stream": True}, after_chunks=-1)) == []
+        time.sleep(0.2)
+        assert not pipeline.live and pipeline.steps < 20
+
+
 def test_many_leave_and_nothing_leaks() -> None:
     pipeline = FakePipeline("translate", step_s=0.002)
     with in_process({"slow": pipeline}) as server:
 
         async def crowd() -> None:
-            bodies = [{"inputs": "a " * 30, "stream": bool(i % 2)} for i in range(100)]
+            bodies: list[dict[str, Any]] = [{"inputs": "a " * 30, "stream": bool(i % 2)} for i in range(100)]
             await asyncio.gather(
                 *(ask_and_leave(server, body, body["stream"] * (i % 5)) for i, body in enumerate(bodies))
             )

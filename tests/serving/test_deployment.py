@@ -73,7 +73,7 @@ def test_health_check_fails_when_the_engine_stands_still(models: dict[str, str])
     server.runner.start(lambda events: None)
     server.check_health()
     pipeline: Any = server.pipelines["mood"]
-    pipeline.step = lambda: time.sleep(1.5) or []
+    pipeline.step = lambda: [time.sleep(1.5)][:0]  # type: ignore[func-returns-value]
     server.runner.submit([Order("mood", pipeline.prepare("good"), float("inf"))])
     time.sleep(1.2)
     with pytest.raises(RuntimeError, match="has not turned"):

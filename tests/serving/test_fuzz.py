@@ -121,7 +121,24 @@ def strange_value(chance: random.Random) -> Any:
     deep: Any = 1
     for _ in range(chance.randint(1, 150)):
         deep = [deep] if chance.random() < 0.5 else {"text": deep}
-    odd = [None, True, -1, 0, 1.5, 1e308, 10**25, "", " ", "\x00", "a" * 25_000, [], [None], [[]], {}, {"text": None}]
+    odd: list[Any] = [
+        None,
+        True,
+        -1,
+        0,
+        1.5,
+        1e308,
+        10**25,
+        "",
+        " ",
+        "\x00",
+        "a" * 25_000,
+        [],
+        [None],
+        [[]],
+        {},
+        {"text": None},
+    ]
     odd += [{"text": "a", "image": "b"}, {"image": "AAAA"}, {"frames": []}, {"features": [[]]}, {"features": [[1e39]]}]
     odd += [{"words": [""]}, {"words": []}, ["a"] * 300, float("nan"), float("inf"), -float("inf"), "\ud800", deep]
     return chance.choice(odd)

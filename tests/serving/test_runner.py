@@ -249,3 +249,21 @@ def test_many_threads_submit_and_cancel() -> None:
         ends = [event.request_id for call in outbox.calls for event in call if isinstance(event, Finished | Failed)]
         assert len(ends) == len(set(ends)) >= 200 == len(kept)
         assert {one.job.id for one in kept} <= set(ends)
+
+
+class LateAnswers(FakePipeline):
+    """Goes on with requests that were cancelled, as a pipeline may that has its answer ready."""
+
+    def cancel(self, request_id: str) -> None:
+        pass
+
+
+def test_nothing_follows_an_end() -> None:
+    pipeline = LateAnswers("translate", step_s=0.02)
+    with turning(pipeline) as (runner, outbox):
+        late = order(pipeline, "a " * 20, deadline=time.monotonic() + 0.1)
+        runner.submit([late])
+        assert isinstance(outbox.end_of(late), Failed)
+        until(lambda: not pipeline.live)
+        time.sleep(0.05)
+        assert isinstance(outbox.of(late)[-1], Failed)
