@@ -60,7 +60,7 @@ def build_app(
     *,
     key_hashes: Sequence[str] = (),
     warm_ups: Mapping[str, Mapping[str, Any]] | None = None,
-    observe: Observe = lambda path, status, seconds: None,
+    observe: Observe = lambda route, status, seconds: None,
 ) -> FastAPI:
     """The service as an ASGI app, which starts the runner with its lifespan and drains it at the end.
 

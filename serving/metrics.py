@@ -11,18 +11,18 @@ SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 
 
 class Metrics:
-    """Requests by path and status, their seconds, and the gauges of each model."""
+    """Requests by route and status, their seconds, and the gauges of each model."""
 
     def __init__(self) -> None:
-        self._requests = metrics.Counter("seqmodels_requests", "Answers, by path and status", ("path", "status"))
+        self._requests = metrics.Counter("seqmodels_requests", "Answers, by route and status", ("path", "status"))
         self._seconds = metrics.Histogram(
             "seqmodels_request_seconds", "From arrival to the last byte", SECONDS, ("path",)
         )
         self._gauges: dict[str, metrics.Gauge] = {}
 
-    def answered(self, path: str, status: int, seconds: float) -> None:
-        self._requests.inc(tags={"path": path, "status": str(status)})
-        self._seconds.observe(seconds, tags={"path": path})
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        self._requests.inc(tags={"path": route, "status": str(status)})
+        self._seconds.observe(seconds, tags={"path": route})
 
     def loaded(self, loads: Mapping[str, Mapping[str, int]]) -> None:
         """Set a gauge for each figure of each model, such as rows_live."""

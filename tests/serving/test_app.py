@@ -1,5 +1,6 @@
 """Every endpoint over fake pipelines: its right answer, each documented error, and streams that say the same."""
 
+import asyncio
 import base64
 import json
 from typing import Any
@@ -7,7 +8,10 @@ from typing import Any
 import httpx
 import pytest
 
+from serving.app import build_app
 from serving.auth import hash_key
+from serving.config import ServeConfig
+from serving.runner import Runner
 
 from .conftest import InProcess, in_process
 from .fakes import FakePipeline, classification, png, tags
@@ -421,13 +425,29 @@ def test_every_route_but_health_needs_the_key() -> None:
         assert server.post("/v1/classify", {"inputs": "x"}).status_code == 200
 
 
+# -- counting
+
+
+def test_every_answer_is_counted_by_route_and_status() -> None:
+    seen: list[tuple[str, int]] = []
+    config = ServeConfig.parse({"models": {"mood": "unused"}})
+    runner: Runner[Any] = Runner({"mood": FakePipeline("classify", "mood")})
+    app = build_app(runner, config, observe=lambda route, status, seconds: seen.append((route, status)))
+    with InProcess(app, runner).running() as server:
+        server.post("/v1/classify", {"inputs": "x"})
+        server.post("/v1/classify", {})
+        server.get("/v1/made/up")
+        server.pipelines["mood"].failing_steps = 1
+        server.post("/v1/classify", {"inputs": "x"})
+    assert seen == [("/v1/classify", 200), ("/v1/classify", 400), ("none", 404), ("/v1/classify", 500)]
+
+
 # -- load
 
 
 def test_full_queue_is_429_and_clears() -> None:
     pipeline = FakePipeline("translate")
     with in_process({"slow": pipeline}, max_requests=2, limits={"inputs": 2}) as server:
-        import asyncio
 
         async def crowd() -> list[httpx.Response]:
             pipeline.gate.clear()
