@@ -1,13 +1,13 @@
 # The service in a container.
 #
-#   docker build -t seqmodels .                                    # CPU
-#   docker build -t seqmodels --build-arg TORCH_INDEX= .           # CUDA: run it with --gpus all
+#   docker build -t seqmodels .                                    # CUDA: run it with --gpus all
+#   docker build -t seqmodels --build-arg TORCH_INDEX=... .        # CPU: the index that pytorch.org names for it
 #   docker run -p 8000:8000 --shm-size 1g -v "$PWD/models:/models:ro" -e SEQMODELS_API_KEYS=... seqmodels /models/sentiment
 #
 # Arguments are those of `python -m serving`: model directories, or one YAML file. Stop it with SIGTERM (docker stop -t 30).
 
 FROM python:3.11-slim AS build
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX=
 WORKDIR /build
 COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY deploy/install.sh deploy/

@@ -208,7 +208,10 @@ def explain(error: ValidationError) -> str:
     """The first few faults of a validation error, each with its field and value."""
     lines = []
     for fault in error.errors(include_url=False)[:5]:
-        field = ".".join(str(part) for part in fault["loc"]) or "config"
+        field = ".".join(str(part) for part in fault["loc"])
+        if not field:  # about several fields at once: the message names them
+            lines.append(str(fault["msg"]).removeprefix("Value error, "))
+            continue
         value = fault.get("input")
         shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | None) else ""
         lines.append(f"{field}: {fault['msg'].removeprefix('Value error, ')}{shown}")

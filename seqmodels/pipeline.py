@@ -140,8 +140,11 @@ class Pipeline:
         try:
             return SearchParams.model_validate_json(json.dumps({**defaults, **given}))
         except ValidationError as error:
-            where = error.errors(include_url=False)[0]["loc"]
-            raise InputError(explain(error), param=str(where[0]) if where else None) from None
+            message = explain(error)
+            option = message.replace(":", " ").split()[0]  # a message begins with the option that it is about
+            raise InputError(
+                message, param=option if option in {**SearchParams.model_fields, **given} else None
+            ) from None
 
     def _forced(self, prefix: str, after_prompt: bool) -> Sequence[int]:
         return self._tokenizer.encode_inside(prefix) if after_prompt else self._tokenizer.encode(prefix)

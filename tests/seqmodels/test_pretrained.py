@@ -99,7 +99,7 @@ HUGE = {"vocab_size": 2_000_000_000, "embedding_size": 100_000}
     ("damage", "message"),
     [
         (lambda d: (d / "config.json").unlink(), "has no config.json"),
-        (write("config.json", b"{"), "config.json: config: Invalid JSON"),
+        (write("config.json", b"{"), "config.json: Invalid JSON"),
         (write("config.json", b"\xff\xfe"), "config.json"),
         (edit_config(colour="red"), "config.json: colour: Extra inputs are not permitted"),
         (edit_config(format_version=2), "config.json: format_version"),
