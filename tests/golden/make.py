@@ -21,8 +21,10 @@ HERE = Path(__file__).parent
 RECIPES = Path(__file__).parents[2] / "recipes" / "demo"
 MODELS = {
     "lstm-translator": ("numbers-en-fr", [
-        "model.encoder.embedding_size=24", "model.encoder.recurrent.hidden_size=32", "model.encoder.recurrent.cell=lstm",
-        "model.decoder.embedding_size=24", "model.decoder.recurrent.hidden_size=64", "model.decoder.recurrent.cell=lstm",
+        "model.encoder.embedding_size=24", "model.encoder.recurrent.hidden_size=32",
+        "model.encoder.recurrent.cell=lstm",
+        "model.decoder.embedding_size=24", "model.decoder.recurrent.hidden_size=64",
+        "model.decoder.recurrent.cell=lstm",
         "run.num_train_epochs=null", "run.max_steps=600",
     ]),
     "gru-tagger": ("number-tags", [
