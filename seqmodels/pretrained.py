@@ -21,7 +21,7 @@ from typing import TypeVar
 import safetensors
 import torch
 from pydantic import BaseModel, ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from seqmodels.config import ModelConfig, explain
@@ -66,7 +66,8 @@ def save_pretrained(
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with _replacing(directory / WEIGHTS) as path:
-        save_file(weights, path, metadata={"format": "pt"})
+        # `save_file` would let only this user read the file; a service often runs as another one.
+        path.write_bytes(save(weights, metadata={"format": "pt"}))
     names = tokenizer_names(model.config)
     for name, tokenizer in zip(names, (source_tokenizer, target_tokenizer), strict=True):
         if name and tokenizer:

@@ -67,6 +67,8 @@ def test_save_and_load(kind: str, tmp_path: Path) -> None:
         )  # type: ignore[union-attr, operator]
     assert (tmp_path / "README.md").read_text() == "# A test model\n"
     assert not list(tmp_path.glob(".*"))
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1  # whoever may read the config may read the weights
     assert load_pretrained(tmp_path).revision == loaded.revision
 
 
