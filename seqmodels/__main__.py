@@ -49,8 +49,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("model", metavar="MODEL_DIR", help="a directory that training saved")
         command.add_argument("input", nargs="?", default="-", metavar="FILE", help="input lines; - is standard input")
         command.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-        command.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
-        command.add_argument("--max-rows", type=int, default=256, help="decoder rows at once (default: %(default)s)")
+        command.add_argument("--threads", type=_positive, help="CPU threads (default: torch's own choice)")
+        command.add_argument(
+            "--max-rows", type=_positive, default=256, help="decoder rows at once (default: %(default)s)"
+        )
         command.add_argument("--truncate", action="store_true", help="shorten inputs that are too long")
     predict.epilog = score.epilog = generate.epilog = (
         'A line is a plain text, or JSON: {"text": ...}, {"words": [...]}, {"image": "FILE"}, '
@@ -72,6 +74,13 @@ def _add_option(command: argparse.ArgumentParser, name: str, kind: Any, default:
     else:
         value_type = {str: str, float: float}.get(type(default), int)
         command.add_argument(flag, dest=name, type=value_type, metavar=value_type.__name__.upper(), help=shown)
+
+
+def _positive(text: str) -> int:
+    """For argparse: a whole number of at least 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
 
 
 def _check_command(command: str, pipeline: Pipeline) -> None:
@@ -127,7 +136,7 @@ def _item(line: str, number: int) -> Any:
         return line
     try:
         item = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return line  # a text that happens to begin with a brace
     if "image" in item:
         item["image"] = _read(item["image"], number)

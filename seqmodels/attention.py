@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from seqmodels.config import AttentionKind
 from seqmodels.state import Memory
 
+QUERIES_AT_ONCE = 16
+
 
 class Attention(nn.Module):
     """(queries (B, T, H), Memory with S positions of D features) -> (context (B, T, D), weights (B, T, S))."""
@@ -38,10 +40,16 @@ class Attention(nn.Module):
     def forward(self, queries: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         assert memory.keys is not None, "call Attention.prepare on a memory before its first use"
         if self.kind == "additive":
-            mixed = torch.tanh(queries[:, :, None] + memory.keys[:, None])  # (B, T, S, H)
-            scores = mixed @ self.energy  # (B, T, S)
+            # A few queries at a time: all at once, (B, T, S, H) would take gigabytes for long texts.
+            scores = torch.cat(
+                [self._energies(some, memory.keys) for some in torch.split(queries, QUERIES_AT_ONCE, 1)], 1
+            )
         else:
             scores = queries @ memory.keys.mT  # (B, T, S)
         scores = scores.masked_fill(~memory.mask[:, None], float("-inf"))  # padding gets no weight
         weights = scores.softmax(-1)
         return weights @ memory.values, weights
+
+    def _energies(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """queries (B, T, H), keys (B, S, H) -> scores (B, T, S)."""
+        return torch.tanh(queries[:, :, None] + keys[:, None]) @ self.energy

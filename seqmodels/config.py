@@ -107,9 +107,10 @@ class DecoderConfig(Strict):
     recurrent: RecurrentConfig = RecurrentConfig()
     attention: AttentionKind = "none"
     tie_embeddings: bool = False  # the output layer uses the embedding matrix (Press and Wolf 2017)
-    pad_token_id: Annotated[int, Field(ge=0)] = 0
-    bos_token_id: Annotated[int, Field(ge=0)] = 2
-    eos_token_id: Annotated[int, Field(ge=0)] = 3
+    # The same in every model of this format: each tokenizer begins with <pad>, <unk>, <bos>, <eos>.
+    pad_token_id: Literal[0] = 0
+    bos_token_id: Literal[2] = 2
+    eos_token_id: Literal[3] = 3
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -117,9 +118,6 @@ class DecoderConfig(Strict):
             raise ValueError(
                 "decoder.recurrent.bidirectional is true, but a decoder cannot read what it has not written"
             )
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            if getattr(self, name) >= self.vocab_size:
-                raise ValueError(f"decoder.{name} is {getattr(self, name)}, outside a vocabulary of {self.vocab_size}")
         return self
 
 

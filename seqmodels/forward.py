@@ -97,7 +97,8 @@ def _length(request: ForwardRequest) -> int:
 
 
 def _shape(request: ForwardRequest) -> tuple[int, int]:
-    return bucket(_length(request)), bucket(len(request.labels))
+    """Padded lengths of inputs and of labels; together, what decides the shapes that a request sees."""
+    return bucket(_length(request)), bucket(len(request.labels)) if request.labels else 0
 
 
 def _positions(request: ForwardRequest) -> int:

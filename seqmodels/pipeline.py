@@ -5,10 +5,9 @@ A request goes through four calls: `prepare` (tokenize or preprocess, check), `s
 is served. `prepare` and `render` may be called from any thread; the others belong to one.
 """
 
-import json
 import secrets
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,9 @@ from seqmodels.forward import Forward, ForwardRequest
 from seqmodels.models import SequenceGenerator
 from seqmodels.pretrained import Pretrained, load_pretrained
 from seqmodels.reading import Reader, Reading
-from seqmodels.rendering import Text, TextStream, render_label, render_score, render_tags
+from seqmodels.rendering import Text, TextStream, render_label, render_score, render_sequence, render_tags
 from seqmodels.selftest import find_row_floor
 from seqmodels.tokenizer import BOS, EOS, Tokenizer
-
-SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "num_return_sequences")
-BEAM_OPTIONS = ("num_beams", "early_stopping", "length_penalty", "num_return_sequences")
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +103,7 @@ class Pipeline:
             return Job(ForwardRequest(_new_id(), reading.inputs, (), deadline), reading)
         search = self._search_params(params or {})
         reading = self._reader.read(item, field, truncate)
-        prefix = (*reading.prompt, *self._forced(search.prefix, after_prompt=bool(reading.prompt)))
+        prefix = reading.prompt + self._reader.written(search.prefix, reading.prompt, "prefix")
         request = Request(
             _new_id(),
             reading.inputs,
@@ -116,38 +112,35 @@ class Pipeline:
             self._bad_words(search),
             secrets.randbits(63) if search.seed is None else search.seed,
             stream,
-            self._stop_watch(prefix, search.stop) if search.stop else None,
+            Text(self._tokenizer, reading.prompt, prefix, search.stop).has_stop if search.stop else None,
             deadline,
         )
         return Job(request, reading)
 
     def prepare_score(
-        self, item: Any, target: Any, *, field: str = "inputs", truncate: bool = False, deadline: float | None = None
+        self,
+        item: Any,
+        target: Any,
+        *,
+        field: str = "inputs",
+        target_field: str = "targets",
+        truncate: bool = False,
+        deadline: float | None = None,
     ) -> Job:
         """A request for the log-probability of `target`, given the input (or the prompt). Raises InputError."""
         if self._engine is None:
             raise InputError("this model answers with labels; only a generator can score a text", param=field)
         reading = self._reader.read(item, field, truncate)
-        labels = (BOS, *self._reader.target(item, target, truncate), EOS)
-        return Job(ForwardRequest(_new_id(), reading.inputs, labels, deadline), reading)
+        written = self._reader.written(target, reading.prompt, target_field, truncate)
+        return Job(ForwardRequest(_new_id(), reading.inputs, (BOS, *reading.prompt, *written, EOS), deadline), reading)
 
     def _search_params(self, given: Mapping[str, Any]) -> SearchParams:
-        """The request's options over the model's defaults, less sampling's where it searches, and the reverse."""
-        defaults = self._pretrained.generation.model_dump(exclude_defaults=True)
-        if (do_sample := given.get("do_sample")) is not None and do_sample != defaults.get("do_sample", False):
-            other = BEAM_OPTIONS if do_sample else SAMPLING_OPTIONS
-            defaults = {name: value for name, value in defaults.items() if name not in other}
         try:
-            return SearchParams.model_validate_json(json.dumps({**defaults, **given}))
+            return SearchParams.over(self._pretrained.generation, given)
         except ValidationError as error:
-            message = explain(error)
-            option = message.replace(":", " ").split()[0]  # a message begins with the option that it is about
-            raise InputError(
-                message, param=option if option in {**SearchParams.model_fields, **given} else None
-            ) from None
-
-    def _forced(self, prefix: str, after_prompt: bool) -> Sequence[int]:
-        return self._tokenizer.encode_inside(prefix) if after_prompt else self._tokenizer.encode(prefix)
+            fault = error.errors(include_url=False)[0]
+            fields = fault["loc"] or fault.get("ctx", {}).get("fields", ())
+            raise InputError(explain(error), param=str(fields[0]) if fields else None) from None
 
     def _bad_words(self, search: SearchParams) -> tuple[tuple[int, ...], ...]:
         """Each as it is spelt at the start of a word, and inside one."""
@@ -157,16 +150,6 @@ class Pipeline:
             for encode in (self._tokenizer.encode, self._tokenizer.encode_inside)
         ]
         return tuple(dict.fromkeys(ids for ids in spellings if ids))
-
-    def _stop_watch(self, prefix: Sequence[int], stops: Sequence[str]) -> Callable[[int, Sequence[int]], bool]:
-        """Tells the engine, which knows no text, when an output holds a stop string."""
-        given = len(self._tokenizer.decode(prefix))
-
-        def watch(index: int, tokens: Sequence[int]) -> bool:
-            text = self._tokenizer.decode([*prefix, *tokens])[given:]
-            return any(stop in text for stop in stops)
-
-        return watch
 
     # -- submit and step -----------------------------------------------------------------------------------------
 
@@ -210,11 +193,10 @@ class Pipeline:
         """The answer as plain data: a label, tags, sequences, or log-probabilities."""
         if isinstance(job.request, Request):
             assert isinstance(result, list)
-            text = Text(self._tokenizer, job.reading, job.request)
-            params = job.request.params
-            answer = {"sequences": [text.sequence(hypothesis, params.logprobs) for hypothesis in result]}
-            return answer | {"seed": job.request.seed} if params.do_sample else answer
+            return self._render_sequences(job, job.request, result)
         assert isinstance(result, Tensor)
+        if not result.isfinite().all():
+            raise InputError("the model's scores for this input are not finite; its numbers are too large for it")
         if self._engine:
             return render_score(self._tokenizer, job.reading, job.request.labels, result)
         if self.config.architecture == "classifier":
@@ -232,7 +214,19 @@ class Pipeline:
     def text_stream(self, job: Job) -> TextStream:
         """Turns the job's Progress events into text."""
         assert isinstance(job.request, Request)
-        return TextStream(self._tokenizer, job.reading, job.request)
+        return TextStream(self._text(job, job.request), job.request)
+
+    def _render_sequences(self, job: Job, request: Request, result: Sequence[Hypothesis]) -> dict[str, Any]:
+        text = self._text(job, request)
+        sequences = [
+            render_sequence(text.of(hypothesis.tokens), hypothesis, self._tokenizer, request.params.logprobs)
+            for hypothesis in result
+        ]
+        answer: dict[str, Any] = {"sequences": sequences}
+        return answer | {"seed": request.seed} if request.params.do_sample else answer
+
+    def _text(self, job: Job, request: Request) -> Text:
+        return Text(self._tokenizer, job.reading.prompt, request.prefix, request.params.stop)
 
     # -- offline -------------------------------------------------------------------------------------------------
 
@@ -249,14 +243,18 @@ class Pipeline:
         """Submit, turn until there is no work, render. Raises what a job failed with."""
         by_id = {job.id: job for job in jobs}
         answers: dict[str, dict[str, Any]] = {}
-        for job in jobs:
-            self.submit(job)
-        while self.has_work:
-            for event in self.step():
-                if isinstance(event, Failed):
-                    raise event.error
-                if isinstance(event, Finished):
-                    answers[event.request_id] = self.render(by_id[event.request_id], event.result)
+        try:
+            for job in jobs:
+                self.submit(job)
+            while self.has_work:
+                for event in self.step():
+                    if isinstance(event, Failed):
+                        raise event.error
+                    if isinstance(event, Finished):
+                        answers[event.request_id] = self.render(by_id[event.request_id], event.result)
+        finally:  # an error, or Ctrl-C, leaves nobody behind for the next call to meet
+            for job in jobs:
+                self.cancel(job.id)
         return [answers[job.id] for job in jobs]
 
     @property

@@ -6,10 +6,10 @@ million pixels. Imports Pillow only when called.
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
 from seqmodels.config import Strict
@@ -30,18 +30,27 @@ class Preprocessor(Strict):
     std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1, max_length=3)] = (0.5,)
     max_pixels: PositiveInt = 20_000_000
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (1, self.channels):
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} values, but there are {self.channels} channels"
+                )
+        return self
+
     def image(self, data: "bytes | Image", param: str | None = None) -> Tensor:
         """One picture -> (C, height, width) of float32.
 
         Raises InputError for a file that is broken or too large, UnsupportedError for a format not in FORMATS.
         """
-        from PIL import ImageOps
-
         picture = self._open(data, param) if isinstance(data, bytes) else data
         try:
-            upright = ImageOps.exif_transpose(picture)
+            upright = _upright(_eight_bits(picture))
             fitted = upright.convert("L" if self.channels == 1 else "RGB").resize((self.size[1], self.size[0]))
-        except (OSError, ValueError, SyntaxError, EOFError):
+        except (
+            Exception
+        ):  # decoders of damaged files raise anything: OSError, SyntaxError, struct.error, TypeError, ...
             raise InputError(
                 "the image is broken or cut short; send a whole file", param=param, code="invalid_image"
             ) from None
@@ -71,3 +80,31 @@ class Preprocessor(Strict):
                 code="limit_exceeded",
             )
         return picture
+
+
+def _eight_bits(picture: "Image") -> "Image":
+    """16-bit greys scaled to 8 bits: Pillow's own conversion would clip them to black and white."""
+    if not picture.mode.startswith("I"):
+        return picture
+    return picture.convert("I").point(lambda value: value / 257).convert("L")
+
+
+def _upright(picture: "Image") -> "Image":
+    """Turned as its EXIF says. Only that one tag is read: Pillow's own function writes the block anew, and fails on
+    damaged ones, which some cameras make."""
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    try:
+        turn = turns.get(picture.getexif().get(0x0112, 1))
+    except Exception:  # a damaged block says nothing about the pixels
+        turn = None
+    return picture if turn is None else picture.transpose(turn)

@@ -85,8 +85,11 @@ def save_pretrained(
 
 
 def load_pretrained(directory: str | Path, device: str | torch.device = "cpu") -> Pretrained:
-    """Read a model directory, in evaluation mode. Raises ModelDirectoryError that names the file and the field."""
-    directory = Path(directory)
+    """Read a model directory, in evaluation mode.
+
+    Raises ModelDirectoryError that names the file and the field, ConfigError for a device that is not there.
+    """
+    directory, device = Path(directory), checked_device(device)
     if not (directory / CONFIG).is_file():
         raise ModelDirectoryError(f"{directory} is no model directory: it has no {CONFIG}")
     try:
@@ -103,6 +106,14 @@ def load_pretrained(directory: str | Path, device: str | torch.device = "cpu") -
         _check_picture(config, preprocessor)
     generation = _load_json(directory / GENERATION, SearchParams) if config.decoder else SearchParams()
     return Pretrained(model.to(device).eval(), config, _revision(directory), source, target, preprocessor, generation)
+
+
+def checked_device(name: str | torch.device) -> torch.device:
+    """The device of that name, if torch can use it here."""
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise ConfigError(f"device is {str(name)!r}, which torch cannot use here; use cpu") from None
 
 
 def tokenizer_names(config: ModelConfig) -> tuple[str | None, str | None]:
@@ -124,8 +135,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _load_weights(config: ModelConfig, path: Path) -> Model:
-    with torch.device("meta"):  # no memory yet: a hostile config must not make us allocate what the file does not hold
-        model = build_model(config)
+    try:
+        with torch.device("meta"):  # no memory yet: a hostile config must not make us allocate what the file lacks
+            model = build_model(config)
+    except (RuntimeError, TypeError, OverflowError):
+        raise ModelDirectoryError(f"{CONFIG} asks for a size that no tensor can have") from None
     expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
     found = read_weights(path)
     if missing := sorted(expected.keys() - found.keys()):

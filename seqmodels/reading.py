@@ -4,7 +4,6 @@ Knows text and bytes on the way in; knows no engine and no answer.
 """
 
 import itertools
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from seqmodels.pretrained import Pretrained
 from seqmodels.tokenizer import Tokenizer
 
 WORDS = re.compile(r"\w+|[^\w\s]")  # how a tagger splits a text that comes without words
+LARGEST_FEATURE = 1e6  # beyond any scaled series; far larger ones would overflow in a ReLU recurrence
 TAKES = {
     "text": "a string, or {'text': ...}",
     "words": "a string, {'text': ...} or {'words': [...]}",
@@ -70,12 +70,11 @@ class Reader:
         steps = 1 if self._config.input == "image" else len(inputs)
         return Reading(inputs, spans=tuple((i, i + 1) for i in range(steps)), positions=tuple(range(steps)))
 
-    def target(self, item: Any, text: Any, truncate: bool) -> tuple[int, ...]:
-        """The tokens of a text to score; after its prompt, for a language model."""
-        text = checked_text(text, "the target must be a string", "targets")
-        if self._config.input == "nothing":
-            text = _prompt_text(item) + text
-        return self._bounded(tuple(self._target_tokenizer.encode(text)), "targets", truncate)
+    def written(self, text: Any, prompt: tuple[int, ...], field: str, truncate: bool = False) -> tuple[int, ...]:
+        """The tokens of a given piece of output: a text to score or a forced prefix, as it stands after a prompt."""
+        text = checked_text(text, f"{field} must be a string", field)
+        encode = self._target_tokenizer.encode_inside if prompt else self._target_tokenizer.encode
+        return self._bounded(tuple(encode(text)), field, truncate)
 
     def _inputs(self, item: Any, field: str, truncate: bool) -> Tensor:
         kind = self._config.input
@@ -112,8 +111,10 @@ class Reader:
         for step, row in enumerate(rows):
             if not isinstance(row, list | tuple) or len(row) != size:
                 raise InputError(f"features[{step}] must be a list of {size} numbers", param=field)
-            if not all(isinstance(x, int | float) and abs(x) < 3e38 and not math.isnan(x) for x in row):
-                raise InputError(f"features[{step}] holds something that is no finite 32-bit number", param=field)
+            if not all(isinstance(x, int | float) and abs(x) <= LARGEST_FEATURE for x in row):
+                raise InputError(
+                    f"features[{step}] holds something that is no number within ±{LARGEST_FEATURE:,.0f}", param=field
+                )
         return torch.tensor(rows, dtype=torch.float32)
 
     def _words(self, item: Any, field: str, truncate: bool) -> Reading:
@@ -186,4 +187,5 @@ def checked_text(text: Any, otherwise: str, field: str) -> str:
 
 
 def _prompt_text(item: Any) -> Any:
-    return item.get("text", "") if isinstance(item, Mapping) else "" if item is None else item
+    """None, which is no text, where the item is something else."""
+    return item.get("text") if isinstance(item, Mapping) else "" if item is None else item

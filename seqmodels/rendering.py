@@ -13,7 +13,7 @@ from torch import Tensor
 from seqmodels.decoding.engine import Progress, Request
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.reading import Reading
-from seqmodels.tokenizer import Detokenizer, Tokenizer
+from seqmodels.tokenizer import EOS, Tokenizer
 
 
 def render_label(labels: Sequence[str], scores: Tensor) -> dict[str, Any]:
@@ -44,75 +44,72 @@ def render_score(tokenizer: Tokenizer, reading: Reading, labels: Sequence[int], 
     return {"score": math.fsum(nats), "logprobs": nats, "tokens": [tokenizer.token(i) for i in labels[1 + first :]]}
 
 
-class Text:
-    """Token ids of one request's outputs -> text: without the prompt, with the forced prefix, up to a stop string."""
+def render_sequence(text: str, hypothesis: Hypothesis, tokenizer: Tokenizer, with_logprobs: bool) -> dict[str, Any]:
+    sequence: dict[str, Any] = {"text": text, "score": hypothesis.score, "finish_reason": hypothesis.finish_reason}
+    if with_logprobs:
+        sequence["tokens"] = [tokenizer.token(i) for i in hypothesis.generated]
+        sequence["logprobs"] = hypothesis.logprobs
+    return sequence
 
-    def __init__(self, tokenizer: Tokenizer, reading: Reading, request: Request) -> None:
-        self._tokenizer = tokenizer
-        self._stops = request.params.stop
-        self._prompt_length = len(tokenizer.decode(reading.prompt))
-        self._given = len(tokenizer.decode(request.prefix)) - self._prompt_length  # characters of the forced prefix
+
+class Text:
+    """Tokens of a request's outputs -> text: without the prompt, with the forced prefix, up to a stop string."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], prefix: Sequence[int], stops: Sequence[str] = ()
+    ) -> None:
+        """prefix: prompt and forced prefix."""
+        self._tokenizer, self._prefix, self._stops = tokenizer, prefix, stops
+        self._prompt_length = len(tokenizer.decode(prompt))
+        self._given = len(tokenizer.decode(prefix)) - self._prompt_length  # characters of the forced prefix
+        # A token writes a byte or more, so a stop string that was just completed lies within so many tokens.
+        self._tail = 4 * max(map(len, stops), default=0) + 4
 
     def of(self, tokens: Sequence[int]) -> str:
         """tokens: prompt, forced prefix and generated ones."""
         text = self._tokenizer.decode(tokens)[self._prompt_length :]
         return text[: self._given + first_stop(text[self._given :], self._stops)]
 
-    def sequence(self, hypothesis: Hypothesis, with_logprobs: bool) -> dict[str, Any]:
-        sequence: dict[str, Any] = {
-            "text": self.of(hypothesis.tokens),
-            "score": hypothesis.score,
-            "finish_reason": hypothesis.finish_reason,
-        }
-        if with_logprobs:
-            sequence["tokens"] = [self._tokenizer.token(i) for i in hypothesis.generated]
-            sequence["logprobs"] = hypothesis.logprobs
-        return sequence
+    def settled(self, tokens: Sequence[int]) -> str:
+        """The beginning of `of` that more tokens cannot change: no half character, nothing that may begin a stop."""
+        text = self.of(tokens).rstrip("\N{REPLACEMENT CHARACTER}")
+        generated = text[self._given :]
+        return text[: len(text) - max((_overlap(generated, stop) for stop in self._stops), default=0)]
+
+    def has_stop(self, index: int, generated: Sequence[int]) -> bool:
+        """Whether an output holds a stop string; asked after each token, by an engine that knows no text."""
+        tail = generated[-self._tail :]
+        if len(tail) == len(generated) or min(tail) <= EOS:  # special tokens write nothing
+            text = self._tokenizer.decode([*self._prefix, *generated])[self._prompt_length + self._given :]
+        else:
+            text = self._tokenizer.decode(tail)
+        return any(stop in text for stop in self._stops)
 
 
 class TextStream:
-    """Events of one request -> new characters of each output. Held back: half characters, and what may begin a stop.
+    """Events of one request -> new characters of each output. With beams only the best is streamed, as output 0."""
 
-    With beams only the best sequence is streamed, as output 0.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, reading: Reading, request: Request) -> None:
-        self._tokenizer, self._prompt, self._request = tokenizer, reading.prompt, request
-        self._text = Text(tokenizer, reading, request)
-        self._detokenizers: dict[int, Detokenizer] = {}
-        self._given: dict[int, str] = {}  # by output, the forced prefix as text
-        self._generated: dict[int, str] = {}  # by output, all that is known of the generated text
+    def __init__(self, text: Text, request: Request) -> None:
+        self._text, self._request = text, request
+        self._tokens: dict[int, list[int]] = {}  # by output, prefix and all that is known
         self._sent: dict[int, int] = {}  # by output, characters sent
 
     def push(self, event: Progress) -> list[tuple[int, str]]:
         """(output index, new characters); nothing where all is held back."""
-        index, stops = event.index, self._request.params.stop
-        if index not in self._detokenizers:
-            self._begin(index)
-        self._generated[index] += self._detokenizers[index].push(event.tokens)
-        known = self._generated[index]
-        safe = min([first_stop(known, stops), *(len(known) - _overlap(known, stop) for stop in stops)])
-        return self._deltas(index, self._given[index] + known[:safe])
+        tokens = self._tokens.setdefault(event.index, list(self._request.prefix))
+        tokens += event.tokens
+        return self._deltas(event.index, self._text.settled(tokens))
 
     def finish(self, result: Sequence[Hypothesis]) -> list[tuple[int, str]]:
         """What is still missing from each output's final text."""
         outputs = result[:1] if self._request.params.num_beams > 1 else result
-        return [
-            delta
-            for index, hypothesis in enumerate(outputs)
-            for delta in self._deltas(index, self._text.of(hypothesis.tokens))
-        ]
-
-    def _begin(self, index: int) -> None:
-        detokenizer = Detokenizer(self._tokenizer)
-        detokenizer.push(self._prompt)
-        self._given[index] = detokenizer.push(self._request.prefix[len(self._prompt) :])
-        self._detokenizers[index], self._generated[index] = detokenizer, ""
+        texts = [self._text.of(hypothesis.tokens) for hypothesis in outputs]
+        return [delta for index, text in enumerate(texts) for delta in self._deltas(index, text)]
 
     def _deltas(self, index: int, text: str) -> list[tuple[int, str]]:
-        new = text[self._sent.get(index, 0) :]
-        self._sent[index] = max(self._sent.get(index, 0), len(text))
-        return [(index, new)] if new else []
+        sent = self._sent.get(index, 0)
+        self._sent[index] = max(sent, len(text))
+        return [(index, text[sent:])] if len(text) > sent else []
 
 
 def is_bio(labels: Sequence[str]) -> bool:

@@ -5,6 +5,7 @@ floor to which rows are padded is found by trying, not assumed.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from seqmodels.models import Model, SequenceGenerator
 
 FLOORS = (4, 8, 16)
 LENGTHS = (1, 3, 7, 12, 14, 20)
+COPIES = 8  # of each sample request, when all come at once
 
 
 def find_row_floor(model: Model) -> int | None:
@@ -43,13 +45,18 @@ def _answers(model: Model, floor: int) -> list[tuple[object, object]]:
 
 
 def _each(worker: Engine | Forward, requests: Sequence[Request] | Sequence[ForwardRequest]) -> list[object]:
-    return [_all(worker, [request])[0] for request in requests]  # type: ignore[arg-type]
+    return [_all(worker, [request], 1)[0] for request in requests]  # type: ignore[arg-type]
 
 
-def _all(worker: Engine | Forward, requests: Sequence[Request] | Sequence[ForwardRequest]) -> list[object]:
+def _all(
+    worker: Engine | Forward, requests: Sequence[Request] | Sequence[ForwardRequest], copies: int = COPIES
+) -> list[object]:
+    """The answers when all come at once, in company of copies of themselves."""
     answers: dict[str, object] = {}
-    for request in requests:
-        worker.submit(request)  # type: ignore[arg-type]  # each worker is given its own kind
+    for copy in range(copies):
+        for request in requests:  # the answers kept are those of the last copies, which stand deep in the batch
+            named = request if copy == copies - 1 else replace(request, id=f"{request.id} again {copy}")
+            worker.submit(named)  # type: ignore[arg-type]  # each worker is given its own kind
     while worker.has_work:
         answers |= {event.request_id: event.result for event in worker.step() if isinstance(event, Finished)}
     return [answers[request.id] for request in requests]

@@ -7,7 +7,6 @@ Legend for every docstring of this package: B rows, T steps, S source positions,
 R requests, K beams, N all live decoder rows, L layers.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +17,7 @@ from torch import Tensor
 class State:
     """What a recurrence carries: one contiguous float tensor, a row per sequence.
 
-    values: (B, width). Columns belong to whoever made the state (`Recurrent` knows its own layout); side by side
-    they make the state of an ensemble or of a decoder with two stacks.
+    values: (B, width). Columns belong to whoever made the state; `Recurrent` knows its own layout.
     """
 
     values: Tensor
@@ -39,14 +37,6 @@ class State:
     def concat(self, other: "State") -> "State":
         """Rows of this state, then rows of the other."""
         return State(torch.cat([self.values, other.values]))
-
-    def beside(self, other: "State") -> "State":
-        """Columns of this state, then columns of the other."""
-        return State(torch.cat([self.values, other.values], dim=1))
-
-    def split(self, widths: Sequence[int]) -> tuple["State", ...]:
-        """The inverse of `beside`: states of the given widths."""
-        return tuple(State(part) for part in torch.split(self.values, list(widths), dim=1))
 
     def detach(self) -> "State":
         return State(self.values.detach())

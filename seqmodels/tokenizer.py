@@ -1,4 +1,4 @@
-"""Tokenizer over `tokenizers`, and a Detokenizer for text that arrives token by token.
+"""Tokenizer over the library `tokenizers`.
 
 Knows text and token ids; knows no model. Five kinds, all trained from data: `bpe` and `unigram` on bytes, `word` on
 single spaces, `character`, `byte`. The byte-based ones round-trip every text; `word` and `character` round-trip what
@@ -62,6 +62,7 @@ class Tokenizer:
         try:
             text = path.read_text(encoding="utf-8")
             backend = tokenizers.Tokenizer.from_str(text)
+            loaded = cls(backend, text)
         except FileNotFoundError:
             raise ModelDirectoryError(f"{path.name} is missing from the model directory") from None
         except Exception:  # the library raises bare Exception for any malformed file
@@ -71,7 +72,7 @@ class Tokenizer:
         found = [backend.id_to_token(i) for i in range(len(SPECIAL_TOKENS))]
         if found != SPECIAL_TOKENS:
             raise ModelDirectoryError(f"{path.name}: tokens 0 to 3 are {found}, but must be {SPECIAL_TOKENS}")
-        return cls(backend, text)
+        return loaded
 
     def save(self, path: Path) -> None:
         path.write_text(self._text, encoding="utf-8")
@@ -123,30 +124,6 @@ class Tokenizer:
 
     def _spaced(self, text: str) -> str:
         return " " + text if self._leading_space else text
-
-
-class Detokenizer:
-    """Text that arrives token by token: `push` answers with the characters that can no longer change."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._sent = ""
-
-    def push(self, ids: Sequence[int]) -> str:
-        """The new characters, held back while the last bytes are part of one."""
-        self._ids += ids
-        text = self._tokenizer.decode(self._ids)
-        return self._advance(text.rstrip("\N{REPLACEMENT CHARACTER}"))
-
-    def finish(self) -> str:
-        """What was held back."""
-        return self._advance(self._tokenizer.decode(self._ids))
-
-    def _advance(self, text: str) -> str:
-        new = text[len(self._sent) :]
-        self._sent += new
-        return new
 
 
 def _plain(ids: Sequence[int]) -> list[int]:

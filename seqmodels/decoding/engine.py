@@ -48,6 +48,11 @@ class Request:
     watch: Callable[[int, Sequence[int]], bool] | None = None
     deadline: float | None = None
 
+    @property
+    def room(self) -> int:
+        """Positions that its tokens may fill, prefix included."""
+        return len(self.prefix) + self.params.max_new_tokens
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -101,7 +106,7 @@ class Lane:
         index = torch.tensor(keep, dtype=torch.int64, device=self.rows.device)
         self.requests = [self.requests[r] for r in keep]
         self.sent = [self.sent[r] for r in keep]
-        self.search = self.search.select(index)
+        self.search = self.search.select(index).trimmed(max(request.room for request in self.requests))
         self.memory = self.memory and self.memory.select(index)
         self.rows = self.rows.index_select(0, index)
 
@@ -121,16 +126,16 @@ class Engine:
         self,
         model: SequenceGenerator,
         max_rows: int = 256,
-        max_encoder_positions: int = 4096,
+        max_positions_per_step: int = 4096,
         row_floor: int = ROW_FLOOR,
     ) -> None:
-        """max_rows: decoder rows (beams of all live requests). max_encoder_positions: source positions encoded in one
-        step, padding included, so that a burst of arrivals does not hold up those that run."""
+        """max_rows: decoder rows (beams of all live requests). max_positions_per_step: positions of sources and
+        prefixes read in one step, padding included, so that a burst of arrivals does not hold up those that run."""
         assert model.config.decoder is not None
         self.max_rows = max_rows
         self._model = model
         self._bos, self._eos = model.config.decoder.bos_token_id, model.config.decoder.eos_token_id
-        self._max_encoder_positions = max_encoder_positions
+        self._max_positions_per_step = max_positions_per_step
         self._row_floor = row_floor
         self._waiting: deque[Request] = deque()
         self._lanes: dict[LaneKey, Lane] = {}
@@ -210,14 +215,14 @@ class Engine:
     # -- admit ---------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Take waiting requests in order of arrival while rows and the encoder's budget last.
+        """Take waiting requests in order of arrival while rows and the budget of positions last.
 
         A wide request at the head waits for rows to free; nobody overtakes it, so it cannot starve.
         """
         taken: list[Request] = []
-        rows, positions = self.max_rows - self.num_rows, self._max_encoder_positions
+        rows, positions = self.max_rows - self.num_rows, self._max_positions_per_step
         while self._waiting and self._waiting[0].params.width <= rows:
-            cost = self._positions(self._waiting[0])
+            cost = self._positions(self._waiting[0]) + len(self._waiting[0].prefix)
             if taken and cost > positions:
                 break
             request = self._waiting.popleft()

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 
-from seqmodels.decoding.engine import Engine, Failed, Finished, Request
+from seqmodels.decoding.engine import ROW_FLOOR, Engine, Failed, Finished, Request
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.models import SequenceGenerator
 
 
-def generate(model: SequenceGenerator, requests: Sequence[Request], max_rows: int = 256) -> list[list[Hypothesis]]:
+def generate(
+    model: SequenceGenerator, requests: Sequence[Request], max_rows: int = 256, row_floor: int = ROW_FLOOR
+) -> list[list[Hypothesis]]:
     """The hypotheses of each request, in order. Raises what a request failed with."""
-    engine = Engine(model, max_rows)
+    engine = Engine(model, max_rows, row_floor=row_floor)
     for request in requests:
         engine.submit(request)
     results: dict[str, list[Hypothesis]] = {}

@@ -3,9 +3,12 @@
 Names are Hugging Face's where it has the option; `prefix`, `stop`, `seed`, `logprobs` and `bad_words` are ours.
 """
 
-from typing import Annotated, Self
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from seqmodels.config import Strict
 
@@ -20,14 +23,14 @@ class SearchParams(Strict):
     num_return_sequences: PositiveInt = 1  # at most num_beams, unless do_sample
     max_new_tokens: PositiveInt = 64
     min_new_tokens: NonNegativeInt = 0  # no EOS before so many tokens
-    length_penalty: float = 1.0
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] = 1.0
     early_stopping: bool = True  # stop when num_beams hypotheses are finished; false: when none can get better
     do_sample: bool = False  # draw from the distribution left after the rules
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0.001, le=100)] = 1.0
     top_k: NonNegativeInt = 0  # keep the k best tokens; 0 keeps all
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # keep the smallest set of tokens with this much probability
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0  # Keskar et al. 2019
-    no_repeat_ngram_size: NonNegativeInt = 0  # no n-gram of this length twice; 0 allows all
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0  # Keskar et al. 2019
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=100)] = 0  # no n-gram of this length twice; 0 allows all
     prefix: str = ""  # the answer begins with this text, which is not scored
     stop: Words = ()  # the text ends before the first of these
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None  # one is chosen, and named in the answer, where None
@@ -36,22 +39,28 @@ class SearchParams(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.do_sample:
-            for name in ("temperature", "top_k", "top_p"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} is {getattr(self, name)}, which needs do_sample=true")
+        for name in ("temperature", "top_k", "top_p"):
+            if not self.do_sample and getattr(self, name) != type(self).model_fields[name].default:
+                raise contradiction((name, "do_sample"), f"{name} is {getattr(self, name)}, which needs do_sample=true")
         if self.do_sample and self.num_beams > 1:
-            raise ValueError(f"do_sample is true and num_beams is {self.num_beams}: sampling uses no beams; choose one")
+            raise contradiction(
+                ("num_beams", "do_sample"),
+                f"num_beams is {self.num_beams} and do_sample is true: sampling uses no beams; choose one",
+            )
         if not self.do_sample and self.num_return_sequences > self.num_beams:
-            raise ValueError(
+            raise contradiction(
+                ("num_return_sequences", "num_beams"),
                 f"num_return_sequences is {self.num_return_sequences}, but num_beams={self.num_beams} finds at most "
-                f"{self.num_beams}; raise num_beams or set do_sample=true"
+                f"{self.num_beams}; raise num_beams or set do_sample=true",
             )
         if self.stop and self.num_beams > 1:
-            raise ValueError("stop needs num_beams=1: with beams the text is not known until the end")
+            raise contradiction(
+                ("stop", "num_beams"), "stop needs num_beams=1: with beams the text is not known until the end"
+            )
         if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, which is {self.max_new_tokens}"
+            raise contradiction(
+                ("min_new_tokens", "max_new_tokens"),
+                f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, which is {self.max_new_tokens}",
             )
         return self
 
@@ -59,3 +68,25 @@ class SearchParams(Strict):
     def width(self) -> int:
         """Decoder rows that the request fills: its beams, or its samples."""
         return self.num_return_sequences if self.do_sample else self.num_beams
+
+    @classmethod
+    def over(cls, defaults: "SearchParams", given: Mapping[str, Any]) -> Self:
+        """Given options over defaults. A default gives way to what it contradicts; given options do not.
+
+        Raises pydantic's ValidationError.
+        """
+        fields = defaults.model_dump(exclude_defaults=True)
+        while True:
+            try:
+                return cls.model_validate_json(json.dumps({**fields, **given}))
+            except ValidationError as error:
+                contradicting = error.errors(include_url=False)[0].get("ctx", {}).get("fields", ())
+                giving_way = [name for name in contradicting if name in fields and name not in given]
+                if not giving_way:
+                    raise
+                del fields[giving_way[0]]
+
+
+def contradiction(fields: tuple[str, ...], message: str) -> PydanticCustomError:
+    """Options that cannot stand together; the first of them is the one at fault."""
+    return PydanticCustomError("contradiction", "{message}", {"fields": fields, "message": message})

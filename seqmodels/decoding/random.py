@@ -22,12 +22,13 @@ def gumbel(seeds: Tensor, outputs: int, steps: Tensor, vocab_size: int) -> Tenso
     key = _mix(_mix(seeds)[:, None] + torch.arange(outputs, device=device))  # (R, K)
     key = _mix(key + steps[:, None])
     bits = _mix(key[:, :, None] + torch.arange(vocab_size, device=device))  # (R, K, V)
-    uniform = ((_shift(bits, 40)).float() + 0.5) * 2.0**-24  # 24 bits, never 0 or 1
+    # 23 bits and a half: every value is exact in float32, so it is never 0 or 1 and the noise is finite.
+    uniform = (_shift(bits, 41).float() + 0.5) * 2.0**-23
     return -(-uniform.log()).log()
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = x * 1 + _GAMMA
+    x = x + _GAMMA
     x = (x ^ _shift(x, 30)) * _MIX_1
     x = (x ^ _shift(x, 27)) * _MIX_2
     return x ^ _shift(x, 31)

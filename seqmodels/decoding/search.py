@@ -73,6 +73,11 @@ class Search:
         """Some requests, in the given order."""
         return replace(self, **{f.name: getattr(self, f.name).index_select(0, requests) for f in fields(self)})
 
+    def trimmed(self, room: int) -> Self:
+        """Tables of tokens cut to `room` positions, since each step gathers all that they hold."""
+        tables = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: table[..., :room] for name, table in tables.items() if table.dim() == 3})
+
     def concat(self, other: Self) -> Self:
         """These requests, then the other's; room for tokens grows to the larger of the two."""
         return replace(self, **{f.name: _concat(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
@@ -215,6 +220,8 @@ class Beams(Search):
         ]
         if self.pool_scores[request, 0] > NEG_INF:
             rivals.append(self.pool_tokens[request, 0, prefix : prefix + int(self.pool_length[request, 0])])
+        if not rivals:
+            return [[]]
         shortest = min(len(rival) for rival in rivals)
         stacked = torch.stack([rival[:shortest] for rival in rivals])
         same = (stacked == stacked[0]).all(0).long().cumprod(0).sum()

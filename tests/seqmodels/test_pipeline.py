@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -126,9 +127,15 @@ def test_scores_are_the_models_log_probabilities(pipelines: dict[str, Pipeline])
     assert score["logprobs"] == pytest.approx(want[0].tolist(), abs=1e-5)
     assert score["score"] == pytest.approx(float(want.sum()), abs=1e-4)
     assert score["tokens"] == [TOKENIZER.token(i) for i in [*target, 3]]
-    (continued,) = model.score(["the"], [" fox"])
-    (whole,) = model.score([None], ["the fox"])
-    assert continued["logprobs"] == whole["logprobs"][1:]
+    for cut in range(len("the brown fox ") + 1):  # wherever the prompt ends, the target is scored, whole and alone
+        prompt, rest = "the brown fox "[:cut], "the brown fox "[cut:]
+        ids = TOKENIZER.encode_inside(rest) if prompt else TOKENIZER.encode(rest)
+        labels = torch.tensor([[2, *TOKENIZER.encode(prompt), *ids, 3]])
+        with torch.inference_mode():
+            want = model._pretrained.model.logprobs(labels, torch.tensor([labels.shape[1]]))  # type: ignore[union-attr, operator]
+        (score,) = model.score([prompt], [rest])
+        assert score["logprobs"] == pytest.approx(want[0, -len(ids) - 1 :].tolist(), abs=1e-5)
+        assert "".join(score["tokens"][:-1]).replace("Ġ", " ").strip() == rest.strip()
     (best,) = translator(["the fox"], num_beams=4, logprobs=True, length_penalty=0.0)[0]["sequences"]
     assert best["score"] == pytest.approx(math.fsum(best["logprobs"]), rel=1e-5)
 
@@ -209,9 +216,9 @@ def test_bad_words_never_appear(pipelines: dict[str, Pipeline]) -> None:
         ("tagger", {"words": []}, {}, InputError, "inputs", "empty"),
         ("tagger", " \n ", {}, InputError, "inputs", "empty"),
         ("series", {"features": [[1]]}, {}, InputError, "inputs", "list of 2 numbers"),
-        ("series", {"features": [[1, math.nan]]}, {}, InputError, "inputs", "no finite 32-bit number"),
-        ("series", {"features": [[1, 1e300]]}, {}, InputError, "inputs", "no finite 32-bit number"),
-        ("series", {"features": [[True, "x"]]}, {}, InputError, "inputs", "no finite 32-bit number"),
+        ("series", {"features": [[1, math.nan]]}, {}, InputError, "inputs", "no number within"),
+        ("series", {"features": [[1, 1e300]]}, {}, InputError, "inputs", "no number within"),
+        ("series", {"features": [[True, "x"]]}, {}, InputError, "inputs", "no number within"),
         ("series", {"features": []}, {}, InputError, "inputs", "empty"),
         ("captioner", "fox", {}, UnsupportedError, "inputs", "this model takes {'image'"),
         ("captioner", {"image": b"no image"}, {}, UnsupportedError, "inputs", "not an image"),
@@ -225,6 +232,9 @@ def test_bad_words_never_appear(pipelines: dict[str, Pipeline]) -> None:
         ("translator", "fox", {"beams": 2}, InputError, "beams", "Extra inputs"),
         ("translator", "fox", {"length_penalty": math.inf}, InputError, "length_penalty", "length_penalty"),
         ("language model", 5, {}, UnsupportedError, "inputs", "a prompt string"),
+        ("language model", {"words": ["a"]}, {}, UnsupportedError, "inputs", "a prompt string"),
+        ("language model", "fox", {"prefix": "dog " * 60}, TooLongError, "prefix", "takes at most 50"),
+        ("translator", "fox", {"length_penalty": 300.0}, InputError, "length_penalty", "less than or equal to 10"),
     ],
 )  # fmt: skip
 def test_bad_input_names_field_value_and_fix(
@@ -254,6 +264,10 @@ def test_defaults_of_a_search_do_not_reach_a_sampling_request(tmp_path: Path) ->
     pipeline = Pipeline.from_pretrained(tmp_path)
     assert pipeline.prepare("fox").request.params.num_beams == 5
     assert pipeline.prepare("fox", {"do_sample": True}).request.params.num_beams == 1
+    assert pipeline.prepare("fox", {"stop": ["x"]}).request.params.num_beams == 1
+    assert pipeline.prepare("fox", {"num_beams": 2}).request.params.length_penalty == 0.6
+    with pytest.raises(InputError, match="stop needs"):
+        pipeline.prepare("fox", {"stop": ["x"], "num_beams": 2})
 
 
 def test_pictures_of_every_kind() -> None:
@@ -273,6 +287,42 @@ def test_a_picture_turned_by_exif_stands_upright() -> None:
     picture.save(buffer, "PNG", exif=exif)
     upright = Preprocessor(size=(8, 4)).image(buffer.getvalue())
     assert upright[0, 0, 0] < upright[0, 7, 0]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_a_damaged_exif_block_says_nothing_about_the_pixels() -> None:
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010E] = "a description"
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(buffer, "JPEG", exif=exif)
+    whole, choose = buffer.getvalue(), random.Random(0)
+    start = whole.index(b"Exif")
+    for _ in range(2000):
+        damaged = bytearray(whole)
+        for _ in range(choose.randint(1, 4)):
+            damaged[choose.randrange(start, start + 80)] = choose.randrange(256)
+        try:
+            assert Preprocessor(size=(8, 8)).image(bytes(damaged)).shape == (3, 8, 8)
+        except InputError:  # UnsupportedError among them
+            continue
+
+
+def test_sixteen_bit_greys_keep_their_shades() -> None:
+    picture = Image.new("I;16", (64, 1))
+    picture.putdata([i * 1024 for i in range(64)])
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    shades = Preprocessor(size=(1, 64), channels=1).image(buffer.getvalue())[0, 0]
+    assert len(set(shades.tolist())) == 64
+
+
+def test_an_error_leaves_nobody_behind(pipelines: dict[str, Pipeline]) -> None:
+    pipeline = pipelines["language model"]
+    with pytest.raises(InputError, match="256 rows"):
+        pipeline.run([pipeline.prepare("a"), pipeline.prepare("b", {"num_beams": 300})])
+    assert not pipeline.has_work
+    assert len(pipeline(["x"])) == 1
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

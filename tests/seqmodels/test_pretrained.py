@@ -89,6 +89,14 @@ def edit_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callabl
     return edit
 
 
+def edit_tokenizer(**fields: object) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        path = directory / "target_tokenizer.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return edit
+
+
 def write(name: str, content: bytes) -> Callable[[Path], None]:
     return lambda directory: (directory / name).write_bytes(content) and None  # type: ignore[return-value]
 
@@ -107,6 +115,7 @@ HUGE = {"vocab_size": 2_000_000_000, "embedding_size": 100_000}
         (edit_config(format_version=2), "config.json: format_version"),
         (edit_config(architecture="transformer"), "config.json: architecture"),
         (edit_config(decoder=HUGE), "model.safetensors"),
+        (edit_config(decoder={**HUGE, "embedding_size": 10**30}), "config.json asks for a size"),
         (lambda d: (d / "model.safetensors").unlink(), "model.safetensors is missing"),
         (write("model.safetensors", b""), "model.safetensors is cut short"),
         (write("model.safetensors", b"\xff" * 100), "model.safetensors is cut short"),
@@ -118,6 +127,7 @@ HUGE = {"vocab_size": 2_000_000_000, "embedding_size": 100_000}
         (edit_weights(lambda w: w[NAME].fill_(float("nan"))), f"'{NAME}' holds NaN or infinity"),
         (lambda d: (d / "source_tokenizer.json").unlink(), "source_tokenizer.json is missing"),
         (write("target_tokenizer.json", b"{}"), "target_tokenizer.json is not a tokenizer"),
+        (edit_tokenizer(pre_tokenizer=None), "target_tokenizer.json is not a tokenizer"),
         (lambda d: Tokenizer.train(["x"], "word").save(d / "target_tokenizer.json"), "has 5 tokens"),
         (write("generation_config.json", b'{"num_beams": 0}'), "generation_config.json: num_beams"),
     ],

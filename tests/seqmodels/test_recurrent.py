@@ -150,8 +150,6 @@ def test_state_rows_and_columns() -> None:
     state = State(torch.arange(12.0).view(3, 4))
     assert state.select(torch.tensor([2, 0, 2])).values[:, 0].tolist() == [8, 0, 8]
     assert state.concat(state).num_rows == 6
-    left, right = state.split([1, 3])
-    assert torch.equal(left.beside(right).values, state.values)
     assert torch.equal(State.from_bytes(state.to_bytes(), 4).values, state.values)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqmodels.errors import ConfigError, ModelDirectoryError
-from seqmodels.tokenizer import BOS, EOS, PAD, UNK, Detokenizer, Kind, Tokenizer
+from seqmodels.tokenizer import BOS, EOS, PAD, UNK, Kind, Tokenizer
 
 TEXTS = [
     "A dog runs over the street.",
@@ -55,16 +55,6 @@ def test_words_are_labelled_at_their_last_piece(kind: Kind) -> None:
     assert last[-1] == len(ids) - 1
     pieces = [ids[start + 1 : end + 1] for start, end in zip([-1, *last], last, strict=False)]
     assert pieces == [tokenizer.encode(word) for word in words]
-
-
-@pytest.mark.parametrize("kind", ["bpe", "byte", "character"])
-def test_a_detokenizer_sends_whole_characters_only(kind: Kind) -> None:
-    tokenizer = TOKENIZERS[kind]
-    text = "日本語 🙂 and"
-    detokenizer = Detokenizer(tokenizer)
-    pieces = [detokenizer.push([token]) for token in tokenizer.encode(text)]
-    assert "".join(pieces) + detokenizer.finish() == text
-    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
 
 
 @pytest.mark.parametrize("kind", KINDS)
