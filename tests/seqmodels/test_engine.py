@@ -274,6 +274,15 @@ def test_draws_are_finite() -> None:
     assert 0 < float(top) < 1
 
 
+def test_draws_differ_by_seed_output_step_and_token() -> None:
+    noise = gumbel(torch.tensor([1, 1, 2]), 3, torch.tensor([5, 6, 5]), 50)
+    assert len(set(noise.flatten().tolist())) == noise.numel()
+    assert torch.equal(noise[0], gumbel(torch.tensor([1]), 3, torch.tensor([5]), 50)[0])  # and by nothing else
+    many = gumbel(torch.arange(400), 2, torch.zeros(400, dtype=torch.int64), 50)
+    assert abs(float(many.mean()) - 0.5772) < 0.02  # Euler's constant, the mean of a Gumbel variable
+    assert abs(float(torch.corrcoef(many[:, 0].T.flatten(1))[0, 1:].mean())) < 0.05
+
+
 def test_a_lane_forgets_a_long_request() -> None:
     """The tables that each step gathers shrink when the longest request leaves."""
     model = make_language_model(14, vocab_size=30)
