@@ -21,7 +21,7 @@ from serving.completions import CompletionRequest, CompletionWriter
 from serving.config import Limits
 from serving.errors import HttpError, http_error, invalid_request
 from serving.http import EventStream, read_body, seconds_allowed, server_sent_event, unless_client_leaves
-from serving.service import Answer, Call, Delta, Service, Work
+from serving.service import Answer, Call, Delta, Service, Work, ending_at
 
 if TYPE_CHECKING:
     from seqmodels.pipeline import Job, Pipeline
@@ -83,17 +83,20 @@ class Front:
     async def _prepare(
         self, request: Request, read: Read[Body], tasks: tuple[str, ...], prepare: Prepare[Body]
     ) -> tuple[Body, Work]:
-        """From bytes to jobs; whatever is the client's fault comes to light here."""
-        deadline = time.monotonic() + seconds_allowed(request, self.limits.timeout_s)
-        self.service.runner.check_room(1)
-        data = await read_body(request, self.limits.body_bytes)
+        """From bytes to jobs; whatever is the client's fault comes to light here.
 
-        def in_pool() -> tuple[Body, Work]:
+        The place is held until just before `Service.call`, with no await between, so that nobody gets in first.
+        """
+        deadline = time.monotonic() + seconds_allowed(request, self.limits.timeout_s)
+
+        def in_pool(data: bytes) -> tuple[Body, Work]:
             body = read(data)
             name = self.service.find_model(body.model, tasks)
             return body, Work(name, prepare(self.service.pipelines[name], body, self.limits), deadline)
 
-        return await self.service.in_pool(in_pool)
+        with self.service.runner.place():
+            async with ending_at(deadline):
+                return await self.service.in_pool(in_pool, await read_body(request, self.limits.body_bytes))
 
 
 def is_image(request: Request) -> bool:

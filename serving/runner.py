@@ -11,7 +11,8 @@ import heapq
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
@@ -73,6 +74,7 @@ class Runner(Generic[E]):
         self._inbox: SimpleQueue[Order | _Cancel | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._open: dict[str, Order] = {}  # accepted and not yet ended; changed under the lock
+        self._num_reserved = 0  # places of calls that are not requests yet; changed under the lock
         self._running: dict[str, Order] = {}  # given to a pipeline and not yet ended; of the thread alone
         self._deadlines: list[tuple[float, str]] = []  # a heap; of the thread alone
         self._failures = dict.fromkeys(pipelines, 0)
@@ -90,10 +92,17 @@ class Runner(Generic[E]):
         self._last_turn = time.monotonic()
         self._thread.start()
 
-    def check_room(self, count: int) -> None:
-        """Raise QueueFullError or ClosingError if `submit` would, so that no work goes into a lost cause."""
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold one place for a call while its body is read and prepared. Raises QueueFullError or ClosingError."""
         with self._lock:
-            self._check_room(count)
+            self._check_room(1)
+            self._num_reserved += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_reserved -= 1
 
     def submit(self, orders: Sequence[Order]) -> None:
         """Accept all the orders or, raising QueueFullError or ClosingError, none."""
@@ -129,8 +138,8 @@ class Runner(Generic[E]):
 
     @property
     def num_open(self) -> int:
-        """Requests accepted and not yet ended."""
-        return len(self._open)
+        """Places taken: requests accepted and not yet ended, and calls in preparation."""
+        return len(self._open) + self._num_reserved
 
     @property
     def loads(self) -> dict[str, dict[str, int]]:
@@ -140,9 +149,9 @@ class Runner(Generic[E]):
     def _check_room(self, count: int) -> None:
         if self._closing:
             raise ClosingError
-        if len(self._open) + count > self.max_requests:
+        if self.num_open + count > self.max_requests:
             raise QueueFullError(
-                f"{len(self._open)} of {self.max_requests} places are taken and this request needs {count}; "
+                f"{self.num_open} of {self.max_requests} places are taken and this request needs {count}; "
                 "try again later"
             )
 

@@ -8,9 +8,10 @@ early frees what it held.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from seqmodels.decoding.engine import Event, Failed, Finished, Progress
@@ -60,6 +61,16 @@ class Answer:
         return {"model": self.model, "revision": self.revision, "results": self.results, "usage": self.usage}
 
 
+@contextlib.asynccontextmanager
+async def ending_at(deadline: float) -> AsyncIterator[None]:
+    """Raises DeadlineError in place of what is still being awaited then, in `time.monotonic` seconds."""
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            yield
+    except TimeoutError:
+        raise DeadlineError("the deadline passed before the answer was ready") from None
+
+
 class Service:
     """Finds models, prepares work in a pool, and connects calls with the runner."""
 
@@ -67,6 +78,7 @@ class Service:
         self.runner = runner
         self.pipelines = runner.pipelines
         self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="prepare")
+        self._free_threads = asyncio.Semaphore(POOL_THREADS)
         self._calls: dict[str, Call] = {}  # by request id; of the event loop alone
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -97,9 +109,15 @@ class Service:
         raise HttpError(404, message, "model_not_found", "model")
 
     async def in_pool(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run a slow pure function off the event loop."""
-        assert self._loop is not None, "Service.start has not been called"
-        return await self._loop.run_in_executor(self._pool, lambda: function(*args, **kwargs))
+        """Run a slow pure function off the event loop.
+
+        Calls queue here rather than in the pool, because here they leave no body behind when their time is over; a
+        thread that is at work for such a call is free only when it is done.
+        """
+        await self._free_threads.acquire()
+        future = self._pool.submit(function, *args, **kwargs)
+        future.add_done_callback(lambda _: self._on_loop(self._free_threads.release))
+        return await asyncio.wrap_future(future)
 
     def call(self, work: Work) -> "Call":
         """Hand work to the runner. Raises QueueFullError or ClosingError."""
@@ -116,9 +134,13 @@ class Service:
 
     def _deliver(self, events: list[Event]) -> None:
         """In the runner's thread: one hand-over to the event loop for all events of a turn."""
-        assert self._loop is not None
+        self._on_loop(self._dispatch, events)
+
+    def _on_loop(self, function: Callable[P, Any], *args: P.args, **kwargs: P.kwargs) -> None:
+        """From another thread: have the event loop call a function."""
+        assert self._loop is not None, "Service.start has not been called"
         with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is left to tell
-            self._loop.call_soon_threadsafe(self._dispatch, events)
+            self._loop.call_soon_threadsafe(partial(function, *args, **kwargs))
 
     def _dispatch(self, events: list[Event]) -> None:
         for event in events:
@@ -177,11 +199,8 @@ class Call:
         """The next event, None after the last. Raises what a request failed with."""
         if len(self._results) == len(self._work.jobs):
             return None
-        try:
-            async with asyncio.timeout(self._work.deadline + GRACE_S - time.monotonic()):
-                event = await self._events.get()
-        except TimeoutError:
-            raise DeadlineError("the deadline passed before the answer was ready") from None
+        async with ending_at(self._work.deadline + GRACE_S):
+            event = await self._events.get()
         if isinstance(event, Failed):
             raise event.error
         if isinstance(event, Finished):

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import threading
 from typing import Any
 
 import httpx
@@ -461,3 +462,37 @@ def test_full_queue_is_429_and_clears() -> None:
         refused = next(response for response in responses if response.status_code == 429)
         assert error_of(refused, 429)["type"] == "rate_limit_error" and int(refused.headers["retry-after"]) >= 1
         assert server.post("/v1/translate", {"inputs": ["a", "b"]}).status_code == 200
+
+
+async def crowd(server: InProcess, count: int, **kwargs: Any) -> list[int]:
+    """The statuses of so many calls at once, each with half a second to live."""
+    headers = {"content-type": "application/json", "x-request-timeout-seconds": "0.5"}
+    calls = [server.send("POST", "/v1/translate", headers=headers, **kwargs) for _ in range(count)]
+    return sorted(response.status_code for response in await asyncio.wait_for(asyncio.gather(*calls), 2))
+
+
+def test_calls_in_preparation_take_places_and_expire() -> None:
+    pipeline = FakePipeline("translate")
+    hurry = threading.Event()
+    prepare = pipeline.prepare
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        hurry.wait(30)
+        return prepare(*args, **kwargs)
+
+    pipeline.prepare = slowly  # type: ignore[method-assign]
+    with in_process({"slow": pipeline}, max_requests=12, limits={"inputs": 2}) as server:
+        for _ in range(2):  # the second time no thread of the pool is free
+            assert server.wait(crowd(server, 30, json={"inputs": "a"})) == [408] * 12 + [429] * 18
+        assert server.runner.num_open == 0 and not pipeline.submitted
+        hurry.set()
+        assert server.post("/v1/translate", {"inputs": ["a", "b"]}).status_code == 200
+
+
+def test_a_body_that_does_not_come_expires(server: InProcess) -> None:
+    async def endless() -> Any:
+        yield b"{"
+        await asyncio.sleep(30)
+
+    assert server.wait(crowd(server, 1, content=endless())) == [408]
+    assert server.runner.num_open == 0

@@ -94,13 +94,13 @@ def test_full_queue_refuses_all_of_a_list_or_none() -> None:
         runner.submit(first)
         with pytest.raises(QueueFullError, match="3 of 4 places are taken and this request needs 2"):
             runner.submit([order(pipeline), order(pipeline)])
-        with pytest.raises(QueueFullError):
-            runner.check_room(2)
+        with runner.place(), pytest.raises(QueueFullError, match="4 of 4"), runner.place():
+            pass
         last = order(pipeline)
         runner.submit([last])
         pipeline.gate.set()
         assert all(isinstance(outbox.end_of(one), Finished) for one in [*first, last])
-        runner.check_room(4)
+        assert runner.num_open == 0
         assert len(pipeline.submitted) == 4
 
 
