@@ -190,6 +190,20 @@ def test_stop_ends_before_the_string(pipelines: dict[str, Pipeline]) -> None:
     assert stopped["sequences"][0]["finish_reason"] == "stop"
 
 
+def test_a_stream_holds_back_what_may_begin_a_stop_string(pipelines: dict[str, Pipeline]) -> None:
+    pipeline, tried = pipelines["language model"], 0
+    for seed in range(40):
+        params = {"do_sample": True, "seed": seed, "max_new_tokens": 30}
+        text = pipeline(["the"], **params)[0]["sequences"][0]["text"]
+        stop = text[len(text) // 2 : len(text) // 2 + 3]
+        if len(stop) < 3 or "\N{REPLACEMENT CHARACTER}" in stop:
+            continue
+        tried += 1
+        streamed, answer = stream(pipeline, "the", **params, stop=[stop])
+        assert "".join(streamed) == answer["sequences"][0]["text"] == text[: text.index(stop)]
+    assert tried > 5
+
+
 def test_bad_words_never_appear(pipelines: dict[str, Pipeline]) -> None:
     pipeline = pipelines["language model"]
     seen: set[str] = set()
