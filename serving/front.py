@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 Parsed = TypeVar("Parsed", bound=BaseModel)
 Body = TypeVar("Body", bound=schema.Request | CompletionRequest)
 Read = Callable[[bytes], Body]
-Prepare = Callable[["Pipeline", Body, Limits], "list[Job]"]
+Prepare = Callable[["Pipeline", Body, Limits, float], "list[Job]"]
 
 GENERATORS = ("translate", "caption", "generate")
 DONE = b"data: [DONE]\n\n"
@@ -92,7 +92,8 @@ class Front:
         def in_pool(data: bytes) -> tuple[Body, Work]:
             body = read(data)
             name = self.service.find_model(body.model, tasks)
-            return body, Work(name, prepare(self.service.pipelines[name], body, self.limits), deadline)
+            jobs = prepare(self.service.pipelines[name], body, self.limits, deadline)
+            return body, Work(name, jobs, deadline)
 
         with self.service.runner.place():
             async with ending_at(deadline):

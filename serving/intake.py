@@ -35,18 +35,18 @@ Input = str | TextInput | WordsInput | ImageInput | FramesInput | FeaturesInput
 PipelineItem = str | dict[str, Any] | None
 
 
-def prepare_inputs(pipeline: "Pipeline", body: TaskRequest, limits: Limits) -> "list[Job]":
+def prepare_inputs(pipeline: "Pipeline", body: TaskRequest, limits: Limits, deadline: float) -> "list[Job]":
     """A job for each of `inputs`, which is one or a list. Raises InputError."""
     options = body.search() if isinstance(body, GeneratorOptions) else {}
     check_search(options, limits)
     stream = isinstance(body, GeneratorOptions) and body.stream
     return [
-        pipeline.prepare(item, options, field=field, truncate=body.truncate, stream=stream)
+        pipeline.prepare(item, options, field=field, truncate=body.truncate, stream=stream, deadline=deadline)
         for item, field in named_items(body.inputs, "inputs", limits)
     ]
 
 
-def prepare_score(pipeline: "Pipeline", body: ScoreRequest, limits: Limits) -> "list[Job]":
+def prepare_score(pipeline: "Pipeline", body: ScoreRequest, limits: Limits, deadline: float) -> "list[Job]":
     """One job for each pair of input and target. Raises InputError."""
     targets = named_items(body.targets, "targets", limits)
     inputs = (
@@ -56,17 +56,19 @@ def prepare_score(pipeline: "Pipeline", body: ScoreRequest, limits: Limits) -> "
         message = f"targets holds {len(targets)} texts for {len(inputs)} inputs; give one target for each input"
         raise InputError(message, param="targets", code="invalid_value")
     return [
-        pipeline.prepare_score(item, str(target), field=field, truncate=body.truncate)
-        for (item, field), (target, _) in zip(inputs, targets, strict=True)
+        pipeline.prepare_score(
+            item, str(target), field=field, target_field=target_field, truncate=body.truncate, deadline=deadline
+        )
+        for (item, field), (target, target_field) in zip(inputs, targets, strict=True)
     ]
 
 
-def prepare_completion(pipeline: "Pipeline", body: CompletionRequest, limits: Limits) -> "list[Job]":
+def prepare_completion(pipeline: "Pipeline", body: CompletionRequest, limits: Limits, deadline: float) -> "list[Job]":
     """One job for each prompt of an OpenAI completion. Raises InputError."""
     options = body.search()
     check_search(options, limits, names={"num_return_sequences": "n", "max_new_tokens": "max_tokens"})
     return [
-        pipeline.prepare(item, options, field=field, stream=bool(body.stream))
+        pipeline.prepare(item, options, field=field, stream=bool(body.stream), deadline=deadline)
         for item, field in named_items(body.prompt, "prompt", limits)
     ]
 

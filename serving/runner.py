@@ -3,11 +3,10 @@
 In: a bounded, thread-safe queue, drained once each turn. Out: one call of `deliver` per turn, with every event of
 that turn. Knows requests by their id and pipelines by name; knows no HTTP, no event loop and no text.
 
-A turn is: take in what has arrived, end what has expired, let every pipeline with work take one step, deliver.
+A turn is: take in what has arrived, let every pipeline with work take one step, deliver. Deadlines are the pipelines'.
 Each request that was accepted gets exactly one Finished or Failed, unless it is cancelled.
 """
 
-import heapq
 import logging
 import threading
 import time
@@ -18,7 +17,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
 from seqmodels.decoding.engine import Event, Failed, Finished
-from seqmodels.errors import DeadlineError, QueueFullError, SeqModelsError
+from seqmodels.errors import QueueFullError, SeqModelsError
 from serving.errors import ClosingError, EngineError
 
 logger = logging.getLogger(__name__)
@@ -45,11 +44,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Order:
-    """One prepared request on its way to one model. deadline: in `time.monotonic` seconds."""
+    """One prepared request on its way to one model."""
 
     model: str
     job: Prepared
-    deadline: float
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,6 @@ class Runner(Generic[E]):
         self._open: dict[str, Order] = {}  # accepted and not yet ended; changed under the lock
         self._num_reserved = 0  # places of calls that are not requests yet; changed under the lock
         self._running: dict[str, Order] = {}  # given to a pipeline and not yet ended; of the thread alone
-        self._deadlines: list[tuple[float, str]] = []  # a heap; of the thread alone
         self._failures = dict.fromkeys(pipelines, 0)
         self._loads: dict[str, dict[str, int]] = {name: pipeline.load() for name, pipeline in pipelines.items()}
         self._closing = False
@@ -174,7 +171,6 @@ class Runner(Generic[E]):
     def turn(self, wait_s: float = 0.0) -> list[Event]:
         """One turn; if there is nothing to do, wait so long for something to arrive."""
         events = self._take_in(wait_s)
-        events += self._expire()
         for name, pipeline in self.pipelines.items():
             if pipeline.has_work:
                 events += self._step(name, pipeline)
@@ -196,8 +192,6 @@ class Runner(Generic[E]):
             return events
 
     def _begin(self, order: Order) -> list[Event]:
-        if time.monotonic() >= order.deadline:
-            return self._fail([order.job.id], DeadlineError("the deadline passed before work on this request began"))
         try:
             self.pipelines[order.model].submit(order.job)
         except SeqModelsError as error:
@@ -206,17 +200,7 @@ class Runner(Generic[E]):
             logger.exception("submit failed: model %s", order.model)
             return self._fail([order.job.id], EngineError())
         self._running[order.job.id] = order
-        heapq.heappush(self._deadlines, (order.deadline, order.job.id))
         return []
-
-    def _expire(self) -> list[Event]:
-        late: list[str] = []
-        now = time.monotonic()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            request_id = heapq.heappop(self._deadlines)[1]
-            if request_id in self._running:
-                late.append(request_id)
-        return self._fail(late, DeadlineError("the deadline passed before the answer was ready"))
 
     def _step(self, name: str, pipeline: E) -> list[Event]:
         try:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from seqmodels.pipeline import Job, Pipeline
 
 POOL_THREADS = 4
-GRACE_S = 2.0  # after a deadline the runner has so long to say so itself; then its engine is stalled
+GRACE_S = 2.0  # after a deadline the pipeline has so long to say so itself; then it is stalled
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -122,7 +122,7 @@ class Service:
     def call(self, work: Work) -> "Call":
         """Hand work to the runner. Raises QueueFullError or ClosingError."""
         call = Call(self, work)
-        self.runner.submit([Order(work.model, job, work.deadline) for job in work.jobs])
+        self.runner.submit([Order(work.model, job) for job in work.jobs])
         self._calls.update((job.id, call) for job in work.jobs)
         return call
 

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from seqmodels.decoding.engine import Event, Failed, Finished, Progress
-from seqmodels.errors import InputError, TooLongError, UnsupportedError
+from seqmodels.errors import DeadlineError, InputError, TooLongError, UnsupportedError
 
 MAX_WORDS = 30
 _numbers = itertools.count()
@@ -29,6 +29,7 @@ class FakeJob:
     outputs: list[list[str]]  # words of each sequence
     params: dict[str, Any]
     num_input_tokens: int
+    deadline: float | None
 
 
 @dataclass
@@ -65,7 +66,7 @@ class FakePipeline:
     step_s: float = 0.0
     failing_steps: int = 0
     live: dict[str, tuple[FakeJob, int]] = field(default_factory=dict)
-    submitted: list[str] = field(default_factory=list)
+    submitted: list[FakeJob] = field(default_factory=list)
     steps: int = 0
     gate: threading.Event = field(default_factory=threading.Event)  # cleared: a step waits
 
@@ -93,15 +94,26 @@ class FakePipeline:
         length = params.get("max_new_tokens", 64)
         spoken = [word.upper() for word in words][:length]
         outputs = [spoken + ([f"#{k}"] if k else []) for k in range(params.get("num_return_sequences", 1))]
-        return self._request(" ".join(words), outputs, params, self.task)
+        return self._request(" ".join(words), outputs, params, self.task, deadline)
 
-    def prepare_score(self, item: Any, target: str, *, field: str = "inputs", truncate: bool = False) -> FakeJob:
+    def prepare_score(
+        self,
+        item: Any,
+        target: str,
+        *,
+        field: str = "inputs",
+        target_field: str = "targets",
+        truncate: bool = False,
+        deadline: float | None = None,
+    ) -> FakeJob:
         if item is not None:
             self._words(item, field, truncate)
-        return self._request("", [self._words(target, "targets", truncate)], {}, "score")
+        return self._request("", [self._words(target, target_field, truncate)], {}, "score", deadline)
 
-    def _request(self, source: str, outputs: list[list[str]], params: dict[str, Any], kind: str) -> FakeJob:
-        return FakeJob(f"request-{next(_numbers)}", kind, source, outputs, params, len(source.split()))
+    def _request(
+        self, source: str, outputs: list[list[str]], params: dict[str, Any], kind: str, deadline: float | None
+    ) -> FakeJob:
+        return FakeJob(f"request-{next(_numbers)}", kind, source, outputs, params, len(source.split()), deadline)
 
     def _words(self, item: Any, field: str, truncate: bool) -> list[str]:
         if self.task == "caption":
@@ -132,7 +144,7 @@ class FakePipeline:
         return bool(self.live)
 
     def submit(self, job: FakeJob) -> None:
-        self.submitted.append(job.id)
+        self.submitted.append(job)
         if job.source == "refuse at submit":
             raise InputError("refused", param="inputs")
         self.live[job.id] = (job, 0)
@@ -154,6 +166,9 @@ class FakePipeline:
         return events
 
     def _advance(self, request_id: str, job: FakeJob, done: int) -> list[Event]:
+        if job.deadline is not None and job.deadline <= time.monotonic():
+            del self.live[request_id]
+            return [Failed(request_id, DeadlineError("too late"))]
         if "poison" in job.source.split():
             del self.live[request_id]
             return [Failed(request_id, InputError("poison", param="inputs"))]

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import threading
+import time
 from typing import Any
 
 import httpx
@@ -372,6 +373,20 @@ def test_deadline(server: InProcess) -> None:
         assert not pipeline.live
         events = events_of(slow.post("/v1/translate", {"inputs": "a " * 30, "stream": True}, headers=headers))
         assert events[0][0] == "delta" and events[-1][0] == "error"
+
+
+@pytest.mark.parametrize("path", [*INPUTS, "/v1/score", "/v1/completions"])
+def test_every_pipeline_is_told_the_deadline(path: str) -> None:
+    bodies: dict[str, Any] = {
+        "/v1/score": {"model": "story", "targets": "x"},
+        "/v1/completions": {"model": "story", "prompt": "x"},
+    }
+    with in_process() as server:
+        latest = time.monotonic() + 5
+        body = bodies.get(path) or {"inputs": INPUTS[path]}
+        assert server.post(path, body, headers={"x-request-timeout-seconds": "5"}).status_code == 200
+        ((job,),) = (pipeline.submitted for pipeline in server.pipelines.values() if pipeline.submitted)
+        assert latest - 0.3 < job.deadline < latest + 2
 
 
 def test_a_stalled_engine_answers_408_and_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:

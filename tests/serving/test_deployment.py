@@ -74,7 +74,7 @@ def test_health_check_fails_when_the_engine_stands_still(models: dict[str, str])
     server.check_health()
     pipeline: Any = server.pipelines["mood"]
     pipeline.step = lambda: [time.sleep(1.5)][:0]  # type: ignore[func-returns-value]
-    server.runner.submit([Order("mood", pipeline.prepare("good"), float("inf"))])
+    server.runner.submit([Order("mood", pipeline.prepare("good"))])
     time.sleep(1.2)
     with pytest.raises(RuntimeError, match="has not turned"):
         server.check_health()

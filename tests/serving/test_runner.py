@@ -8,17 +8,15 @@ from contextlib import contextmanager
 import pytest
 
 from seqmodels.decoding.engine import Event, Failed, Finished, Progress
-from seqmodels.errors import DeadlineError, InputError, QueueFullError
+from seqmodels.errors import InputError, QueueFullError
 from serving.errors import ClosingError, EngineError
 from serving.runner import FAILURES_IN_A_ROW, Order, Runner
 
 from .fakes import FakePipeline
 
-FOREVER = float("inf")
 
-
-def order(pipeline: FakePipeline, text: str = "one two three", deadline: float = FOREVER) -> Order:
-    return Order(pipeline.name, pipeline.prepare(text, {}), deadline)
+def order(pipeline: FakePipeline, text: str = "one two three") -> Order:
+    return Order(pipeline.name, pipeline.prepare(text, {}))
 
 
 class Outbox:
@@ -127,27 +125,6 @@ def test_cancel_of_what_has_not_begun() -> None:
     runner.cancel([one.job.id])
     assert runner.turn() == []
     assert runner.num_open == 0 and not pipeline.live
-
-
-def test_expired_request_never_starts() -> None:
-    pipeline = FakePipeline("translate")
-    with turning(pipeline) as (runner, outbox):
-        late = order(pipeline, deadline=time.monotonic() - 0.001)
-        runner.submit([late])
-        end = outbox.end_of(late)
-        assert isinstance(end, Failed) and isinstance(end.error, DeadlineError)
-        assert pipeline.submitted == []
-
-
-def test_deadline_ends_a_running_request_and_frees_its_rows() -> None:
-    pipeline = FakePipeline("translate", step_s=0.02)
-    with turning(pipeline) as (runner, outbox):
-        late, patient = order(pipeline, "a " * 30, time.monotonic() + 0.1), order(pipeline, "b " * 12)
-        runner.submit([late, patient])
-        end = outbox.end_of(late)
-        assert isinstance(end, Failed) and isinstance(end.error, DeadlineError)
-        assert late.job.id not in pipeline.live
-        assert isinstance(outbox.end_of(patient), Finished)
 
 
 def test_failing_step_fails_that_pipeline_alone_and_the_runner_lives_on() -> None:
@@ -259,11 +236,10 @@ class LateAnswers(FakePipeline):
 
 
 def test_nothing_follows_an_end() -> None:
-    pipeline = LateAnswers("translate", step_s=0.02)
+    pipeline = LateAnswers("translate", failing_steps=1)
     with turning(pipeline) as (runner, outbox):
-        late = order(pipeline, "a " * 20, deadline=time.monotonic() + 0.1)
-        runner.submit([late])
-        assert isinstance(outbox.end_of(late), Failed)
-        until(lambda: not pipeline.live)
-        time.sleep(0.05)
-        assert isinstance(outbox.of(late)[-1], Failed)
+        failed = order(pipeline, "a " * 20)
+        runner.submit([failed])
+        assert isinstance(outbox.end_of(failed), Failed)
+        until(lambda: pipeline.steps == 22 and not pipeline.live)
+        assert len(outbox.of(failed)) == 1
