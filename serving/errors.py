@@ -90,7 +90,7 @@ def invalid_request(error: ValidationError) -> HttpError:
         return HttpError(400, message, "invalid_input", param)
     if kind == "value_error":  # raised by a validator of ours, so the text is ours too
         return HttpError(400, fault["msg"].removeprefix("Value error, "), "invalid_value", param)
-    expected = fault["msg"].removeprefix("Input ")
+    expected = fault["msg"].removeprefix("Input ").removeprefix("Tuple ")
     return HttpError(400, f"{param or 'the request body'} {expected}", "invalid_value", param)
 
 

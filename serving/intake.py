@@ -124,10 +124,7 @@ def check_search(options: dict[str, Any], limits: Limits, names: dict[str, str] 
     for option in ("stop", "bad_words"):
         strings = options.get(option, ())
         _check_size(len(strings), limits.stop, "strings", option)
-        for string in strings:
-            _check_size(len(string), limits.stop_characters, "characters in one string", option)
-            if not string:
-                raise InputError(f"{option} holds an empty string; leave it out", param=option, code="invalid_value")
+        _check_size(max(map(len, strings), default=0), limits.stop_characters, "characters in one string", option)
     _check_size(len(options.get("prefix", "")), limits.characters, "characters", "prefix")
 
 

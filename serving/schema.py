@@ -4,12 +4,14 @@ Shapes only: how large a list or a number may be is in `config.Limits`, what a m
 Lists fail at their first bad item, so that a body of a million faults costs no more than one.
 """
 
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_origin
 
-from pydantic import ConfigDict, Discriminator, FailFast, Field, Tag
+from pydantic import ConfigDict, Discriminator, FailFast, Field, Tag, create_model
 from pydantic.config import JsonDict
+from pydantic.fields import FieldInfo
 
 from seqmodels.config import Strict
+from seqmodels.decoding.params import SearchParams
 
 Base64 = Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})]
 T = TypeVar("T")
@@ -107,36 +109,28 @@ class TagRequest(Request):
     model_config = ConfigDict(json_schema_extra={"example": {"inputs": {"words": ["Ada", "lives", "in", "Oslo"]}}})
 
 
-class Search(Strict):
-    """How an answer is searched for: the names of Hugging Face. Left out or null: the model's own default."""
+def _option(name: str, about: FieldInfo) -> Any:
+    """A field of SearchParams as a request has it: with its bounds, and None for what is left out."""
+    kind: Any = about.annotation
+    own = Field(fail_fast=True) if get_origin(kind) is tuple else Field()
+    if name == "top_k":
+        own = Field(lt=2**31)  # what a tensor can hold
+    return Annotated[kind, *about.metadata, own] | None, None
 
-    num_beams: Annotated[int, Field(ge=1)] | None = None
-    num_return_sequences: Annotated[int, Field(ge=1)] | None = None
-    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
-    min_new_tokens: Annotated[int, Field(ge=0)] | None = None
-    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
-    early_stopping: bool | None = None
-    do_sample: bool | None = None
-    temperature: Annotated[float, Field(ge=0.001, le=100)] | None = None
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.001, le=100)] | None = None
-    no_repeat_ngram_size: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    prefix: str | None = None  # text that the answer must begin with
-    stop: Many[str] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    logprobs: bool | None = None
-    bad_words: Many[str] | None = None
+
+Search: Any = create_model(
+    "Search", __base__=Strict, **{name: _option(name, about) for name, about in SearchParams.model_fields.items()}
+)
+
+
+class GeneratorOptions(Request, Search):  # type: ignore[misc]  # a class made of data
+    """What a request for text may say beside its inputs: how it is searched for, where null is the model's default."""
+
+    stream: bool = False  # answer as server-sent events
 
     def search(self) -> dict[str, Any]:
         """The options that were given, for `Pipeline.prepare`."""
-        return self.model_dump(include=set(Search.model_fields), exclude_none=True)
-
-
-class GeneratorOptions(Request, Search):
-    """What a request for text may say beside its inputs."""
-
-    stream: bool = False  # answer as server-sent events
+        return self.model_dump(include=set(SearchParams.model_fields), exclude_none=True)
 
 
 class TranslateRequest(GeneratorOptions):
