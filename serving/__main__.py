@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from seqmodels.errors import SeqModelsError
+from seqmodels.errors import ConfigError, SeqModelsError
 from serving.auth import load_key_hashes
 from serving.config import ServeConfig, named_models
 
@@ -71,11 +71,16 @@ def _check_port(config: ServeConfig) -> None:
 
 def _check(config: ServeConfig) -> None:
     """Raise now, in one line, what would otherwise stand in a replica's log."""
-    from serving.deployments import load_pipelines
+    import torch
 
-    _check_port(config)
+    from seqmodels.pretrained import load_pretrained
+
     load_key_hashes(config.api_keys_file)
-    load_pipelines(config)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', which torch cannot use here; use cpu")
+    for directory in config.models.values():
+        load_pretrained(directory)  # on the CPU: a GPU is the replicas'
+    _check_port(config)
 
 
 def _serve(config: ServeConfig) -> None:

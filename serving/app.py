@@ -5,7 +5,7 @@ too deep, not UTF-8, or holds NaN or half a surrogate pair never reaches anythin
 """
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -59,12 +59,11 @@ def build_app(
     config: ServeConfig,
     *,
     key_hashes: Sequence[str] = (),
-    warm_ups: Mapping[str, Mapping[str, Any]] | None = None,
     observe: Observe = lambda route, status, seconds: None,
 ) -> FastAPI:
     """The service as an ASGI app, which starts the runner with its lifespan and drains it at the end.
 
-    warm_ups: what each pipeline's `warm_up` reported, for /readyz. observe: called once per answer.
+    observe: called once per answer.
     """
     service = Service(runner)
     created = int(time.time())
@@ -141,7 +140,10 @@ def build_app(
             "broken_models": runner.broken_models,
             "requests": runner.num_open,
             "num_threads": torch.get_num_threads(),
-            "models": {name: {**runner.loads[name], **(warm_ups or {}).get(name, {})} for name in service.pipelines},
+            "models": {
+                name: {**runner.loads[name], "batch_invariant": pipeline.batch_invariant}
+                for name, pipeline in service.pipelines.items()
+            },
         }
         return JSONResponse(report, 200 if report["ready"] else 503)
 

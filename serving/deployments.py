@@ -30,7 +30,6 @@ class ModelServer:
         self.key_hashes = key_hashes
         torch.set_num_threads(config.num_threads)  # Ray has set OMP_NUM_THREADS to its own idea
         self.pipelines = load_pipelines(config)
-        self.warm_ups = {name: pipeline.warm_up() for name, pipeline in self.pipelines.items()}
         self.runner = Runner(self.pipelines, max_requests=config.max_requests, stall_after_s=config.stall_after_s)
         self.metrics = Metrics()
 
@@ -40,7 +39,6 @@ class ModelServer:
             self.runner,
             self.config,
             key_hashes=self.key_hashes,
-            warm_ups=self.warm_ups,
             observe=self.metrics.answered,
         )
 

@@ -62,6 +62,7 @@ class FakeTexts:
 class FakePipeline:
     task: str
     name: str = "fake"
+    batch_invariant: bool = True
     revision: str = "0123456789ab"
     step_s: float = 0.0
     failing_steps: int = 0
@@ -185,9 +186,6 @@ class FakePipeline:
 
     def load(self) -> dict[str, int]:
         return {"rows_live": len(self.live), "rows_total": 256, "waiting": 0}
-
-    def warm_up(self) -> dict[str, Any]:
-        return {"batch_invariant": True}
 
     def num_output_tokens(self, job: FakeJob, result: list[list[str]]) -> int:
         return sum(map(len, result))

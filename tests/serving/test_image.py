@@ -22,7 +22,7 @@ def test_the_build_step_is_the_install_script() -> None:
     assert "sh deploy/install.sh /opt/venv" in step
     subprocess.run(["sh", "-n", str(ROOT / "deploy" / "install.sh")], check=True)
     pinned = re.search(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
-    assert pinned is None or f"torch=={pinned[1]}" in (ROOT / "deploy" / "install.sh").read_text()
+    assert pinned and f"torch=={pinned[1]}" in (ROOT / "deploy" / "install.sh").read_text()
 
 
 def test_it_runs_as_a_user_without_rights_and_keeps_the_signal() -> None:

@@ -46,3 +46,10 @@ def test_a_broken_model(tmp_path: Path, models: dict[str, str], capsys: pytest.C
     for path in Path(models["mood"]).iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes()[: 200 if path.name == "model.safetensors" else None])
     assert "model.safetensors" in one_line_error(capsys, f"mood={tmp_path}")
+
+
+def test_a_gpu_that_is_not_there(
+    models: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "device is 'cuda'" in one_line_error(capsys, models["mood"], "--device", "cuda")
