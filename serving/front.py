@@ -4,7 +4,6 @@ All endpoints go the same way: read the body with a bound, parse and prepare it 
 then wait for the answer, or stream it, while watching whether the client leaves.
 """
 
-import base64
 import contextlib
 import logging
 import time
@@ -118,12 +117,10 @@ def _parse_json(shape: type[Parsed], content_type: str, data: bytes) -> Parsed:
         raise invalid_request(error) from None
 
 
-def _parse_image(query: dict[str, str], data: bytes) -> schema.CaptionRequest:
-    """The request that would have said the same in JSON."""
-    image = base64.b64encode(data).decode("ascii")
+def _parse_image(query: dict[str, str], data: bytes) -> schema.RawCaptionRequest:
     try:
         options = schema.GeneratorOptions.model_validate_strings(query)
-        return schema.CaptionRequest(inputs=schema.ImageInput(image=image), **options.model_dump(exclude_unset=True))
+        return schema.RawCaptionRequest(inputs=data, **options.model_dump(exclude_unset=True))
     except ValidationError as error:
         raise invalid_request(error) from None
 

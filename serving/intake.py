@@ -20,6 +20,7 @@ from serving.schema import (
     GenerateRequest,
     GeneratorOptions,
     ImageInput,
+    RawCaptionRequest,
     ScoreRequest,
     TagRequest,
     TextInput,
@@ -30,8 +31,8 @@ from serving.schema import (
 if TYPE_CHECKING:
     from seqmodels.pipeline import Job, Pipeline
 
-TaskRequest = ClassifyRequest | TagRequest | TranslateRequest | CaptionRequest | GenerateRequest
-Input = str | TextInput | WordsInput | ImageInput | FramesInput | FeaturesInput
+TaskRequest = ClassifyRequest | TagRequest | TranslateRequest | CaptionRequest | RawCaptionRequest | GenerateRequest
+Input = str | bytes | TextInput | WordsInput | ImageInput | FramesInput | FeaturesInput
 PipelineItem = str | dict[str, Any] | None
 
 
@@ -92,6 +93,9 @@ def pipeline_item(item: Input | None, field: str, limits: Limits) -> PipelineIte
         case str():
             _check_size(len(item), limits.characters, "characters", field)
             return item
+        case bytes():
+            _check_size(len(item), limits.image_bytes, "bytes", field)
+            return {"image": item}
         case TextInput():
             _check_size(len(item.text), limits.characters, "characters", f"{field}.text")
             return {"text": item.text}
@@ -139,4 +143,5 @@ def _decode(text: str, field: str, limits: Limits) -> bytes:
 
 def _check_size(size: int, most: int, unit: str, field: str) -> None:
     if size > most:
-        raise TooLongError(f"{field} has {size} {unit}, but this server allows at most {most}", param=field)
+        message = f"{field} has {size} {unit}, but this server allows at most {most}; send less"
+        raise TooLongError(message, param=field)

@@ -60,8 +60,6 @@ def _kind(value: Any) -> str | None:
         return "~list"
     if isinstance(value, dict) and len(value) == 1:
         return f"~{next(iter(value))}"
-    if isinstance(value, ImageInput):  # made here, from a raw picture
-        return "~image"
     return None
 
 
@@ -94,7 +92,7 @@ class Request(Strict):
     """What every request may say."""
 
     model: str | None = None  # may be left out where one model serves the task
-    truncate: bool = False  # cut an input that is too long, where without it the answer is 413
+    truncate: bool = False  # cut an input longer than the model takes, where without it the answer is 413
 
 
 class ClassifyRequest(Request):
@@ -141,6 +139,12 @@ class TranslateRequest(GeneratorOptions):
 class CaptionRequest(GeneratorOptions):
     inputs: Items
     model_config = ConfigDict(json_schema_extra={"example": {"inputs": {"image": "iVBORw0KGgo..."}, "num_beams": 3}})
+
+
+class RawCaptionRequest(GeneratorOptions):
+    """A picture that was the whole body, with the options of the query string."""
+
+    inputs: bytes
 
 
 class GenerateRequest(GeneratorOptions):

@@ -91,6 +91,13 @@ def test_caption_takes_base64_and_raw_bytes(server: InProcess) -> None:
     assert raw.json()["results"][0]["sequences"][0]["finish_reason"] == "length"
 
 
+def test_raw_picture_above_the_limit() -> None:
+    with in_process(limits={"image_bytes": 10}) as server:
+        response = server.request("POST", "/v1/caption", content=png(), headers={"content-type": "image/png"})
+        error = error_of(response, 413)
+        assert error["param"] == "inputs" and f"has {len(png())} bytes" in error["message"]
+
+
 def test_generate_from_a_prompt_and_freely(server: InProcess) -> None:
     body = {"inputs": "once upon", "do_sample": True, "seed": 5, "num_return_sequences": 2}
     (result,) = server.post("/v1/generate", body).json()["results"]
@@ -124,6 +131,7 @@ def test_health(server: InProcess) -> None:
     assert server.get("/healthz").json() == {"alive": True}
     report = server.get("/readyz")
     assert report.status_code == 200 and report.json()["ready"] and report.json()["num_threads"] >= 1
+    assert report.json()["models"]["mood"] == {"rows_live": 0, "rows_total": 256, "waiting": 0, "batch_invariant": True}
     assert server.get("/docs").status_code == 200
 
 
@@ -361,6 +369,19 @@ def test_truncate(server: InProcess) -> None:
 def test_score_needs_as_many_targets_as_inputs(server: InProcess) -> None:
     error = error_of(server.post("/v1/score", {"model": "en-de", "inputs": ["a", "b"], "targets": ["c"]}), 400)
     assert error["param"] == "targets"
+
+
+@pytest.mark.parametrize(("text", "status"), [("", 422), ("a " * 31, 413), ("a" * 20_001, 413)])
+def test_score_names_the_item_at_fault(server: InProcess, text: str, status: int) -> None:
+    for field in ("inputs", "targets"):
+        body = {"model": "en-de", "inputs": ["a", "b"], "targets": ["c", "d"], field: ["a", text]}
+        assert error_of(server.post("/v1/score", body), status)["param"] == f"{field}[1]"
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_the_limit_of_the_server_does_not_advise_truncate(server: InProcess, truncate: bool) -> None:
+    error = error_of(server.post("/v1/translate", {"inputs": "a" * 20_001, "truncate": truncate}), 413)
+    assert error["message"] == "inputs has 20001 characters, but this server allows at most 20000; send less"
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "soon", ""])
