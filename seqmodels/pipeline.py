@@ -53,8 +53,7 @@ class Job:
 class Pipeline:
     """A loaded model directory, ready to answer."""
 
-    def __init__(self, pretrained: Pretrained, name: str = "model", max_rows: int = 256) -> None:
-        self.name = name
+    def __init__(self, pretrained: Pretrained, max_rows: int = 256) -> None:
         self.config = pretrained.config
         self.revision = pretrained.revision
         self._pretrained = pretrained
@@ -71,7 +70,7 @@ class Pipeline:
         cls, directory: str | Path, device: str | torch.device = "cpu", max_rows: int = 256
     ) -> "Pipeline":
         """Raises ModelDirectoryError."""
-        return cls(load_pretrained(directory, device), Path(directory).resolve().name, max_rows)
+        return cls(load_pretrained(directory, device), max_rows)
 
     @property
     def task(self) -> str:
@@ -182,10 +181,6 @@ class Pipeline:
         waiting = self._forward.num_waiting + (self._engine.num_waiting if self._engine else 0)
         rows = (self._engine.num_rows, self._engine.max_rows) if self._engine else (0, 0)
         return {"waiting": waiting, "rows_live": rows[0], "rows_total": rows[1]}
-
-    def warm_up(self) -> dict[str, Any]:
-        """What the self-test at load found; it also ran every kernel once."""
-        return {"batch_invariant": self.batch_invariant}
 
     # -- render --------------------------------------------------------------------------------------------------
 
