@@ -1,5 +1,7 @@
 """Requests that nobody thought of: none may get a 5xx, and the valid ones among them must get the right answer."""
 
+import base64
+import io
 import json
 import logging
 import random
@@ -11,6 +13,7 @@ import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
+from PIL import Image
 from pydantic import BaseModel
 from schemathesis import GenerationMode
 
@@ -23,6 +26,7 @@ from .fakes import classification, tags
 
 NUM_MUTATED = 5000
 NUM_ON_REAL_MODELS = 1000
+NUM_PICTURES = 600
 SHAPES: dict[str, type[BaseModel]] = {
     "/v1/classify": schema.ClassifyResponse,
     "/v1/tag": schema.TagResponse,
@@ -217,3 +221,67 @@ def test_damaged_requests_to_real_models(models: dict[str, str]) -> None:
                 check_shape(path, server.post(path, body), {200, 413, 415})  # words, say, are for taggers alone
         assert server.runner.num_open == 0
     assert statuses[200] and statuses[400]
+
+
+# -- pictures
+
+
+def pictures() -> list[bytes]:
+    """One in each format, with a block of EXIF where the format has one."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation
+    exif[0x010E] = "a description"
+    exif.get_ifd(0x8769)[0x9003] = "2020:01:01 00:00:00"
+    files = []
+    for mode, form in [
+        ("RGB", "JPEG"),
+        ("RGBA", "PNG"),
+        ("I;16", "PNG"),
+        ("P", "GIF"),
+        ("RGB", "WEBP"),
+        ("RGB", "BMP"),
+    ]:
+        file = io.BytesIO()
+        options = {"exif": exif} if form in ("JPEG", "PNG", "WEBP") else {}
+        Image.new(mode, (13, 11), 40000 if mode == "I;16" else 7).save(file, form, **options)
+        files.append(file.getvalue())
+    return files
+
+
+def damaged_picture(chance: random.Random, data: bytes) -> bytes:
+    """Cut short, with bytes flipped (in the block of EXIF, if it has one), or with some put in or repeated."""
+    kind = chance.randrange(4)
+    if kind == 0:
+        return data[: chance.randrange(len(data))]
+    if kind == 1:
+        return damaged_bytes(chance, data)
+    block = max(data.find(b"Exif"), data.find(b"eXIf"), data.find(b"EXIF"), 0) if kind == 2 else 0
+    changed = bytearray(data)
+    for _ in range(chance.randint(1, 8)):
+        at = min(block + chance.randrange(120), len(data) - 1) if kind == 2 else chance.randrange(len(data))
+        changed[at] = chance.choice([0, 1, 127, 255, chance.randrange(256)])
+    return bytes(changed)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_damaged_pictures_to_real_models(models: dict[str, str]) -> None:
+    pipelines = {name: Pipeline.from_pretrained(models[name]) for name in ("describe", "motion")}
+    chance = random.Random(13)
+    files = pictures()
+    documented = {200, 400, 413, 415}
+    statuses: Counter[int] = Counter()
+    raw = {"headers": {"content-type": "image/jpeg"}}
+    with in_process(pipelines, limits={"max_new_tokens": 4}) as server:
+        for file in files:
+            assert server.request("POST", "/v1/caption", content=file, **raw).status_code == 200
+        for number in range(NUM_PICTURES):
+            data = damaged_picture(chance, chance.choice(files))
+            if number % 2:
+                path, response = "/v1/caption", server.request("POST", "/v1/caption", content=data, **raw)
+            else:
+                frames = [base64.b64encode(file).decode() for file in (files[0], data)]
+                path, response = "/v1/tag", server.post("/v1/tag", {"inputs": {"frames": frames}})
+            check_shape(path, response, documented)
+            statuses[response.status_code] += 1
+        assert server.runner.num_open == 0
+    assert min(statuses[200], statuses[400], statuses[415]) > NUM_PICTURES // 50, statuses
