@@ -146,9 +146,9 @@ class Reader:
     def _bounded(self, items: tuple[Any, ...], field: str, truncate: bool) -> tuple[Any, ...]:
         limit = self._config.max_source_length
         if len(items) > limit and not truncate:
+            advice = "" if field.startswith(("prefix", "prompt")) else " or set truncate"
             raise TooLongError(
-                f"the input has {len(items)} positions, but this model takes at most {limit}; shorten it "
-                "or set truncate",
+                f"{field} has {len(items)} positions, but this model takes at most {limit}; shorten it{advice}",
                 param=field,
             )
         return items[:limit]

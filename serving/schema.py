@@ -107,17 +107,15 @@ class TagRequest(Request):
     model_config = ConfigDict(json_schema_extra={"example": {"inputs": {"words": ["Ada", "lives", "in", "Oslo"]}}})
 
 
-def _option(name: str, about: FieldInfo) -> Any:
+def _option(about: FieldInfo) -> Any:
     """A field of SearchParams as a request has it: with its bounds, and None for what is left out."""
     kind: Any = about.annotation
     own = Field(fail_fast=True) if get_origin(kind) is tuple else Field()
-    if name == "top_k":
-        own = Field(lt=2**31)  # what a tensor can hold
     return Annotated[kind, *about.metadata, own] | None, None
 
 
 Search: Any = create_model(
-    "Search", __base__=Strict, **{name: _option(name, about) for name, about in SearchParams.model_fields.items()}
+    "Search", __base__=Strict, **{name: _option(about) for name, about in SearchParams.model_fields.items()}
 )
 
 

@@ -26,6 +26,7 @@ from seqmodels.state import Memory, State
 T = TypeVar("T")
 
 ROW_FLOOR = 4  # with fewer rows CPU kernels take another path, and a row gets other bits
+MAX_TOKENS_PER_REQUEST = 20_000_000  # of all its outputs, since room for them is made at the start
 BUCKETS = (12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
@@ -162,6 +163,12 @@ class Engine:
             raise InputError(
                 f"{name} is {request.params.width}, but this engine has {self.max_rows} rows; lower it",
                 param=name,
+                code="limit_exceeded",
+            )
+        if request.room * request.params.width > MAX_TOKENS_PER_REQUEST:
+            raise InputError(
+                f"max_new_tokens is {request.params.max_new_tokens}, which is more than this engine can hold; lower it",
+                param="max_new_tokens",
                 code="limit_exceeded",
             )
         self._waiting.append(request)

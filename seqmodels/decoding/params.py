@@ -27,7 +27,7 @@ class SearchParams(Strict):
     early_stopping: bool = True  # stop when num_beams hypotheses are finished; false: when none can get better
     do_sample: bool = False  # draw from the distribution left after the rules
     temperature: Annotated[float, Field(ge=0.001, le=100)] = 1.0
-    top_k: NonNegativeInt = 0  # keep the k best tokens; 0 keeps all
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0  # keep the k best tokens; 0 keeps all
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # keep the smallest set of tokens with this much probability
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0  # Keskar et al. 2019
     no_repeat_ngram_size: Annotated[int, Field(ge=0, le=100)] = 0  # no n-gram of this length twice; 0 allows all

@@ -252,6 +252,8 @@ def test_a_request_that_can_never_fit_is_refused() -> None:
     engine = Engine(make_language_model(0), max_rows=4)
     with pytest.raises(InputError, match="num_beams is 5, but this engine has 4 rows"):
         engine.submit(Request("a", None, SearchParams(num_beams=5)))
+    with pytest.raises(InputError, match="max_new_tokens is 10000000000"):
+        engine.submit(Request("a", None, SearchParams(max_new_tokens=10**10)))
 
 
 def test_a_wide_request_at_the_head_is_not_overtaken() -> None:
