@@ -35,6 +35,10 @@ def test_the_file_map_names_files_that_exist() -> None:
             assert (ROOT / folder / name.rpartition("/")[2]).exists(), name
 
 
+def test_no_figure_is_missing() -> None:
+    assert "@@" not in README
+
+
 def test_every_make_target_it_names_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {"demo", "test"} <= set(re.findall(r"^make ([a-z-]+)", README, re.MULTILINE)) <= targets
