@@ -4,6 +4,7 @@ One JSON object or one plain text per input line; one JSON object per output lin
 """
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -92,6 +93,8 @@ def _check_command(command: str, pipeline: Pipeline) -> None:
 
 def _opened(name: str) -> Any:
     if name == "-":
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # by default it lets broken bytes pass
         return sys.stdin
     try:
         return Path(name).open(encoding="utf-8")
@@ -136,8 +139,10 @@ def _item(line: str, number: int) -> Any:
         return line
     try:
         item = json.loads(line)
-    except (ValueError, RecursionError):
-        return line  # a text that happens to begin with a brace
+    except (ValueError, RecursionError):  # more likely a damaged file than a text that begins with a brace
+        raise InputError(
+            f'line {number}: begins with a brace but is no JSON; mend it, or write the text as {{"text": "..."}}'
+        ) from None
     if "image" in item:
         item["image"] = _read(item["image"], number)
     if isinstance(item.get("frames"), list):

@@ -27,8 +27,9 @@ InputKind = Literal["text", "image", "frames", "features", "nothing"]
 METRICS: dict[Task, tuple[str, ...]] = {
     "classify": ("accuracy", "macro_f1", "nll"),
     "tag": ("accuracy", "span_f1", "nll"),
-    "translate": ("bleu", "chrf", "exact_match", "nll"),
-    "caption": ("bleu", "chrf", "exact_match", "nll"),
+    # chrF first: BLEU is 0, or luck, where targets are shorter than four words.
+    "translate": ("chrf", "bleu", "exact_match", "nll"),
+    "caption": ("chrf", "bleu", "exact_match", "nll"),
     "generate": ("nll", "perplexity", "bits_per_character"),
 }
 LOWER_IS_BETTER = {"nll", "perplexity", "bits_per_character"}

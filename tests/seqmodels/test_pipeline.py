@@ -389,7 +389,9 @@ def test_command_line_in_process(
     (tmp_path / "captions.jsonl").write_text(json.dumps({"image": str(tmp_path / "picture.png")}) + "\n")
     assert main(["generate", str(directories["captioner"]), str(tmp_path / "captions.jsonl")]) == 0
     assert "sequences" in json.loads(capsys.readouterr().out)
+    (tmp_path / "cut.jsonl").write_text('{"text": "the fox"\n')
     mistakes = {
+        ("predict", str(directories["classifier"]), str(tmp_path / "cut.jsonl")): "line 1: begins with a brace",
         ("predict", str(directories["translator"])): "use generate or score",
         ("generate", str(directories["tagger"])): "use predict",
         ("predict", str(tmp_path)): "is no model directory",
