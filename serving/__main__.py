@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from seqmodels.errors import ConfigError, SeqModelsError
-from serving.auth import load_key_hashes
+from serving.auth import ENVIRONMENT_VARIABLE, MIN_LENGTH, load_key_hashes
 from serving.config import ServeConfig, named_models
 
 # Before Ray is imported: nothing is sent anywhere, and Ray does not repeat its advice about GPUs.
@@ -26,6 +26,18 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 APPLICATION = "seqmodels"
+HELP = """\
+A YAML file says the same and more; options given here win over it:
+
+  models:                      # the name that clients use: model directory
+    sentiment: models/sentiment
+    en-de: models/multi30k-en-de
+  port: 8000
+  num_threads: 2
+  limits: {num_beams: 8, max_new_tokens: 256}
+
+serving/config.py lists every field with its default; deploy/service.yaml is a whole example.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,14 +54,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def read_config(arguments: Sequence[str] | None) -> ServeConfig:
     """The command line as a ServeConfig; options given there win over the file. Raises ConfigError."""
-    parser = argparse.ArgumentParser("python -m serving", description="Serve saved models over HTTP.")
-    parser.add_argument("target", nargs="+", help="MODEL_DIR, NAME=MODEL_DIR, or one YAML file with a ServeConfig")
-    parser.add_argument("--host", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int)
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--num-threads", type=int, help="torch threads of each replica")
-    parser.add_argument("--replicas", type=int)
-    parser.add_argument("--api-keys-file", help="a file with one API key per line")
+    parser = argparse.ArgumentParser(
+        "python -m serving",
+        description="Serve saved models over HTTP.",
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("target", nargs="+", help="MODEL_DIR, NAME=MODEL_DIR, or one YAML file (see below)")
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1, so this machine only)")
+    parser.add_argument("--port", type=int, help="default: 8000")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: auto, a GPU when there is one")
+    parser.add_argument("--num-threads", type=int, help="torch threads of each replica (default: 1)")
+    parser.add_argument("--replicas", type=int, help="processes that answer (default: 1)")
+    parser.add_argument(
+        "--api-keys-file",
+        help=f"a file with one API key per line, each of at least {MIN_LENGTH} characters; without it the environment "
+        f"variable {ENVIRONMENT_VARIABLE} is read, comma-separated; without either no key is asked for",
+    )
     options = vars(parser.parse_args(arguments))
     targets = options.pop("target")
     given = {name: value for name, value in options.items() if value is not None}
@@ -84,31 +105,40 @@ def _check(config: ServeConfig) -> None:
 
 
 def _serve(config: ServeConfig) -> None:
+    """Until the first SIGINT or SIGTERM; running requests may finish."""
+    stop = threading.Event()
     try:
-        start(config)
-        stop = threading.Event()
+        _start_ray(config)
+        # After `ray.init`, which puts a handler in place that exits in the middle of whatever Ray is doing, and
+        # before the first request can be answered. A signal while the models load is heeded when they are loaded.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
-        _say_where(config)
+        _start_service(config)
+        if not stop.is_set():
+            _say_where(config)
         stop.wait()
-    except KeyboardInterrupt:  # while starting
+    except (KeyboardInterrupt, SystemExit):  # while Ray was starting
         pass
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C would leave Ray's processes behind
+        for number in (signal.SIGINT, signal.SIGTERM):  # an impatient second one would leave Ray's processes behind
+            signal.signal(number, signal.SIG_IGN)
         print("stopping; running requests may finish", flush=True)
         shut_down()
 
 
-def start(config: ServeConfig) -> None:
-    """Start Ray and the service in the background; returns when it answers."""
+def _start_ray(config: ServeConfig) -> None:
     import ray
-    from ray import serve
-
-    from serving.deployments import build
 
     replicas = config.autoscaling.max_replicas if config.autoscaling else config.replicas
     num_cpus = max(os.cpu_count() or 1, replicas * config.num_threads)  # room for what was asked, even on few cores
     ray.init(num_cpus=num_cpus, include_dashboard=False, logging_level=logging.ERROR)
+
+
+def _start_service(config: ServeConfig) -> None:
+    from ray import serve
+
+    from serving.deployments import build
+
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     http: dict[str, Any] = {
         "host": config.host,
@@ -121,7 +151,7 @@ def start(config: ServeConfig) -> None:
 
 
 def shut_down() -> None:
-    """Stop the service, letting what runs finish, then every process of Ray's that `start` began."""
+    """Stop the service, letting what runs finish, then every process of Ray's that was begun."""
     import ray
     from ray import serve
 

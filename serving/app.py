@@ -126,11 +126,13 @@ def build_app(
         about = {"task": pipeline.task, "input": pipeline.config.input, "revision": pipeline.revision}
         return {"id": name, "object": "model", "created": created, "owned_by": "local", **about}
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz")
     async def healthz() -> Response:
         """Whether the process is alive."""
         return JSONResponse({"alive": True})
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", responses={503: {"description": "The engine does not turn, or a model is broken"}})
     async def readyz() -> Response:
         """Whether every model is warm and the engine turns, with what it is doing."""

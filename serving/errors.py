@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from seqmodels.errors import DeadlineError, InputError, QueueFullError, SeqModelsError, TooLongError, UnsupportedError
 
 EMPTY = "empty"  # the code that a pipeline gives to an input with nothing in it
+INVALID_INPUT = "invalid_input"  # the code of an input that is of no kind we know
 
 
 class EngineError(SeqModelsError):
@@ -80,21 +81,19 @@ def invalid_request(error: ValidationError) -> HttpError:
     param = _field(fault["loc"])
     kind = fault["type"]
     if kind == "json_invalid":
-        return HttpError(400, "the request body is not valid JSON in UTF-8", "invalid_json")
+        # The parser's own words: what and where (a lone surrogate, a nesting too deep), and nothing of the body.
+        reason = fault["ctx"]["error"]
+        return HttpError(400, f"the request body cannot be read as JSON in UTF-8: {reason}", "invalid_json")
     if kind == "extra_forbidden":
         return HttpError(400, f"{param} is not a field of this request", "unknown_field", param)
     if kind == "missing":
         return HttpError(400, f"{param} is missing", "missing_field", param)
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        message = f"{param} is neither a string nor an object with exactly one of {KINDS_OF_INPUT}"
-        return HttpError(400, message, "invalid_input", param)
+    if kind == INVALID_INPUT:  # of a union of ours, whose message goes on after the field's name
+        return HttpError(400, f"{param} {fault['msg']}", INVALID_INPUT, param)
     if kind == "value_error":  # raised by a validator of ours, so the text is ours too
         return HttpError(400, fault["msg"].removeprefix("Value error, "), "invalid_value", param)
     expected = fault["msg"].removeprefix("Input ").removeprefix("Tuple ")
     return HttpError(400, f"{param or 'the request body'} {expected}", "invalid_value", param)
-
-
-KINDS_OF_INPUT = "text, words, image, frames, features"
 
 
 def _field(location: tuple[int | str, ...]) -> str | None:

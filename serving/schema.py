@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from seqmodels.config import Strict
 from seqmodels.decoding.params import SearchParams
+from serving.errors import INVALID_INPUT
 
 Base64 = Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})]
 T = TypeVar("T")
@@ -63,6 +64,11 @@ def _kind(value: Any) -> str | None:
     return None
 
 
+def _one_of(expected: str) -> Discriminator:
+    return Discriminator(_kind, custom_error_type=INVALID_INPUT, custom_error_message=f"is neither {expected}")
+
+
+ITEM = "a string nor an object with exactly one of text, words, image, frames, features"
 Item: TypeAlias = Annotated[
     Annotated[str, Tag("~string")]
     | Annotated[TextInput, Tag("~text")]
@@ -70,7 +76,7 @@ Item: TypeAlias = Annotated[
     | Annotated[ImageInput, Tag("~image")]
     | Annotated[FramesInput, Tag("~frames")]
     | Annotated[FeaturesInput, Tag("~features")],
-    Discriminator(_kind),
+    _one_of(ITEM),
 ]
 Items: TypeAlias = Annotated[
     Annotated[str, Tag("~string")]
@@ -80,11 +86,11 @@ Items: TypeAlias = Annotated[
     | Annotated[FramesInput, Tag("~frames")]
     | Annotated[FeaturesInput, Tag("~features")]
     | Annotated[Many[Item], Tag("~list")],
-    Discriminator(_kind),
+    _one_of(f"{ITEM}, nor a list of these"),
 ]
 OneOrMany: TypeAlias = Annotated[
     Annotated[str, Tag("~string")] | Annotated[Many[str], Tag("~list")],
-    Discriminator(_kind),
+    _one_of("a string nor a list of strings"),
 ]
 
 

@@ -129,6 +129,8 @@ def test_models(server: InProcess) -> None:
 
 def test_health(server: InProcess) -> None:
     assert server.get("/healthz").json() == {"alive": True}
+    head = server.request("HEAD", "/healthz")
+    assert head.status_code == 200 and head.content == b""
     report = server.get("/readyz")
     assert report.status_code == 200 and report.json()["ready"] and report.json()["num_threads"] >= 1
     assert report.json()["models"]["mood"] == {"rows_live": 0, "rows_total": 256, "waiting": 0, "batch_invariant": True}
@@ -315,6 +317,22 @@ BAD_BYTES: list[tuple[bytes, int, str]] = [
 def test_bad_bytes(server: InProcess, content: bytes, status: int, code: str) -> None:
     response = server.request("POST", "/v1/translate", content=content, headers={"content-type": "application/json"})
     assert error_of(response, status)["code"] == code
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"inputs": "\\ud800"}', "hex escape"),
+        (b'{"inputs": ' + b"[" * 1000 + b"]" * 1000 + b"}", "recursion limit"),
+        (b'{"inputs": "x"', "EOF"),
+        (b'{"inputs": "x", "seed": ' + b"9" * 5000 + b"}", "number out of range"),
+        (b'{"targets": 3}', "targets is neither a string nor a list of strings"),
+        (b'{"targets": "a", "inputs": 3}', "inputs is neither a string nor an object with exactly one of text, words"),
+    ],
+)
+def test_the_reason_is_told(server: InProcess, content: bytes, message: str) -> None:
+    response = server.request("POST", "/v1/score", content=content, headers={"content-type": "application/json"})
+    assert message in error_of(response, 400)["message"]
 
 
 def test_names_of_unknown_fields_are_not_echoed_at_any_length(server: InProcess) -> None:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,35 +27,52 @@ KEY = "a key that only this test knows"
 START_S = 120
 
 
-@pytest.fixture(scope="module")
-def address(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    directory = tmp_path_factory.mktemp("service")
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def begin(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    with log.open("w") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "serving", *arguments],
+            cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "SEQMODELS_API_KEYS": KEY},
+        )  # fmt: skip
+
+
+def end(service: subprocess.Popen[bytes], log: Path, number: signal.Signals) -> None:
+    """Send a signal; the service must end by itself, in peace."""
+    try:
+        service.send_signal(number)
+        assert service.wait(60) == 0, log.read_text()
+        assert "Traceback" not in log.read_text() and "ERROR" not in log.read_text(), log.read_text()
+    finally:
+        if service.poll() is None:
+            service.kill()
+
+
+def wait_until(ready: Callable[[], bool], service: subprocess.Popen[bytes], log: Path) -> None:
+    limit = time.monotonic() + START_S
+    while not ready():
+        assert service.poll() is None and time.monotonic() < limit, log.read_text()
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def address(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    directory, port = tmp_path_factory.mktemp("service"), free_port()
     config = {"models": models, "port": port, "limits": {"max_new_tokens": 4000}, "drain_s": 5.0}
     (directory / "service.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     log = directory / "log"
-    with log.open("w") as out:
-        service = subprocess.Popen(
-            [sys.executable, "-m", "serving", str(directory / "service.yaml")],
-            cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "SEQMODELS_API_KEYS": KEY},
-        )  # fmt: skip
+    service = begin(log, str(directory / "service.yaml"))
     try:
-        limit = time.monotonic() + START_S
-        while f"serving {', '.join(models)} at" not in log.read_text():
-            assert service.poll() is None and time.monotonic() < limit, log.read_text()
-            time.sleep(0.2)
+        wait_until(lambda: f"serving {', '.join(models)} at" in log.read_text(), service, log)
         yield f"http://127.0.0.1:{port}"
-        service.send_signal(signal.SIGINT)
-        assert service.wait(60) == 0
-        assert "Traceback" not in log.read_text() and "ERROR" not in log.read_text(), log.read_text()
-        with pytest.raises(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            pass
     finally:
-        if service.poll() is None:
-            service.send_signal(signal.SIGTERM)
-            service.wait(60)
+        end(service, log, signal.SIGINT)
+    with pytest.raises(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +161,22 @@ def test_deadline(address: str) -> None:
     body = {"max_new_tokens": 4000, "min_new_tokens": 4000}
     response = httpx.post(f"{address}/v1/generate", json=body, headers=headers)
     assert response.status_code == 408 and response.json()["error"]["code"] == "deadline_passed"
+
+
+@pytest.mark.parametrize("moment", ["as soon as it is ready", "while the models load"])
+def test_an_early_sigterm_ends_it_in_peace(moment: str, models: dict[str, str], tmp_path: Path) -> None:
+    log, port = tmp_path / "log", free_port()
+    service = begin(log, f"mood={models['mood']}", "--port", str(port))
+    try:
+        wait_until(lambda: answers(port, "/healthz" if moment.startswith("while") else "/readyz"), service, log)
+    finally:
+        end(service, log, signal.SIGTERM)
+
+
+def answers(port: int, path: str) -> bool:
+    """Whether anything at all comes back, and from /readyz a yes."""
+    try:
+        response = httpx.get(f"http://127.0.0.1:{port}{path}")
+    except httpx.HTTPError:
+        return False
+    return path != "/readyz" or response.status_code == 200
