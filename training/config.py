@@ -271,7 +271,8 @@ def parse_recipe(fields: Mapping[str, Any]) -> Recipe:
 
 def _check_model(recipe: Recipe) -> None:
     for part, name in (("encoder", "vocab_size"), ("encoder", "feature_size"), ("decoder", "vocab_size")):
-        if name in (recipe.model.get(part) or {}):
+        section = recipe.model.get(part)
+        if isinstance(section, dict) and name in section:
             raise ConfigError(f"model.{part}.{name} is decided by the data; remove it")
     for name in ("labels", "max_source_length"):
         if name in recipe.model:

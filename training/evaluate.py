@@ -4,7 +4,6 @@ Generated text is generated freely, with the directory's own search defaults. A 
 likelihood, forward only, the state carried from chunk to chunk.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,10 +118,13 @@ def _score_texts(rows: Sequence[Row], texts: Sequence[str], nll: float) -> Evalu
 
 @torch.no_grad()
 def _mean_nll(directory: Path, rows: Sequence[Row], codec: Codec, device: str) -> float:
-    """Nats per target, each target given those before it; rows that do not fit the model are left out."""
+    """Nats per target, each target given those before it; rows that do not fit the model are left out.
+
+    Raises DataError where nothing is left: 0 would look like the best of all scores.
+    """
     examples = codec.encode(rows)
     if not examples:
-        return math.nan
+        raise DataError("every row to evaluate on is longer than the model or data.max_target_length allows")
     model = load_pretrained(directory, device).model
     batches = Buckets(examples, codec, NLL_TOKENS_PER_BATCH, NLL_ROWS_PER_BATCH, seed=0)
     total, count = 0.0, 0
@@ -130,7 +132,9 @@ def _mean_nll(directory: Path, rows: Sequence[Row], codec: Codec, device: str) -
         out = model(**{name: value.to(device) for name, value in batches.batch(0, index).items()})
         total += float(out.nll) * int(out.num_targets)
         count += int(out.num_targets)
-    return total / max(1, count)
+    if not count:
+        raise DataError(f"no row to evaluate on has a label that the model knows ({', '.join(codec.config.labels)})")
+    return total / count
 
 
 @torch.no_grad()

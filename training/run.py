@@ -10,7 +10,7 @@ config.json, model.safetensors, README.md, report.html, finished.json      at th
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,8 @@ def _prepare(
     """Tokenizers and labels: trained and written, or read back and checked."""
     data = fingerprint(dict(rows))
     if saved is None:
+        if recipe.init_from is None and (recipe.input == "text" or recipe.makes_text):
+            reporter.say(f"training the {recipe.data.tokenizer.kind} tokenizer on {len(rows['train'])} rows")
         codec = Codec.train(recipe, rows["train"])
         _write_run(directory, recipe, codec, data)
         return codec
@@ -215,7 +217,19 @@ def _introduce(
     )
     if left_out:
         reporter.say(f"{left_out} examples are left out, being longer than data.max_input_length or max_target_length")
+    if codec.config.labels:
+        unseen = {label for row in rows["validation"] for label in row.references} - set(codec.config.labels)
+        if unseen:
+            reporter.say(
+                f"the training split lacks labels of the validation split, which can never be right: {_some(unseen)}"
+            )
     reporter.show_examples(examples[:NUM_EXAMPLES_SHOWN], codec)
+
+
+def _some(names: Iterable[str]) -> str:
+    """Up to five, by the alphabet."""
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _data_name(recipe: Recipe) -> str:

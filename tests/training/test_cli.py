@@ -110,6 +110,8 @@ def test_evaluate_takes_search_options_and_a_baseline(tmp_path: Path, capsys: py
         (["train", "nothing.yaml"], "nothing.yaml"),
         (["train", "recipes/demo/sentiment.yaml", "run.sed=1"], "did you mean seed"),
         (["train", "recipes/sst2.yaml", "data.path=nowhere"], "does not exist"),
+        (["train", "recipes/sst2.yaml", "model.encoder=5"], "model.encoder"),
+        (["train", "recipes/sst2.yaml", "data.cut.test=-1"], "data.cut.test: Input should be greater than 0 (got -1)"),
         (["evaluate", "recipes"], "recipe.yaml"),
     ],
 )
@@ -125,6 +127,19 @@ def test_a_mistake_is_one_line_and_exit_2(
     assert main([*arguments, *extra]) == 2
     captured = capsys.readouterr()
     assert words in captured.err and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+
+
+def test_labels_that_only_the_validation_split_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = {"train": ["a good film,yes", "a bad film,no"] * 10, "validation": ["a fine film,maybe", "a good film,yes"]}
+    for name, rows in lines.items():
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    data = {"path": str(tmp_path), "columns": {"input": "text", "target": "label"}, "tokenizer": WORDS}
+    path = write_recipe(tmp_path / "recipe.yaml", data=data)
+    assert main(["train", path, f"run.output_dir={tmp_path / 'some'}"]) == 0
+    assert "can never be right: maybe" in capsys.readouterr().out
+    (tmp_path / "validation.csv").write_text("text,label\na fine film,maybe\n")
+    assert main(["train", path, f"run.output_dir={tmp_path / 'none'}"]) == 2
+    assert "has a label that the model knows (no, yes)" in capsys.readouterr().err
 
 
 def test_a_bad_recipe_fails_before_torch_is_needed(tmp_path: Path) -> None:

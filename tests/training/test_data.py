@@ -61,7 +61,8 @@ def test_a_folder_of_splits_and_a_column_map(tmp_path: Path) -> None:
     [
         ([("a", 1), ("b", 0)], {}, ["validation", "data.cut.validation=0.1", "train"]),
         ([("a", 1), ("b", -1)], {"cut": {"validation": 1}}, ["unlabelled", "label is -1", "data.cut"]),
-        ([("a", 1), ("b", "")], {"cut": {"validation": 1}}, ["unlabelled"]),
+        ([("a", 1), ("b", "")], {"cut": {"validation": 1}}, ["split train, row 2 is unlabelled", "label it or remove"]),
+        ([], {"cut": {"validation": 1}}, ["it has no rows"]),
         ([("a", 1), ("b", 7)], {"cut": {"validation": 1}, "label_names": ["x", "y"]}, ["label 7", "data.label_names"]),
         ([("a", 1), ("b", 0)], {"columns": {"input": "txt", "target": "label"}}, ["'txt'", "text", "data.columns"]),
         ([("a", 1), ("b", 0)], {"splits": {"train": "treinta"}}, ["'treinta'", "data.splits.train"]),
@@ -85,6 +86,20 @@ def test_a_missing_path_an_odd_file_and_an_unknown_name(tmp_path: Path) -> None:
         load_rows(csv_recipe(tmp_path / "rows.xlsx"))
     with pytest.raises(DataError, match="sentiment"):
         load_rows(recipe(data={"generated": "sentimental"}))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ["cannot be loaded: No columns to parse"]),
+        (b"text,label\ncaf\xe9,1\nb,0\n", ["is not UTF-8 (byte 0xe9"]),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_why(tmp_path: Path, content: bytes, words: list[str]) -> None:
+    (tmp_path / "rows.csv").write_bytes(content)
+    with pytest.raises(DataError) as error:
+        load_rows(csv_recipe(tmp_path / "rows.csv", cut={"validation": 1}))
+    assert all(word in str(error.value) for word in words) and "data.path=..." not in str(error.value)
 
 
 def test_space_separated_columns_of_a_tagger(tmp_path: Path) -> None:

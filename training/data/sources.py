@@ -102,8 +102,18 @@ def _load_with_datasets(data: DataSection, *args: Any, **options: Any) -> dict[s
     try:
         return dict(datasets.load_dataset(*args, **options))
     except Exception as error:  # the library raises nearly everything, from OSError to bare Exception
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{_source(data)} cannot be loaded: {reason}; for a local copy set data.path=...") from None
+        advice = "" if data.path else "; for a local copy set data.path=..."
+        raise DataError(f"{_source(data)} cannot be loaded: {_reason(error)}{advice}") from None
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, from the bottom of the library's chain of exceptions."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}); convert it first"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return "it has no rows" if "corresponds to no data" in lines[0] else lines[0]
 
 
 def _read_text(path: Path, task: str) -> Table:
@@ -144,7 +154,7 @@ class _RowReader:
     def rows(self, role: str, table: Table) -> list[Row]:
         """All rows that have an input and a target; rows with an empty one are left out."""
         if not len(table):
-            raise DataError(f"{self.source}: split {role} is empty")
+            raise DataError(f"{self.source}: split {role} has no rows")
         wanted = [*([self.input_column] if self.input_column else []), *self.target_columns]
         for column in wanted:
             if column not in table[0]:
@@ -152,24 +162,22 @@ class _RowReader:
                     f"{self.source}: split {role} has no column {column!r} (it has {', '.join(table[0])}); "
                     "set data.columns"
                 )
-        rows = (self._row(role, fields) for fields in _plain(table, wanted))
+        rows = (self._row(f"split {role}, row {n}", fields) for n, fields in enumerate(_plain(table, wanted), start=1))
         kept = [row for row in rows if row.target and (row.input or row.input is None)]
         if not kept:
             raise DataError(f"{self.source}: every row of split {role} has an empty input or target")
         return kept
 
-    def _row(self, role: str, fields: Mapping[str, Any]) -> Row:
+    def _row(self, where: str, fields: Mapping[str, Any]) -> Row:
         value = fields[self.input_column] if self.input_column else None
         targets = [fields[column] for column in self.target_columns]
         if self.task == "classify":
-            return Row(self._input(value), self._label(role, targets[0]))
+            return Row(self._input(value), self._label(where, targets[0]))
         if self.task == "tag":
-            tags = tuple(self._label(role, tag) for tag in targets[0] or ())
+            tags = tuple(self._label(where, tag) for tag in targets[0] or ())
             row = Row(self._input(value), tags)
             if len(tags) != len(row.input or ()):
-                raise DataError(
-                    f"{self.source}: split {role} has a row with {len(row.input or ())} steps but {len(tags)} tags"
-                )
+                raise DataError(f"{self.source}: {where} has {len(row.input or ())} steps but {len(tags)} tags")
             return row
         texts = [text for target in targets for text in (target if isinstance(target, list) else [target])]
         return Row(self._input(value), tuple(str(text) for text in texts if text))
@@ -187,11 +195,11 @@ class _RowReader:
             return str(value)
         return tuple(value.split(" ")) if isinstance(value, str) else tuple(map(str, value))
 
-    def _label(self, role: str, value: Any) -> str:
+    def _label(self, where: str, value: Any) -> str:
         if value is None or value == -1 or value == "":
             raise DataError(
-                f"{self.source}: split {role} is unlabelled ({self.target_columns[0]} is {value!r}); name another "
-                f"split in data.splits.{role}, or cut one from train with data.cut.{role}=0.1"
+                f"{self.source}: {where} is unlabelled ({self.target_columns[0]} is {value!r}); label it or remove it; "
+                "where no row of the split has a label, name another in data.splits, or cut one with data.cut"
             )
         if isinstance(value, int) and self.class_names:
             if not 0 <= value < len(self.class_names):
