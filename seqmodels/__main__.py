@@ -1,13 +1,14 @@
 """python -m seqmodels predict | generate | score MODEL_DIR: offline use of a saved model.
 
-One JSON object or one plain text per input line; one JSON object per output line, in the same order.
+One JSON object or one plain text per input line; one JSON object per output line, in the same order. A line that
+cannot be answered gets {"error": ...} in the place of its answer, and the exit status is 1 in the end.
 """
 
 import argparse
-import io
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ import torch
 
 from seqmodels.decoding.params import SearchParams
 from seqmodels.errors import InputError, SeqModelsError
-from seqmodels.pipeline import Pipeline
+from seqmodels.pipeline import Job, Pipeline
 
 CHUNK = 256  # lines read, answered and written together
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 where some lines could not be answered, 2 for a mistake in the command."""
     options = _parser().parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -29,15 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pipeline = Pipeline.from_pretrained(options.model, options.device, options.max_rows)
         _check_command(options.command, pipeline)
         with _opened(options.input) as lines:
-            _answer_all(pipeline, options, lines)
+            failed = _answer_all(pipeline, options, lines)
     except SeqModelsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         sys.stderr.close()
+        return 0
     except KeyboardInterrupt:
         return 130
-    return 0
+    if failed:
+        print(f"error: {failed} lines could not be answered; each says why in its place", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,77 +96,83 @@ def _check_command(command: str, pipeline: Pipeline) -> None:
         raise InputError(f"{command} does not fit this model, which is a {pipeline.config.architecture}: use {fitting}")
 
 
-def _opened(name: str) -> Any:
+def _opened(name: str) -> AbstractContextManager[Iterable[bytes]]:
     if name == "-":
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # by default it lets broken bytes pass
-        return sys.stdin
+        return nullcontext(sys.stdin.buffer)
     try:
-        return Path(name).open(encoding="utf-8")
+        return Path(name).open("rb")
     except OSError as error:
         raise InputError(f"cannot read {name}: {error.strerror}") from None
 
 
-def _answer_all(pipeline: Pipeline, options: argparse.Namespace, lines: Iterable[str]) -> None:
+def _answer_all(pipeline: Pipeline, options: argparse.Namespace, lines: Iterable[bytes]) -> int:
+    """Print an answer or an error for each line; returns the number of errors. Raises InputError for a bad option."""
     params = {name: getattr(options, name, None) for name in SearchParams.model_fields}
     params = {name: value for name, value in params.items() if value is not None}
-    numbered = enumerate(_decoded(lines), start=1)
-    while chunk := list(islice(numbered, CHUNK)):
-        jobs = []
-        for number, line in chunk:
-            item = _item(line, number)
-            where = f"line {number}"
-            try:
-                if options.command == "score":
-                    jobs.append(
-                        pipeline.prepare_score(*_with_target(item, where), truncate=options.truncate, field=where)
-                    )
-                else:
-                    jobs.append(pipeline.prepare(item, params, truncate=options.truncate, field=where))
-            except InputError as error:
-                place = "" if error.param in params else f"{where}: "
-                raise InputError(f"{place}{error}") from None
-        for answer in pipeline.run(jobs):
+    lines, failed = iter(lines), 0
+    while chunk := list(islice(lines, CHUNK)):
+        prepared = [_prepared(pipeline, options, params, line) for line in chunk]
+        answers = iter(pipeline.outcomes([job for job in prepared if isinstance(job, Job)]))
+        for job in prepared:
+            answer = next(answers) if isinstance(job, Job) else job
+            if isinstance(answer, SeqModelsError):
+                failed += 1
+                answer = {"error": {"message": str(answer), "code": getattr(answer, "code", "invalid_value")}}
             print(json.dumps(answer, ensure_ascii=False))
+    return failed
 
 
-def _decoded(lines: Iterable[str]) -> Iterator[str]:
+def _prepared(
+    pipeline: Pipeline, options: argparse.Namespace, params: dict[str, Any], line: bytes
+) -> Job | SeqModelsError:
     try:
-        for line in lines:
-            yield line.rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"the input is not UTF-8: {error.reason}") from None
+        item = _item(line)
+        if options.command == "score":
+            item, target = _with_target(item)
+            return pipeline.prepare_score(
+                item, target, truncate=options.truncate, field="the input", target_field="the target"
+            )
+        return pipeline.prepare(item, params, truncate=options.truncate, field="the input")
+    except InputError as error:
+        if error.param in params:  # it would be wrong for every line
+            raise
+        return error
 
 
-def _item(line: str, number: int) -> Any:
+def _item(line: bytes) -> Any:
     """A line as `Pipeline.prepare` takes it; the files that it names are read."""
-    if not line.lstrip().startswith("{"):
-        return line
     try:
-        item = json.loads(line)
+        text = line.decode().rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise InputError("the line is not UTF-8; convert the file first") from None
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        item = json.loads(text)
     except (ValueError, RecursionError):  # more likely a damaged file than a text that begins with a brace
         raise InputError(
-            f'line {number}: begins with a brace but is no JSON; mend it, or write the text as {{"text": "..."}}'
+            'the line begins with a brace but is no JSON; mend it, or write the text as {"text": "..."}'
         ) from None
     if "image" in item:
-        item["image"] = _read(item["image"], number)
+        item["image"] = _read(item["image"])
     if isinstance(item.get("frames"), list):
-        item["frames"] = [_read(frame, number) for frame in item["frames"]]
+        item["frames"] = [_read(frame) for frame in item["frames"]]
     return item
 
 
-def _with_target(item: Any, where: str) -> tuple[Any, Any]:
+def _with_target(item: Any) -> tuple[Any, Any]:
+    """The input and the target; for a language model, which may have no prompt, the input may be left out."""
     if not isinstance(item, dict) or "target" not in item:
-        raise InputError(f'{where}: must be JSON with a "target", such as {{"text": "A dog.", "target": "Ein Hund."}}')
+        raise InputError('the line must be JSON with a "target", such as {"text": "A dog.", "target": "Ein Hund."}')
     target = item.pop("target")
-    return item, target
+    return item or None, target
 
 
-def _read(name: Any, number: int) -> bytes:
+def _read(name: Any) -> bytes:
     try:
         return Path(name).read_bytes()
     except (OSError, TypeError, ValueError):
-        raise InputError(f"line {number}: cannot read the image file {name!r}") from None
+        raise InputError(f"cannot read the image file {name!r}") from None
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Knows the sizes and kinds of every part; knows no tensor. The sizes that data de
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -16,6 +17,7 @@ Cell = Literal["rnn_tanh", "rnn_relu", "gru", "lstm"]
 AttentionKind = Literal["none", "dot", "general", "additive"]
 Pooling = Literal["last", "mean", "max", "attention"]
 Task = Literal["classify", "tag", "translate", "caption", "generate"]
+UNION_MEMBER = re.compile(r"(constrained|function)-.*|[a-z-]+\[.*\]|float|int|str|bool|tuple|dict", re.DOTALL)
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -204,13 +206,16 @@ class ModelConfig(Strict):
 
 def explain(error: ValidationError) -> str:
     """The first few faults of a validation error, each with its field and value."""
-    lines = []
-    for fault in error.errors(include_url=False)[:5]:
-        field = ".".join(str(part) for part in fault["loc"])
-        if not field:  # about several fields at once: the message names them
-            lines.append(str(fault["msg"]).removeprefix("Value error, "))
-            continue
+    faults: dict[tuple[str, str], list[str]] = {}  # by field and value: each member of a union finds a fault of its own
+    for fault in error.errors(include_url=False):
+        # pydantic also names the member of a union that it tried, such as "constrained-float": no field of ours.
+        field = ".".join(str(part) for part in fault["loc"] if not UNION_MEMBER.fullmatch(str(part)))
         value = fault.get("input")
-        shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | None) else ""
-        lines.append(f"{field}: {fault['msg'].removeprefix('Value error, ')}{shown}")
-    return "; ".join(lines)
+        shown = f" (got {value!r})" if field and isinstance(value, str | int | float | bool | None) else ""
+        messages = faults.setdefault((field, shown), [])
+        message = str(fault["msg"]).removeprefix("Value error, ")
+        if message not in messages:
+            messages.append(message)
+    # A fault without a field is about several at once, and its message names them.
+    lines = [(f"{field}: " if field else "") + " or ".join(said) + shown for (field, shown), said in faults.items()]
+    return "; ".join(lines[:5])

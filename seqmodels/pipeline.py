@@ -20,7 +20,7 @@ from seqmodels.config import explain
 from seqmodels.decoding.engine import ROW_FLOOR, Engine, Event, Failed, Finished, Request
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.search import Hypothesis
-from seqmodels.errors import InputError
+from seqmodels.errors import InputError, SeqModelsError
 from seqmodels.forward import Forward, ForwardRequest
 from seqmodels.models import SequenceGenerator
 from seqmodels.pretrained import Pretrained, load_pretrained
@@ -235,22 +235,40 @@ class Pipeline:
         return self.run([self.prepare_score(item, target, field=f"inputs[{i}]") for i, (item, target) in pairs])
 
     def run(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-        """Submit, turn until there is no work, render. Raises what a job failed with."""
+        """Answers in order. Raises what the first job that failed failed with."""
+        answers = []
+        for outcome in self.outcomes(jobs):
+            if isinstance(outcome, SeqModelsError):
+                raise outcome
+            answers.append(outcome)
+        return answers
+
+    def outcomes(self, jobs: Sequence[Job]) -> list[dict[str, Any] | SeqModelsError]:
+        """Submit, turn until there is no work, render: the answer of each job, or what it failed with.
+
+        Raises InputError where a job could never fit this pipeline's engine.
+        """
         by_id = {job.id: job for job in jobs}
-        answers: dict[str, dict[str, Any]] = {}
+        outcomes: dict[str, dict[str, Any] | SeqModelsError] = {}
         try:
             for job in jobs:
                 self.submit(job)
             while self.has_work:
                 for event in self.step():
                     if isinstance(event, Failed):
-                        raise event.error
+                        outcomes[event.request_id] = event.error
                     if isinstance(event, Finished):
-                        answers[event.request_id] = self.render(by_id[event.request_id], event.result)
+                        outcomes[event.request_id] = self._rendered(by_id[event.request_id], event)
         finally:  # an error, or Ctrl-C, leaves nobody behind for the next call to meet
             for job in jobs:
                 self.cancel(job.id)
-        return [answers[job.id] for job in jobs]
+        return [outcomes[job.id] for job in jobs]
+
+    def _rendered(self, job: Job, event: Finished) -> dict[str, Any] | SeqModelsError:
+        try:
+            return self.render(job, event.result)
+        except SeqModelsError as error:
+            return error
 
     @property
     def _tokenizer(self) -> Tokenizer:

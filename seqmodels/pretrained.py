@@ -12,7 +12,7 @@ size are checked before a weight is used.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,8 @@ T = TypeVar("T", bound=BaseModel)
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 TOKENIZER, SOURCE_TOKENIZER, TARGET_TOKENIZER = "tokenizer.json", "source_tokenizer.json", "target_tokenizer.json"
 PREPROCESSOR, GENERATION = "preprocessor_config.json", "generation_config.json"
+RECIPE = "recipe.yaml"  # a training run writes it first, and config.json last
+CHECKSUM = "sha256"  # of the weights, in the metadata of their file
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def save_pretrained(
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with _replacing(directory / WEIGHTS) as path:
         # `save_file` would let only this user read the file; a service often runs as another one.
-        path.write_bytes(save(weights, metadata={"format": "pt"}))
+        path.write_bytes(save(weights, metadata={"format": "pt", CHECKSUM: _checksum(weights)}))
     names = tokenizer_names(model.config)
     for name, tokenizer in zip(names, (source_tokenizer, target_tokenizer), strict=True):
         if name and tokenizer:
@@ -91,7 +93,10 @@ def load_pretrained(directory: str | Path, device: str | torch.device = "cpu") -
     """
     directory, device = Path(directory), checked_device(device)
     if not (directory / CONFIG).is_file():
-        raise ModelDirectoryError(f"{directory} is no model directory: it has no {CONFIG}")
+        reason = f"{directory} is no model directory: it has no {CONFIG}"
+        if (directory / RECIPE).is_file():
+            reason += "; a training run was interrupted here, and the same command makes it go on to the end"
+        raise ModelDirectoryError(reason)
     try:
         config = ModelConfig.load(directory / CONFIG)
     except (ConfigError, UnicodeDecodeError) as error:
@@ -125,13 +130,30 @@ def tokenizer_names(config: ModelConfig) -> tuple[str | None, str | None]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises ModelDirectoryError where it is missing, cut short or broken."""
+    """The tensors of a safetensors file. Raises ModelDirectoryError where it is missing, cut short or broken.
+
+    A file of ours names the checksum of its tensors, which is held against them; one made elsewhere need not.
+    """
     try:
-        return load_file(path)
+        weights = load_file(path)
+        with safetensors.safe_open(path, "pt") as file:
+            expected = (file.metadata() or {}).get(CHECKSUM)
     except FileNotFoundError:
         raise ModelDirectoryError(f"{path.name} is missing from the model directory") from None
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError):
         raise ModelDirectoryError(f"{path.name} is cut short, broken or no safetensors file") from None
+    if expected not in (None, _checksum(weights)):
+        raise ModelDirectoryError(f"{path.name} does not match its own checksum; it was damaged after it was saved")
+    return weights
+
+
+def _checksum(weights: Mapping[str, Tensor]) -> str:
+    """sha256 hex over the names and bytes of contiguous tensors on the CPU."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _load_weights(config: ModelConfig, path: Path) -> Model:

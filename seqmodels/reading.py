@@ -20,6 +20,7 @@ from seqmodels.tokenizer import Tokenizer
 
 WORDS = re.compile(r"\w+|[^\w\s]")  # how a tagger splits a text that comes without words
 LARGEST_FEATURE = 1e6  # beyond any scaled series; far larger ones would overflow in a ReLU recurrence
+KINDS = ("text", "words", "image", "frames", "features")
 TAKES = {
     "text": "a string, or {'text': ...}",
     "words": "a string, {'text': ...} or {'words': [...]}",
@@ -62,6 +63,9 @@ class Reader:
 
     def read(self, item: Any, field: str, truncate: bool) -> Reading:
         """item: as `TAKES` says for this model. Too long is an error unless `truncate`, which keeps the beginning."""
+        if isinstance(item, Mapping) and len(item) > 1:
+            kinds = ", ".join(map(str, item))[:200]
+            raise InputError(f"{field} has {kinds}; an input is exactly one of {', '.join(KINDS)}", param=field)
         if self._config.input == "nothing":
             return Reading(prompt=self._prompt(item, field, truncate))
         if self._config.input == "text" and self._config.architecture == "tagger":

@@ -227,6 +227,8 @@ def test_bad_words_never_appear(pipelines: dict[str, Pipeline]) -> None:
         ("classifier", "fox " * 100, {}, TooLongError, "inputs", "takes at most 50"),
         ("classifier", "fox", {"num_beams": 2}, InputError, "num_beams", "option of generators"),
         ("tagger", {"words": ["a", ""]}, {}, InputError, "inputs", "none of them empty"),
+        ("tagger", {"words": ["a"], "text": "a"}, {}, InputError, "inputs", "has words, text; an input is exactly one"),
+        ("language model", {"text": "a", "id": 7}, {}, InputError, "inputs", "has text, id"),
         ("tagger", {"words": []}, {}, InputError, "inputs", "empty"),
         ("tagger", " \n ", {}, InputError, "inputs", "empty"),
         ("series", {"features": [[1]]}, {}, InputError, "inputs", "list of 2 numbers"),
@@ -390,16 +392,14 @@ def test_command_line_in_process(
     assert main(["generate", str(directories["captioner"]), str(tmp_path / "captions.jsonl")]) == 0
     assert "sequences" in json.loads(capsys.readouterr().out)
     (tmp_path / "cut.jsonl").write_text('{"text": "the fox"\n')
+    captions, beams = (str(directories["captioner"]), str(tmp_path / "captions.jsonl")), "--num-beams"
     mistakes = {
-        ("predict", str(directories["classifier"]), str(tmp_path / "cut.jsonl")): "line 1: begins with a brace",
         ("predict", str(directories["translator"])): "use generate or score",
         ("generate", str(directories["tagger"])): "use predict",
         ("predict", str(tmp_path)): "is no model directory",
         ("predict", str(directories["tagger"]), str(tmp_path / "nothing")): "cannot read",
-        ("generate", str(directories["captioner"]), str(tmp_path / "score.jsonl")): "line 1: this model takes",
-        ("score", str(directories["translator"]), str(tmp_path / "captions.jsonl")): "line 1",
-        ("generate", str(directories["captioner"]), str(tmp_path / "captions.jsonl"), "--num-beams", "0"): "num_beams",
-        ("generate", str(directories["captioner"]), str(tmp_path / "captions.jsonl"), "--num-beams", "999"): "256 rows",
+        ("generate", *captions, beams, "0"): "num_beams",
+        ("generate", *captions, beams, "999"): "256 rows",
     }
     for arguments, message in mistakes.items():
         assert main(list(arguments)) == 2, arguments
@@ -407,6 +407,32 @@ def test_command_line_in_process(
         assert message in error
         assert "Traceback" not in error
         assert error.count("\n") == 1
+
+
+def test_a_line_that_cannot_be_answered_says_so_in_its_place(
+    directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines: dict[bytes, str] = {
+        b"the fox": "",
+        b'{"text": "the fox"': "begins with a brace but is no JSON",
+        b"": "the text is empty",
+        b"\xff\xfe": "is not UTF-8",
+        b'{"image": "none.png"}': "cannot read the image file 'none.png'",
+        b'{"text": "a", "words": ["a"]}': "has text, words",
+        b"fox " * 100: "the input has",
+        b"a dog\r": "",
+    }
+    (tmp_path / "lines.txt").write_bytes(b"\n".join(lines))
+    assert main(["predict", str(directories["classifier"]), str(tmp_path / "lines.txt")]) == 1
+    out, err = capsys.readouterr()
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert len(answers) == len(lines) and "6 lines could not be answered" in err
+    for answer, message in zip(answers, lines.values(), strict=True):
+        assert message in answer["error"]["message"] if message else "label" in answer
+    (tmp_path / "score.jsonl").write_text('{"text": "the fox"}\n{"text": "the fox", "target": 7}\nthe fox\n')
+    assert main(["score", str(directories["translator"]), str(tmp_path / "score.jsonl")]) == 1
+    messages = [json.loads(line)["error"]["message"] for line in capsys.readouterr().out.splitlines()]
+    assert ["target" in message for message in messages] == [True] * 3
 
 
 def test_load_tells_how_busy_it_is(pipelines: dict[str, Pipeline]) -> None:

@@ -89,6 +89,12 @@ def edit_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callabl
     return edit
 
 
+def flip_one_bit_of_a_weight(directory: Path) -> None:
+    content = bytearray((directory / "model.safetensors").read_bytes())
+    content[-4] ^= 1  # the lowest bit of the last weight's mantissa, so that it stays finite
+    (directory / "model.safetensors").write_bytes(content)
+
+
 def edit_tokenizer(**fields: object) -> Callable[[Path], None]:
     def edit(directory: Path) -> None:
         path = directory / "target_tokenizer.json"
@@ -117,6 +123,8 @@ HUGE = {"vocab_size": 2_000_000_000, "embedding_size": 100_000}
         (edit_config(decoder=HUGE), "model.safetensors"),
         (edit_config(decoder={**HUGE, "embedding_size": 10**30}), "config.json asks for a size"),
         (lambda d: (d / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda d: [(d / "config.json").unlink(), (d / "recipe.yaml").touch()], "was interrupted here"),
+        (flip_one_bit_of_a_weight, "model.safetensors does not match its own checksum"),
         (write("model.safetensors", b""), "model.safetensors is cut short"),
         (write("model.safetensors", b"\xff" * 100), "model.safetensors is cut short"),
         (write("model.safetensors", pickle.dumps({"a": 1})), "model.safetensors is cut short"),
