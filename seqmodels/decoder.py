@@ -1,10 +1,8 @@
 """Decoder: embed -> Recurrent -> attend -> logits.
 
 Attention looks from the recurrent output (Luong et al. 2015, without input feeding), so training is one fused call
-over all T and a few batched products, with no loop over time.
+over all T and a few batched products, with no loop over time. A search goes step by step, through `Stepper`.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +12,6 @@ from seqmodels.attention import Attention
 from seqmodels.config import DecoderConfig
 from seqmodels.recurrent import Recurrent
 from seqmodels.state import Memory, State
-
-Memories = Sequence[tuple[Memory, int]]  # a lane's memory (R, S, D) and its beam width K: rows R·K, request by request
 
 
 class Decoder(nn.Module):
@@ -66,8 +62,12 @@ class Decoder(nn.Module):
 
     def project(self, features: Tensor) -> Tensor:
         """(..., E) -> logits (..., V)."""
-        weight = self.embedding.weight if self.output_weight is None else self.output_weight
-        return F.linear(features, weight, self.output_bias)
+        return F.linear(features, self.output_matrix, self.output_bias)
+
+    @property
+    def output_matrix(self) -> Tensor:
+        """(V, E)"""
+        return self.embedding.weight if self.output_weight is None else self.output_weight
 
     def attend(self, outputs: Tensor, memory: Memory | None) -> Tensor | None:
         """outputs (B, T, H) -> context (B, T, D), or None without attention."""
@@ -79,24 +79,3 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, state: State, memory: Memory | None = None) -> tuple[Tensor, State]:
         outputs, state = self.read(tokens, state)
         return self.project(self.features(outputs, self.attend(outputs, memory))), state
-
-    def step(self, tokens: Tensor, state: State, memories: Memories) -> tuple[Tensor, State]:
-        """One token for all live rows. tokens (N,), rows lane by lane -> (logits (N, V), State)."""
-        outputs, state = self.read(tokens[:, None], state)
-        context = self._attend_lanes(outputs[:, 0], memories)
-        return self.project(self.features(outputs[:, 0], context)), state
-
-    def _attend_lanes(self, outputs: Tensor, memories: Memories) -> Tensor | None:
-        """outputs (N, H) -> context (N, D): the K beams of a request are K queries of its one memory row.
-
-        Rows beyond those of the memories are padding."""
-        if self.attention is None:
-            return None
-        queries, contexts, first = self.attention.query(outputs), [], 0
-        for memory, width in memories:
-            rows = memory.num_rows * width
-            lane = queries[first : first + rows].view(memory.num_rows, width, -1)
-            contexts.append(self.attention(lane, memory)[0].flatten(0, 1))
-            first += rows
-        contexts.append(contexts[0][:1].expand(len(outputs) - first, -1))  # padding rows are nobody's
-        return torch.cat(contexts)

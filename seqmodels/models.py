@@ -1,7 +1,7 @@
 """SequenceClassifier, SequenceTagger and SequenceGenerator: short combinations of the parts.
 
-All three share one call, `out = model(**batch)`, so one task-blind loop trains everything. A generator adds what a
-search needs: `encode`, `start`, `read` and `step`.
+All three share one call, `out = model(**batch)`, so one task-blind loop trains everything. A generator adds `encode`
+and `start`; a search goes on from there step by step, through `Stepper`.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqmodels.config import ModelConfig
-from seqmodels.decoder import Decoder, Memories
+from seqmodels.decoder import Decoder
 from seqmodels.encoders import build_encoder
 from seqmodels.state import Memory, State
 
@@ -144,14 +144,6 @@ class SequenceGenerator(nn.Module):
     def start(self, memory: Memory | None, rows: int) -> State:
         """The state of each row before its first token."""
         return self.decoder.start(memory, rows)
-
-    def read(self, tokens: Tensor, state: State) -> State:
-        """The state after a prefix (B, T) whose tokens are given."""
-        return self.decoder.read(tokens, state)[1]
-
-    def step(self, tokens: Tensor, state: State, memories: Memories) -> tuple[Tensor, State]:
-        """The only call the engine makes in its loop: tokens (N,), N rows lane by lane -> (logits (N, V), State)."""
-        return self.decoder.step(tokens, state, memories)
 
 
 Model = SequenceClassifier | SequenceTagger | SequenceGenerator

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from seqmodels.cells import CellWeights
 from seqmodels.config import Cell, RecurrentConfig
 from seqmodels.state import State
 
@@ -67,6 +68,11 @@ class Recurrent(nn.Module):
     @property
     def _parts(self) -> int:
         return 2 if self.cell == "lstm" else 1
+
+    def weights(self) -> list[CellWeights]:
+        """Of each layer of a one-directional stack."""
+        names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+        return [CellWeights(*(layer.get_parameter(name) for name in names)) for layer in self.forward_layers]
 
     def initial_state(self, rows: int) -> State:
         weight = next(self.parameters())

@@ -22,6 +22,7 @@ from seqmodels.decoding.search import Beams, Hypothesis, Samples
 from seqmodels.errors import DeadlineError, InputError, SeqModelsError
 from seqmodels.models import SequenceGenerator
 from seqmodels.state import Memory, State
+from seqmodels.stepper import Stepper
 
 T = TypeVar("T")
 
@@ -134,14 +135,14 @@ class Engine:
         prefixes read in one step, padding included, so that a burst of arrivals does not hold up those that run."""
         assert model.config.decoder is not None
         self.max_rows = max_rows
-        self._model = model
+        self._model = Stepper(model)
         self._bos, self._eos = model.config.decoder.bos_token_id, model.config.decoder.eos_token_id
         self._max_positions_per_step = max_positions_per_step
         self._row_floor = row_floor
         self._waiting: deque[Request] = deque()
         self._lanes: dict[LaneKey, Lane] = {}
-        self._device = next(model.parameters()).device
-        self._state = model.start(None, 0) if model.encoder is None else State(self._no_rows())
+        self._device = self._model.device
+        self._state = State(torch.zeros(0, self._model.state_width, device=self._device))
 
     @property
     def has_work(self) -> bool:
@@ -293,8 +294,8 @@ class Engine:
         return Rules([r.params for r in requests], [r.bad_words for r in requests], self._eos, self._device)
 
     def _key(self, request: Request) -> LaneKey:
-        attends = self._model.decoder.attention is not None
-        return LaneKey(request.params.num_beams > 1, request.params.width, self._positions(request) if attends else 0)
+        positions = self._positions(request) if self._model.attends else 0
+        return LaneKey(request.params.num_beams > 1, request.params.width, positions)
 
     def _positions(self, request: Request) -> int:
         """Memory positions of a request, padding included."""
@@ -313,7 +314,6 @@ class Engine:
             rows, tokens = _repeat_first(rows, missing), _repeat_first(tokens, missing)
         memories = [(lane.memory, lane.key.width) for lane in lanes if lane.memory]
         logits, self._state = self._model.step(tokens, self._state.select(rows), memories)
-        logits = logits.float()
         first = 0
         for lane in lanes:
             count = lane.rows.numel()
@@ -349,9 +349,6 @@ class Engine:
                 lane.search = lane.search.stop(r, index)
             if request.stream:
                 yield Progress(request.id, index, new)
-
-    def _no_rows(self) -> Tensor:
-        return torch.zeros(0, self._model.decoder.recurrent.state_width, device=self._device)
 
 
 def bucket(length: int) -> int:

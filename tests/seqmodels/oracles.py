@@ -8,6 +8,7 @@ import torch
 
 from seqmodels.decoding.params import SearchParams
 from seqmodels.models import SequenceGenerator
+from seqmodels.stepper import Stepper
 
 F32 = np.float32
 
@@ -20,7 +21,7 @@ class Found:
 
 
 class Table:
-    """A language model's logits after every history of up to `depth` tokens, by asking its `step`."""
+    """A language model's logits after every history of up to `depth` tokens, by asking its `Stepper`."""
 
     def __init__(self, model: SequenceGenerator, depth: int) -> None:
         assert model.config.decoder is not None
@@ -30,10 +31,11 @@ class Table:
         self._cache: dict[tuple[tuple[int, ...], bool], list[np.float32]] = {}
         histories: list[tuple[int, ...]] = [()]
         tokens = torch.tensor([model.config.decoder.bos_token_id] * 4)
-        state = model.start(None, 4)
+        stepper = Stepper(model)
+        state = stepper.start(None, 4)
         with torch.inference_mode():
             for _ in range(depth):
-                logits, state = model.step(tokens, state, [])
+                logits, state = stepper.step(tokens, state, [])
                 self._logits.update(zip(histories, logits, strict=False))
                 rows = torch.arange(len(histories)).repeat_interleave(self.vocab_size)
                 histories = [(*h, v) for h in histories for v in range(self.vocab_size)]

@@ -9,6 +9,7 @@ from torch import Tensor
 from seqmodels.config import ModelConfig
 from seqmodels.errors import ConfigError
 from seqmodels.models import IGNORE, SequenceGenerator
+from seqmodels.stepper import Stepper
 from tests.seqmodels.builders import make_language_model, make_model, make_translator
 
 STACK = {"hidden_size": 16, "num_layers": 2}
@@ -82,6 +83,7 @@ def test_a_generated_row_depends_on_itself_alone(kind: str, attention: str) -> N
         assert torch.equal(logprobs[keep], other[keep])
 
 
+@torch.inference_mode()
 @pytest.mark.parametrize("attention", ["none", "dot", "general", "additive"])
 def test_steps_equal_the_whole(attention: str) -> None:
     """The search's `step`, one token and lanes of beams at a time, against teacher forcing over all T."""
@@ -90,10 +92,11 @@ def test_steps_equal_the_whole(attention: str) -> None:
     tokens = torch.randint(0, 40, (8, 6))  # two beams a row
     memory = model.encode(inputs, lengths)
     rows = torch.arange(4).repeat_interleave(2)
-    state = model.start(memory, 4).select(rows)
+    stepper = Stepper(model)
+    state = stepper.start(memory, 4).select(rows)
     stepped = []
     for t in range(5):
-        logits, state = model.step(tokens[:, t], state, [(memory, 2)])
+        logits, state = stepper.step(tokens[:, t], state, [(memory, 2)])
         stepped.append(logits.log_softmax(-1).gather(1, tokens[:, t + 1 : t + 2])[:, 0])
     whole = model.logprobs(tokens, torch.full((8,), 6), inputs[rows], lengths[rows])
     assert torch.allclose(torch.stack(stepped, 1), whole, atol=1e-5)

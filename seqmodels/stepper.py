@@ -1,0 +1,165 @@
+"""Stepper: a generator decoding one token at a time, which is all that the engine calls in its loop.
+
+The same equations as `Decoder` and `Recurrent`, on weights packed once for single steps; tests hold the two together.
+One kernel serves prefix and generation, so a token gives a state the same bits in either.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from seqmodels.cells import CellWeights
+from seqmodels.config import Cell
+from seqmodels.kernels import PackedLinear
+from seqmodels.models import SequenceGenerator
+from seqmodels.state import Memory, State
+
+Memories = Sequence[tuple[Memory, int]]  # a lane's memory (R, S, D) and its beam width K: rows R·K, request by request
+
+
+class Stepper:
+    """Made from a model in evaluation mode; later changes of the model's weights are not seen."""
+
+    def __init__(self, model: SequenceGenerator) -> None:
+        decoder = model.decoder
+        self.config = model.config
+        self.device = decoder.output_bias.device
+        self.attends = decoder.attention is not None
+        self.state_width = decoder.recurrent.state_width
+        self._model = model
+        self._decoder = decoder
+        cell = decoder.recurrent.cell
+        self._layers = [_STEPS[cell](weights, cell) for weights in decoder.recurrent.weights()]
+        self._hidden_size = decoder.recurrent.hidden_size
+        self._residual = decoder.recurrent.residual
+        self._combine = decoder.combine and PackedLinear(decoder.combine.weight, decoder.combine.bias)
+        self._project = PackedLinear(decoder.output_matrix, decoder.output_bias)
+
+    def encode(self, inputs: Tensor, lengths: Tensor | None) -> Memory:
+        """inputs as the encoder takes them -> Memory with the attention's keys in place."""
+        return self._model.encode(inputs, lengths)
+
+    def start(self, memory: Memory | None, rows: int) -> State:
+        """The state of each row before its first token."""
+        return self._model.start(memory, rows)
+
+    def read(self, tokens: Tensor, state: State) -> State:
+        """The state after a prefix (B, T) whose tokens are given."""
+        for step in tokens.unbind(1):
+            _, state = self._recur(step, state)
+        return state
+
+    def step(self, tokens: Tensor, state: State, memories: Memories) -> tuple[Tensor, State]:
+        """One token for all live rows. tokens (N,), rows lane by lane -> (logits (N, V) of float32, State).
+
+        Rows beyond those of the memories are padding, and what they get is nobody's.
+        """
+        outputs, state = self._recur(tokens, state)
+        if self.attends:
+            outputs = torch.cat([outputs, self._attend(outputs, memories)], dim=1)
+        if self._combine is not None:
+            outputs = self._combine(outputs).tanh_()
+        return self._project(outputs).float(), state
+
+    def _recur(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """tokens (N,) through embedding and recurrence: outputs (N, H)."""
+        x = self._decoder.embedding(tokens)
+        parts = state.values.view(len(tokens), -1, len(self._layers), self._hidden_size).unbind(1)
+        after = []
+        for index, layer in enumerate(self._layers):
+            new = layer(x, *(part[:, index] for part in parts))
+            x = new[0] + x if self._residual and index > 0 else new[0]
+            after.append(new)
+        return x, State(torch.cat([part for kind in zip(*after, strict=True) for part in kind], dim=1))
+
+    def _attend(self, outputs: Tensor, memories: Memories) -> Tensor:
+        """outputs (N, H) -> context (N, D): the K beams of a request are K queries of its one memory row."""
+        attention = self._decoder.attention
+        assert attention is not None
+        queries, contexts, first = attention.query(outputs), [], 0
+        for memory, width in memories:
+            rows = memory.num_rows * width
+            lane = queries[first : first + rows].view(memory.num_rows, width, -1)
+            contexts.append(attention(lane, memory)[0].flatten(0, 1))
+            first += rows
+        contexts.append(contexts[0][:1].expand(len(outputs) - first, -1))
+        return torch.cat(contexts)
+
+
+class _VanillaStep:
+    """One step of one layer: (x (N, D), hidden (N, H)) -> (hidden,). The equations stand in cells.py."""
+
+    def __init__(self, weights: CellWeights, cell: Cell) -> None:
+        self._activate = torch.relu_ if cell == "rnn_relu" else torch.tanh_
+        self._total = PackedLinear(
+            torch.cat([weights.input, weights.recurrent], 1), weights.input_bias + weights.recurrent_bias
+        )
+
+    def __call__(self, x: Tensor, hidden: Tensor) -> tuple[Tensor]:
+        return (self._activate(self._total(torch.cat([x, hidden], 1))),)
+
+
+class _GruStep:
+    """(x (N, D), hidden (N, H)) -> (hidden,). The candidate needs its two products apart, so they are not packed."""
+
+    def __init__(self, weights: CellWeights, cell: Cell) -> None:
+        halves = _halves(weights, gates=3, sigmoids=(0, 1))  # torch's order: reset, update, candidate
+        self._from_input = PackedLinear(halves.input, halves.input_bias)
+        self._from_hidden = PackedLinear(halves.recurrent, halves.recurrent_bias)
+
+    def __call__(self, x: Tensor, hidden: Tensor) -> tuple[Tensor]:
+        both = 2 * hidden.shape[1]
+        from_input, from_hidden = self._from_input(x), self._from_hidden(hidden.contiguous())
+        reset, update = _sigmoid_of_half(from_input[:, :both] + from_hidden[:, :both]).chunk(2, dim=1)
+        candidate = torch.addcmul(from_input[:, both:], reset, from_hidden[:, both:]).tanh_()
+        return (candidate.lerp(hidden, update),)
+
+
+class _LstmStep:
+    """(x (N, D), hidden (N, H), cell (N, H)) -> (hidden, cell). One product gives all gates of a step."""
+
+    def __init__(self, weights: CellWeights, cell: Cell) -> None:
+        halves = _halves(weights, gates=4, sigmoids=(0, 1, 3))
+        weight = torch.cat([halves.input, halves.recurrent], 1)
+        bias = halves.input_bias + halves.recurrent_bias
+        # torch's order is i f g o; the three sigmoids stand together here, the candidate last.
+        self._gates = PackedLinear(*(torch.cat([i, f, o, g]) for i, f, g, o in (weight.chunk(4), bias.chunk(4))))
+
+    def __call__(self, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        size = hidden.shape[1]
+        total = self._gates(torch.cat([x, hidden], 1)).tanh_()
+        gates, candidate = total[:, : 3 * size], total[:, 3 * size :]
+        i, f, o = gates.add_(1).mul_(0.5).chunk(3, dim=1)
+        new_cell = torch.addcmul(f * cell, i, candidate)
+        return new_cell.tanh().mul_(o), new_cell
+
+
+def _halves(weights: CellWeights, gates: int, sigmoids: tuple[int, ...]) -> CellWeights:
+    """Weights with the rows of some gates halved, since sigmoid(x) = (tanh(x / 2) + 1) / 2.
+
+    Halving is exact. One tanh for all gates is faster, and torch's sigmoid gives an element other last bits when it
+    stands at the end of a tensor, so that a row's would depend on the number of rows.
+    """
+    scale = torch.ones(gates, 1, device=weights.input.device)
+    scale[list(sigmoids)] = 0.5
+    scale = scale.expand(-1, weights.recurrent.shape[1]).reshape(-1, 1)
+    return CellWeights(
+        weights.input * scale,
+        weights.recurrent * scale,
+        weights.input_bias * scale[:, 0],
+        weights.recurrent_bias * scale[:, 0],
+    )
+
+
+def _sigmoid_of_half(x: Tensor) -> Tensor:
+    """sigmoid(2 x), in place."""
+    return x.tanh_().add_(1).mul_(0.5)
+
+
+_STEPS: dict[Cell, type[_VanillaStep | _GruStep | _LstmStep]] = {
+    "rnn_tanh": _VanillaStep,
+    "rnn_relu": _VanillaStep,
+    "gru": _GruStep,
+    "lstm": _LstmStep,
+}
