@@ -15,7 +15,7 @@ class PackedLinear:
 
     On a CPU with oneDNN the weight is reordered once into the blocks that its kernels read; `F.linear` goes through
     another library, two to four times slower for the few rows of a step on the machines measured, and gives other
-    last bits to 1 to 3 rows. The weights are copied: a later change of the originals is not seen.
+    last bits to 1 to 3 rows. A later change of the given weight may not be seen.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,16 @@ class Memory:
         keys = None if self.keys is None else self.keys.index_select(0, rows)
         return Memory(
             self.values.index_select(0, rows), self.mask.index_select(0, rows), self.summary.index_select(0, rows), keys
+        )
+
+    def padded(self, positions: int) -> "Memory":
+        """The same with S filled up to so many positions, which are masked; unchanged where S is as large."""
+        missing = positions - self.values.shape[1]
+        if missing <= 0:
+            return self
+        keys = None if self.keys is None else F.pad(self.keys, (0, 0, 0, missing))
+        return Memory(
+            F.pad(self.values, (0, 0, 0, missing)), F.pad(self.mask, (0, missing), value=False), self.summary, keys
         )
 
     def concat(self, other: "Memory") -> "Memory":

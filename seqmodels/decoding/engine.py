@@ -28,7 +28,10 @@ T = TypeVar("T")
 
 ROW_FLOOR = 4  # with fewer rows CPU kernels take another path, and a row gets other bits
 MAX_TOKENS_PER_REQUEST = 20_000_000  # of all its outputs, since room for them is made at the start
-BUCKETS = (12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+BUCKETS = (12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # padded lengths of what an encoder reads
+# Padded lengths of what attention looks at: few, because a lane costs more per step than padding does. Over 12, from
+# where on the masked product of a CPU gives the same bits for every padding.
+LANES = (32, 128, 512, 1024)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,16 +129,17 @@ class Engine:
 
     def __init__(
         self,
-        model: SequenceGenerator,
+        model: SequenceGenerator | Stepper,
         max_rows: int = 256,
         max_positions_per_step: int = 4096,
         row_floor: int = ROW_FLOOR,
     ) -> None:
-        """max_rows: decoder rows (beams of all live requests). max_positions_per_step: positions of sources and
+        """model: in evaluation mode; a Stepper made from it before saves packing its weights again.
+        max_rows: decoder rows (beams of all live requests). max_positions_per_step: positions of sources and
         prefixes read in one step, padding included, so that a burst of arrivals does not hold up those that run."""
         assert model.config.decoder is not None
         self.max_rows = max_rows
-        self._model = Stepper(model)
+        self._model = model if isinstance(model, Stepper) else Stepper(model)
         self._bos, self._eos = model.config.decoder.bos_token_id, model.config.decoder.eos_token_id
         self._max_positions_per_step = max_positions_per_step
         self._row_floor = row_floor
@@ -272,7 +276,7 @@ class Engine:
             key,
             requests,
             self._start_search(key, requests),
-            memory.select(index) if memory and key.positions else None,
+            memory.select(index).padded(key.positions) if memory and key.positions else None,
             rows,
             self._rules(requests),
             [[0] * key.width for _ in requests],
@@ -294,7 +298,9 @@ class Engine:
         return Rules([r.params for r in requests], [r.bad_words for r in requests], self._eos, self._device)
 
     def _key(self, request: Request) -> LaneKey:
-        positions = self._positions(request) if self._model.attends else 0
+        positions = 0
+        if self._model.attends and request.inputs is not None:
+            positions = bucket(len(request.inputs), LANES) if has_steps(request.inputs) else 1
         return LaneKey(request.params.num_beams > 1, request.params.width, positions)
 
     def _positions(self, request: Request) -> int:
@@ -351,12 +357,12 @@ class Engine:
                 yield Progress(request.id, index, new)
 
 
-def bucket(length: int) -> int:
-    """The padded length for an input: the next of BUCKETS, or the next multiple of the last one."""
-    for size in BUCKETS:
+def bucket(length: int, sizes: Sequence[int] = BUCKETS) -> int:
+    """The padded length for an input: the next of the sizes, or the next multiple of the last one."""
+    for size in sizes:
         if length <= size:
             return size
-    return -(-length // BUCKETS[-1]) * BUCKETS[-1]
+    return -(-length // sizes[-1]) * sizes[-1]
 
 
 def has_steps(inputs: Tensor) -> bool:

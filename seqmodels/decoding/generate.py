@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from seqmodels.decoding.engine import ROW_FLOOR, Engine, Failed, Finished, Request
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.models import SequenceGenerator
+from seqmodels.stepper import Stepper
 
 
 def generate(
-    model: SequenceGenerator, requests: Sequence[Request], max_rows: int = 256, row_floor: int = ROW_FLOOR
+    model: SequenceGenerator | Stepper, requests: Sequence[Request], max_rows: int = 256, row_floor: int = ROW_FLOOR
 ) -> list[list[Hypothesis]]:
     """The hypotheses of each request, in order. Raises what a request failed with."""
     engine = Engine(model, max_rows, row_floor=row_floor)

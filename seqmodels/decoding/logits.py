@@ -59,7 +59,7 @@ class Rules:
         self._temperature = self._asked([p.temperature for p in params], neutral=1.0)
         self._top_k = self._asked([p.top_k for p in params], neutral=0)
         self._top_p = self._asked([p.top_p for p in params], neutral=1.0)
-        self._may_ban_all = bool(self._ngrams or self._bad_words or self._min_new_tokens)
+        self._may_ban_all = bool(self._ngrams or self._bad_words)  # what bans EOS alone leaves other tokens
 
     def _asked(self, values: Sequence[float], neutral: float) -> tuple[Tensor, Tensor] | None:
         """The requests that set an option, and their values; None where nobody does."""

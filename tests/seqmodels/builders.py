@@ -34,7 +34,8 @@ def make_language_model(
 
 def make_translator(
     seed: int = 0, vocab_size: int = 40, hidden_size: int = 16, cell: str = "lstm", attention: str = "general",
-    scale: float = 1.5, num_layers: int = 1, embedding_size: int = 16,
+    scale: float = 1.5, num_layers: int = 1, embedding_size: int = 16, residual: bool = False,
+    tie_embeddings: bool = False,
 ) -> SequenceGenerator:  # fmt: skip
     encoder = {
         "input": "text",
@@ -45,8 +46,9 @@ def make_translator(
     decoder = {
         "vocab_size": vocab_size,
         "embedding_size": embedding_size,
-        "recurrent": {"cell": cell, "hidden_size": hidden_size, "num_layers": num_layers},
+        "recurrent": {"cell": cell, "hidden_size": hidden_size, "num_layers": num_layers, "residual": residual},
         "attention": attention,
+        "tie_embeddings": tie_embeddings,
     }
     model = make_model(seed, scale, architecture="generator", encoder=encoder, decoder=decoder)
     assert isinstance(model, SequenceGenerator)

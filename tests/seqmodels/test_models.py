@@ -84,10 +84,12 @@ def test_a_generated_row_depends_on_itself_alone(kind: str, attention: str) -> N
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("variant", [{}, {"residual": True, "tie_embeddings": True}])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "gru", "lstm"])
 @pytest.mark.parametrize("attention", ["none", "dot", "general", "additive"])
-def test_steps_equal_the_whole(attention: str) -> None:
+def test_steps_equal_the_whole(attention: str, cell: str, variant: dict[str, bool]) -> None:
     """The search's `step`, one token and lanes of beams at a time, against teacher forcing over all T."""
-    model = make_translator(1, attention=attention, num_layers=2)
+    model = make_translator(1, attention=attention, num_layers=3, cell=cell, scale=1.0, **variant)
     inputs, lengths = torch.randint(0, 40, (4, 9)), torch.tensor([9, 3, 5, 1])
     tokens = torch.randint(0, 40, (8, 6))  # two beams a row
     memory = model.encode(inputs, lengths)
