@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from seqmodels.config import explain
+from seqmodels.decoding.constraints import WordEdges, missing
 from seqmodels.decoding.engine import ROW_FLOOR, Engine, Event, Failed, Finished, Request
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.search import Hypothesis
@@ -27,7 +28,7 @@ from seqmodels.pretrained import Pretrained, load_pretrained
 from seqmodels.reading import Reader, Reading
 from seqmodels.rendering import Text, TextStream, render_label, render_score, render_sequence, render_tags
 from seqmodels.selftest import find_row_floor
-from seqmodels.tokenizer import BOS, EOS, Tokenizer
+from seqmodels.tokenizer import BOS, EOS, UNK, Tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,12 @@ class Pipeline:
         self._forward = Forward(pretrained.model, row_floor=floor or ROW_FLOOR)
         self._engine = None
         if isinstance(pretrained.model, SequenceGenerator):
-            self._engine = Engine(pretrained.model, max_rows, row_floor=floor or ROW_FLOOR)
+            edges = (
+                torch.tensor(flags, device=pretrained.model.decoder.output_bias.device)
+                for flags in self._tokenizer.word_edges()
+            )
+            self._edges = WordEdges(*edges)
+            self._engine = Engine(pretrained.model, max_rows, row_floor=floor or ROW_FLOOR, edges=self._edges)
 
     @classmethod
     def from_pretrained(
@@ -103,16 +109,18 @@ class Pipeline:
         search = self._search_params(params or {})
         reading = self._reader.read(item, field, truncate)
         prefix = reading.prompt + self._reader.written(search.prefix, reading.prompt, "prefix")
+        text = Text(self._tokenizer, reading.prompt, prefix, search.stop)
         request = Request(
             _new_id(),
             reading.inputs,
             search,
             prefix,
-            self._bad_words(search),
-            secrets.randbits(63) if search.seed is None else search.seed,
-            stream,
-            Text(self._tokenizer, reading.prompt, prefix, search.stop).has_stop if search.stop else None,
-            deadline,
+            bad_words=self._bad_words(search),
+            force_words=self._force_words(search),
+            seed=secrets.randbits(63) if search.seed is None else search.seed,
+            stream=stream,
+            watch=text.has_stop if search.stop else None,
+            deadline=deadline,
         )
         return Job(request, reading)
 
@@ -149,6 +157,14 @@ class Pipeline:
             for encode in (self._tokenizer.encode, self._tokenizer.encode_inside)
         ]
         return tuple(dict.fromkeys(ids for ids in spellings if ids))
+
+    def _force_words(self, search: SearchParams) -> tuple[tuple[int, ...], ...]:
+        """Each as it is spelt at the start of a word. Raises InputError for one that the vocabulary cannot spell."""
+        spellings = [tuple(self._tokenizer.encode(word)) for word in search.force_words]
+        for word, spelling in zip(search.force_words, spellings, strict=True):
+            if not spelling or UNK in spelling:
+                raise InputError(f"force_words has {word!r}, which this model has no tokens for", param="force_words")
+        return tuple(spellings)
 
     # -- submit and step -----------------------------------------------------------------------------------------
 
@@ -217,8 +233,16 @@ class Pipeline:
             render_sequence(text.of(hypothesis.tokens), hypothesis, self._tokenizer, request.params.logprobs)
             for hypothesis in result
         ]
+        if request.force_words:
+            for sequence, hypothesis in zip(sequences, result, strict=True):
+                sequence["missing_words"] = self._missing_words(request, hypothesis)
         answer: dict[str, Any] = {"sequences": sequences}
         return answer | {"seed": request.seed} if request.params.do_sample else answer
+
+    def _missing_words(self, request: Request, hypothesis: Hypothesis) -> list[str]:
+        """Those of force_words that could not be written within max_new_tokens, or at all."""
+        absent = missing(hypothesis.tokens, len(request.prefix), request.force_words, self._edges)
+        return [request.params.force_words[c] for c in absent]
 
     def _text(self, job: Job, request: Request) -> Text:
         return Text(self._tokenizer, job.reading.prompt, request.prefix, request.params.stop)

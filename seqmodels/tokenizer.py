@@ -7,6 +7,7 @@ they have seen, and write <unk> for the rest.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -112,6 +113,15 @@ class Tokenizer:
     def token(self, token_id: int) -> str:
         """The piece as the vocabulary spells it."""
         return str(self._backend.id_to_token(token_id))
+
+    def word_edges(self) -> tuple[list[bool], list[bool]]:
+        """For each token: whether its text begins within a word, and whether it ends within one, so that neighbours
+        may join. A part of a character counts as a letter."""
+        if json.loads(self._text)["decoder"] is None:  # pieces are words, joined with spaces
+            return [False] * self.vocab_size, [False] * self.vocab_size
+        texts = [str(self._backend.decode([i], skip_special_tokens=True)) for i in range(self.vocab_size)]
+        within = re.compile("[\\w\N{REPLACEMENT CHARACTER}]")
+        return [bool(within.match(text[:1])) for text in texts], [bool(within.match(text[-1:])) for text in texts]
 
     @property
     def vocab_size(self) -> int:

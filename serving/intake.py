@@ -125,7 +125,7 @@ def check_search(options: dict[str, Any], limits: Limits, names: dict[str, str] 
             shown = str(value) if value < 10**9 else "very large"
             message = f"{name} is {shown}, but this server allows at most {most}"
             raise InputError(message, param=name, code="limit_exceeded")
-    for option in ("stop", "bad_words"):
+    for option in ("stop", "bad_words", "force_words"):
         strings = options.get(option, ())
         _check_size(len(strings), limits.stop, "strings", option)
         _check_size(max(map(len, strings), default=0), limits.stop_characters, "characters in one string", option)

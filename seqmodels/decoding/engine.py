@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from seqmodels.decoding.constraints import WordEdges
 from seqmodels.decoding.logits import Rules
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.search import Beams, Hypothesis, Samples
@@ -48,6 +49,7 @@ class Request:
     params: SearchParams
     prefix: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
+    force_words: tuple[tuple[int, ...], ...] = ()
     seed: int = 0
     stream: bool = False
     watch: Callable[[int, Sequence[int]], bool] | None = None
@@ -133,14 +135,17 @@ class Engine:
         max_rows: int = 256,
         max_positions_per_step: int = 4096,
         row_floor: int = ROW_FLOOR,
+        edges: WordEdges | None = None,
     ) -> None:
         """model: in evaluation mode; a Stepper made from it before saves packing its weights again.
+        edges: of the vocabulary's words, for `force_words`; None where every token is a word.
         max_rows: decoder rows (beams of all live requests). max_positions_per_step: positions of sources and
         prefixes read in one step, padding included, so that a burst of arrivals does not hold up those that run."""
         assert model.config.decoder is not None
         self.max_rows = max_rows
         self._model = model if isinstance(model, Stepper) else Stepper(model)
         self._bos, self._eos = model.config.decoder.bos_token_id, model.config.decoder.eos_token_id
+        self._edges = edges or WordEdges.none(model.config.decoder.vocab_size, self._model.device)
         self._max_positions_per_step = max_positions_per_step
         self._row_floor = row_floor
         self._waiting: deque[Request] = deque()
@@ -295,7 +300,14 @@ class Engine:
         return Samples.begin(params, prefixes, [request.seed for request in requests], self._bos).to(self._device)
 
     def _rules(self, requests: Sequence[Request]) -> Rules:
-        return Rules([r.params for r in requests], [r.bad_words for r in requests], self._eos, self._device)
+        return Rules(
+            [r.params for r in requests],
+            [r.bad_words for r in requests],
+            [r.force_words for r in requests],
+            self._edges,
+            self._eos,
+            self._device,
+        )
 
     def _key(self, request: Request) -> LaneKey:
         positions = 0
@@ -323,10 +335,10 @@ class Engine:
         first = 0
         for lane in lanes:
             count = lane.rows.numel()
-            lane_logits, constrained = lane.rules.apply(
-                logits[first : first + count].view(*lane.rows.shape, -1), lane.search.history
-            )
-            lane.search, parents = lane.search.advance(lane_logits.log_softmax(-1), constrained, self._eos)
+            lane_logits, history = logits[first : first + count].view(*lane.rows.shape, -1), lane.search.history
+            standing = lane.rules.standing(history)
+            lane_logits, constrained = lane.rules.apply(lane_logits, history, standing)
+            lane.search, parents = lane.search.advance(lane_logits.log_softmax(-1), constrained, self._eos, standing)
             here = first + torch.arange(count, device=self._device).view_as(lane.rows)
             lane.rows = here.gather(1, parents)
             first += count

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from seqmodels.decoding.constraints import WordEdges
 from seqmodels.decoding.engine import ROW_FLOOR, Engine, Failed, Finished, Request
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.models import SequenceGenerator
@@ -9,10 +10,14 @@ from seqmodels.stepper import Stepper
 
 
 def generate(
-    model: SequenceGenerator | Stepper, requests: Sequence[Request], max_rows: int = 256, row_floor: int = ROW_FLOOR
+    model: SequenceGenerator | Stepper,
+    requests: Sequence[Request],
+    max_rows: int = 256,
+    row_floor: int = ROW_FLOOR,
+    edges: WordEdges | None = None,
 ) -> list[list[Hypothesis]]:
     """The hypotheses of each request, in order. Raises what a request failed with."""
-    engine = Engine(model, max_rows, row_floor=row_floor)
+    engine = Engine(model, max_rows, row_floor=row_floor, edges=edges)
     for request in requests:
         engine.submit(request)
     results: dict[str, list[Hypothesis]] = {}

@@ -5,36 +5,13 @@ each row on its own, so that no request's answer depends on its neighbours.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from seqmodels.decoding.constraints import Constraints, Phrases, Standing, WordEdges
+from seqmodels.decoding.history import NEVER, History
 from seqmodels.decoding.params import SearchParams
-
-NEVER = -1  # a token id that no history holds
-BEFORE = -2  # stands in a history where nothing has been written yet
-
-
-@dataclass(frozen=True)
-class History:
-    """What each hypothesis has written: tokens (R, K, M), of which the first `written` (R,) count, prefix included.
-
-    generated: (R,), those of them that came after the prefix.
-    """
-
-    tokens: Tensor
-    written: Tensor
-    generated: Tensor
-
-    def select(self, requests: Tensor) -> "History":
-        return History(self.tokens[requests], self.written[requests], self.generated[requests])
-
-    def tail(self, count: int) -> Tensor:
-        """The last `count` tokens of each hypothesis (R, K, count), BEFORE where it is shorter."""
-        positions = self.written[:, None] + torch.arange(-count, 0, device=self.tokens.device)  # (R, count)
-        index = positions.clamp(min=0)[:, None].expand(-1, self.tokens.shape[1], -1)
-        return self.tokens.gather(2, index).masked_fill((positions < 0)[:, None], BEFORE)
 
 
 class Rules:
@@ -43,7 +20,9 @@ class Rules:
     def __init__(
         self,
         params: Sequence[SearchParams],
-        bad_words: Sequence[Sequence[Sequence[int]]],
+        bad_words: Sequence[Phrases],
+        force_words: Sequence[Phrases],
+        edges: WordEdges,
         eos: int,
         device: torch.device,
     ) -> None:
@@ -59,7 +38,9 @@ class Rules:
         self._temperature = self._asked([p.temperature for p in params], neutral=1.0)
         self._top_k = self._asked([p.top_k for p in params], neutral=0)
         self._top_p = self._asked([p.top_p for p in params], neutral=1.0)
-        self._may_ban_all = bool(self._ngrams or self._bad_words)  # what bans EOS alone leaves other tokens
+        self._constraints = Constraints(force_words, edges) if any(force_words) else None
+        # What bans EOS alone leaves other tokens.
+        self._may_ban_all = bool(self._ngrams or self._bad_words or self._constraints)
 
     def _asked(self, values: Sequence[float], neutral: float) -> tuple[Tensor, Tensor] | None:
         """The requests that set an option, and their values; None where nobody does."""
@@ -68,11 +49,17 @@ class Rules:
             return None
         return torch.tensor(chosen, device=self._device), torch.tensor([values[r] for r in chosen], device=self._device)
 
-    def apply(self, logits: Tensor, history: History) -> tuple[Tensor, Tensor | None]:
+    def standing(self, history: History) -> Standing | None:
+        """How the hypotheses stand to the forced words, where a request has some."""
+        return self._constraints.standing(history) if self._constraints else None
+
+    def apply(self, logits: Tensor, history: History, standing: Standing | None = None) -> tuple[Tensor, Tensor | None]:
         """logits (R, K, V) of float32 -> (logits after the rules, constrained (R, K) or None).
 
         Where the rules leave a hypothesis no token, EOS is allowed and the hypothesis is marked as constrained.
         """
+        if standing:
+            logits = standing.ban(logits, self._eos)
         if self._repetition:
             logits = self._penalise_repetition(logits, history, *self._repetition)
         for size, requests in self._ngrams.items():

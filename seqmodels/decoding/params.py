@@ -1,6 +1,7 @@
 """SearchParams: the options of one request, with the rule each one follows.
 
-Names are Hugging Face's where it has the option; `prefix`, `stop`, `seed`, `logprobs` and `bad_words` are ours.
+Names are Hugging Face's where it has the option; `prefix`, `stop`, `seed`, `logprobs`, `bad_words` and `force_words`
+are ours.
 """
 
 import json
@@ -36,6 +37,7 @@ class SearchParams(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None  # one is chosen, and named in the answer, where None
     logprobs: bool = False  # answer with each token's log-probability in nats
     bad_words: Words = ()  # token sequences never written
+    force_words: Words = ()  # words and phrases that the output holds, as whole words; needs num_beams > 1
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -56,6 +58,10 @@ class SearchParams(Strict):
         if self.stop and self.num_beams > 1:
             raise contradiction(
                 ("stop", "num_beams"), "stop needs num_beams=1: with beams the text is not known until the end"
+            )
+        if self.force_words and self.num_beams == 1:
+            raise contradiction(
+                ("force_words", "num_beams"), "force_words needs num_beams > 1: greedy search cannot make room for them"
             )
         if self.min_new_tokens > self.max_new_tokens:
             raise contradiction(

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seqmodels.decoding.logits import History
+from seqmodels.decoding.constraints import Constraints, Standing
+from seqmodels.decoding.history import History
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.random import gumbel
 
@@ -122,6 +123,7 @@ class Beams(Search):
     pool_logprobs: Tensor  # (R, K, M)
     pool_length: Tensor  # (R, K)
     pool_reason: Tensor  # (R, K)
+    pool_met: Tensor  # (R, K) whether it holds all its forced words
 
     @classmethod
     def begin(cls, params: Sequence[SearchParams], prefixes: Sequence[Sequence[int]], bos: int) -> "Beams":
@@ -139,39 +141,46 @@ class Beams(Search):
             pool_logprobs=torch.zeros(tokens.shape),
             pool_length=torch.zeros_like(tokens[:, :, 0]),
             pool_reason=torch.zeros_like(tokens[:, :, 0]),
+            pool_met=torch.ones(scores.shape, dtype=torch.bool),
         )
 
-    def advance(self, logprobs: Tensor, constrained: Tensor | None, eos: int) -> tuple["Beams", Tensor]:
+    def advance(
+        self, logprobs: Tensor, constrained: Tensor | None, eos: int, standing: Standing | None = None
+    ) -> tuple["Beams", Tensor]:
         """One token more: logprobs (R, K, V) -> (the beams after it, the row (R, K) that each one continues).
 
-        Takes the best 2K candidates; an EOS among the best K goes to the pool, the best K others live on.
+        Takes the best 2K candidates; an EOS among the best K goes to the pool, the best K others live on. standing:
+        how the hypotheses stand to the lane's forced words, which decide what is best for those who ask for some.
         """
         width, vocab_size = self.scores.shape[1], logprobs.shape[2]
         totals, index = best_candidates((self.scores[:, :, None] + logprobs).flatten(1), 2 * width)
+        if standing:
+            totals, index = standing.best(self.scores, logprobs, totals, index)
         found = Candidates(totals, index // vocab_size, index % vocab_size, logprobs.flatten(1).gather(1, index))
         ends = found.tokens == eos
         after = replace(self, length=self.length + 1)
-        if not ends.any():
-            return after._continued(self, found.first(width))
-        done = (ends & (totals > NEG_INF))[:, :width]
-        if done.any():
-            after = after._ended(self, found.first(width), done, constrained)
-        live = ends.long().argsort(dim=1, stable=True)[:, :width]  # not EOS first, order kept
-        return after._continued(self, found.select(live))
+        live = found.first(width)
+        if ends.any():
+            done = (ends & (totals > NEG_INF))[:, :width]
+            if done.any():
+                met = standing.all_met(len(done)).gather(1, live.parents) if standing else None
+                after = after._ended(self, live, done, constrained, met)
+            live = found.select(ends.long().argsort(dim=1, stable=True)[:, :width])  # not EOS first, order kept
+        if standing:  # chosen by turns of banks, but they stand best first
+            live = live.select(live.totals.argsort(dim=1, descending=True, stable=True))
+        tokens, logprobs = self._histories(live)
+        after = replace(after, tokens=tokens, logprobs=logprobs, scores=live.totals, last_tokens=live.tokens)
+        return after._stopped(standing.constraints if standing else None), live.parents
 
-    def _continued(self, before: "Beams", found: "Candidates") -> tuple["Beams", Tensor]:
-        """The K live hypotheses after this step, and the row that each one continues."""
-        tokens, logprobs = before._histories(found)
-        after = replace(self, tokens=tokens, logprobs=logprobs, scores=found.totals, last_tokens=found.tokens)
-        return after._stopped(), found.parents
-
-    def _ended(self, before: "Beams", found: "Candidates", done: Tensor, constrained: Tensor | None) -> "Beams":
+    def _ended(
+        self, before: "Beams", found: "Candidates", done: Tensor, constrained: Tensor | None, met: Tensor | None
+    ) -> "Beams":
         """Those of the best K candidates that are done (R, K) compete for the pool."""
         reasons = torch.full_like(found.parents, EOS_REASON)
         if constrained is not None:
             reasons = reasons.masked_fill(constrained.gather(1, found.parents), CONSTRAINT)
         scores = self.normalised(found.totals).masked_fill(~done, NEG_INF)
-        return self._pooled(scores, *before._histories(found), reasons)
+        return self._pooled(scores, *before._histories(found), reasons, met)
 
     def _histories(self, found: "Candidates") -> tuple[Tensor, Tensor]:
         """Tokens and logprobs (R, K, M) of the candidates' parents, with the new token of each."""
@@ -181,10 +190,17 @@ class Beams(Search):
             self._written(self.logprobs.gather(1, index), found.logprobs),
         )
 
-    def _pooled(self, scores: Tensor, tokens: Tensor, logprobs: Tensor, reasons: Tensor) -> "Beams":
-        """Finished hypotheses compete for the pool: scores (R, K), -inf for none. Earlier ones win ties."""
+    def _pooled(self, scores: Tensor, tokens: Tensor, logprobs: Tensor, reasons: Tensor, met: Tensor | None) -> "Beams":
+        """Finished hypotheses compete for the pool: scores (R, K), -inf for none. Earlier ones win ties.
+
+        met: whether each holds its forced words (all do, where None); one that does not makes way for any that does.
+        """
         width = scores.shape[1]
-        best, order = torch.cat([self.pool_scores, scores], 1).sort(dim=1, descending=True, stable=True)
+        rivals = torch.cat([self.pool_scores, scores], 1)
+        holds = torch.cat([self.pool_met, torch.ones_like(self.pool_met) if met is None else met], 1)
+        if met is not None:
+            rivals = rivals.masked_fill(~holds & (holds & (rivals > NEG_INF)).any(1, keepdim=True), NEG_INF)
+        best, order = rivals.sort(dim=1, descending=True, stable=True)
         order = order[:, :width]
         spread = order[:, :, None].expand(-1, -1, tokens.shape[2])
         length = self.length[:, None].expand_as(self.pool_length)
@@ -195,11 +211,12 @@ class Beams(Search):
             pool_logprobs=torch.cat([self.pool_logprobs, logprobs], 1).gather(1, spread),
             pool_length=torch.cat([self.pool_length, length], 1).gather(1, order),
             pool_reason=torch.cat([self.pool_reason, reasons], 1).gather(1, order),
+            pool_met=holds.gather(1, order),
         )
 
-    def _stopped(self) -> "Beams":
+    def _stopped(self, constraints: Constraints | None) -> "Beams":
         """Who is finished: by the stopping rule, for lack of life, or at the limit, where the live join the pool."""
-        held = (self.pool_scores > NEG_INF).sum(1)
+        held = ((self.pool_scores > NEG_INF) & self.pool_met).sum(1)
         bound = self.scores[:, 0] / self.bound.gather(1, self.length[:, None])[:, 0]
         worst_returned = self.pool_scores.gather(1, self.num_return[:, None] - 1)[:, 0]
         exact = (held >= self.num_return) & ~(bound > worst_returned)
@@ -210,7 +227,8 @@ class Beams(Search):
         if not limit.any():
             return after
         scores = self.normalised(self.scores).masked_fill(~limit[:, None], NEG_INF)
-        return after._pooled(scores, self.tokens, self.logprobs, torch.full_like(self.pool_reason, LENGTH))
+        met = constraints.standing(self.history).all_met(len(scores)) if constraints else None
+        return after._pooled(scores, self.tokens, self.logprobs, torch.full_like(self.pool_reason, LENGTH), met)
 
     def results(self, request: int) -> list[Hypothesis]:
         """The best `num_return_sequences` finished ones, best first; fewer where fewer finished."""
@@ -273,8 +291,11 @@ class Samples(Search):
             end_reason=torch.zeros(shape, dtype=torch.int64),
         )
 
-    def advance(self, logprobs: Tensor, constrained: Tensor | None, eos: int) -> tuple["Samples", Tensor]:
-        """One token more for each output that has not ended. Ties go to the smaller token id."""
+    def advance(
+        self, logprobs: Tensor, constrained: Tensor | None, eos: int, standing: Standing | None = None
+    ) -> tuple["Samples", Tensor]:
+        """One token more for each output that has not ended. Ties go to the smaller token id. (Forced words need beams,
+        so `standing` is None here.)"""
         width, vocab_size = self.scores.shape[1], logprobs.shape[2]
         preference = logprobs
         if self.do_sample.any():

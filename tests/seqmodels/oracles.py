@@ -1,6 +1,7 @@
 """Searches written to be believed, not to be fast: plain Python, from the words of DESIGN section 4."""
 
 import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ class Table:
         self.eos = model.config.decoder.eos_token_id
         self.vocab_size = model.config.decoder.vocab_size
         self._logits: dict[tuple[int, ...], torch.Tensor] = {}
-        self._cache: dict[tuple[tuple[int, ...], bool], list[np.float32]] = {}
+        self._cache: dict[tuple[tuple[int, ...], frozenset[int]], list[np.float32]] = {}
         histories: list[tuple[int, ...]] = [()]
         tokens = torch.tensor([model.config.decoder.bos_token_id] * 4)
         stepper = Stepper(model)
@@ -42,12 +43,11 @@ class Table:
                 tokens = torch.tensor([h[-1] for h in histories])
                 state = state.select(rows)
 
-    def logprobs(self, history: tuple[int, ...], ban_eos: bool = False) -> list[np.float32]:
-        key = (history, ban_eos)
+    def logprobs(self, history: tuple[int, ...], banned: Iterable[int] = ()) -> list[np.float32]:
+        key = (history, frozenset(banned))
         if key not in self._cache:
             logits = self._logits[history].clone()
-            if ban_eos:
-                logits[self.eos] = float("-inf")
+            logits[list(key[1])] = float("-inf")
             self._cache[key] = [F32(x) for x in logits.expand(4, -1).log_softmax(-1)[0].tolist()]
         return self._cache[key]
 
@@ -56,8 +56,13 @@ def score(total: np.float32, length: int, penalty: float) -> np.float32:
     return F32(total / F32(float(length) ** penalty))
 
 
-def brute_force(table: Table, params: SearchParams) -> list[Found]:
-    """Every sequence that ends with EOS within the limit, or reaches the limit without; best first."""
+def brute_force(
+    table: Table, params: SearchParams, banned: Callable[[tuple[int, ...]], Iterable[int]] = lambda tokens: ()
+) -> list[Found]:
+    """Every sequence that ends with EOS within the limit, or reaches the limit without; best first.
+
+    banned: the tokens that may not follow what is written.
+    """
     others = [v for v in range(table.vocab_size) if v != table.eos]
     found = []
     for length in range(1, params.max_new_tokens + 1):
@@ -67,7 +72,7 @@ def brute_force(table: Table, params: SearchParams) -> list[Found]:
                 tokens = (*head, token)
                 total = F32(0)
                 for i, v in enumerate(tokens):
-                    total = F32(total + table.logprobs(tokens[:i])[v])
+                    total = F32(total + table.logprobs(tokens[:i], banned(tokens[:i]))[v])
                 reason = "eos" if token == table.eos else "length"
                 found.append(Found(tokens, score(total, length, params.length_penalty), reason))
     return sorted(found, key=lambda one: -one.score)
@@ -79,11 +84,11 @@ def slow_beam_search(table: Table, params: SearchParams) -> list[Found]:
     live: list[tuple[np.float32, tuple[int, ...]]] = [(F32(0), ())]
     pool: list[Found] = []
     for length in range(1, limit + 1):
-        ban_eos = length < params.min_new_tokens
+        banned = [table.eos] if length < params.min_new_tokens else []
         candidates = [
             (F32(total + logprob), beam, token)
             for beam, (total, tokens) in enumerate(live)
-            for token, logprob in enumerate(table.logprobs(tokens, ban_eos))
+            for token, logprob in enumerate(table.logprobs(tokens, banned))
             if logprob > -np.inf
         ]
         candidates.sort(key=lambda c: (-c[0], c[1], c[2]))
@@ -122,7 +127,7 @@ def slow_greedy(table: Table, params: SearchParams) -> Found:
     tokens: tuple[int, ...] = ()
     total = F32(0)
     while True:
-        logprobs = table.logprobs(tokens, len(tokens) + 1 < params.min_new_tokens)
+        logprobs = table.logprobs(tokens, [table.eos] if len(tokens) + 1 < params.min_new_tokens else [])
         best = max(range(len(logprobs)), key=lambda v: (logprobs[v], -v))
         total = F32(total + logprobs[best])
         tokens = (*tokens, best)

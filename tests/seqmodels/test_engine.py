@@ -2,6 +2,7 @@
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,7 +57,22 @@ def random_request(choose: random.Random, name: str, model: SequenceGenerator, l
         for _ in range(choose.choice([0, 0, 2]))
     )
     prefix = tuple(choose.randrange(4, vocab_size) for _ in range(choose.choice([0, 0, 1, 4])))
-    return Request(name, inputs, random_params(choose), prefix, words, choose.randrange(2**62), choose.random() < 0.3)
+    params, force_words = random_params(choose), ()
+    if params.num_beams > 1 and choose.random() < 0.3:
+        force_words = tuple(
+            tuple(choose.randrange(4, vocab_size) for _ in range(choose.randint(1, 3)))
+            for _ in range(choose.randint(1, 3))
+        )
+    return Request(
+        name,
+        inputs,
+        params,
+        prefix,
+        bad_words=words,
+        force_words=force_words,
+        seed=choose.randrange(2**62),
+        stream=choose.random() < 0.3,
+    )
 
 
 def run_schedule(
@@ -145,7 +161,7 @@ def test_what_was_streamed_is_a_prefix_of_the_result() -> None:
     streamed_early = 0
     for i in range(60):
         request = random_request(choose, "a", model)
-        request = Request("a", request.inputs, request.params, request.prefix, request.bad_words, request.seed, True)
+        request = replace(request, id="a", stream=True)
         events = run(Engine(model), request)
         outputs = result(events, "a")
         pieces: dict[int, list[int]] = {}

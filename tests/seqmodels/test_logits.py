@@ -5,7 +5,9 @@ import random
 
 import torch
 
-from seqmodels.decoding.logits import History, Rules
+from seqmodels.decoding.constraints import WordEdges
+from seqmodels.decoding.history import History
+from seqmodels.decoding.logits import Rules
 from seqmodels.decoding.params import SearchParams
 
 EOS, VOCAB = 3, 12
@@ -74,7 +76,9 @@ def test_rules_equal_plain_python() -> None:
         )
         logits = torch.randn(requests, width, VOCAB)
         history = History(tokens, torch.tensor(lengths) + prefix, torch.tensor(lengths))
-        got, constrained = Rules(params, bad_words, EOS, torch.device("cpu")).apply(logits, history)
+        got, constrained = Rules(
+            params, bad_words, [()] * len(params), WordEdges.none(VOCAB, torch.device("cpu")), EOS, torch.device("cpu")
+        ).apply(logits, history)
         for r in range(requests):
             for k in range(width):
                 histories = tokens[r, k, : prefix + lengths[r]].tolist()
@@ -88,8 +92,13 @@ def test_rules_equal_plain_python() -> None:
 def test_without_rules_logits_are_untouched() -> None:
     logits = torch.randn(2, 3, VOCAB)
     history = History(torch.zeros(2, 3, 5, dtype=torch.int64), torch.tensor([2, 3]), torch.tensor([1, 1]))
-    got, constrained = Rules([SearchParams(), SearchParams()], [[], []], EOS, torch.device("cpu")).apply(
-        logits, history
-    )
+    got, constrained = Rules(
+        [SearchParams(), SearchParams()],
+        [[], []],
+        [(), ()],
+        WordEdges.none(VOCAB, torch.device("cpu")),
+        EOS,
+        torch.device("cpu"),
+    ).apply(logits, history)
     assert got is logits
     assert constrained is None

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -215,6 +216,20 @@ def test_bad_words_never_appear(pipelines: dict[str, Pipeline]) -> None:
     assert {"e", "a"} <= seen
 
 
+@pytest.mark.parametrize("name", ["language model", "translator", "captioner"])
+def test_forced_words_stand_in_the_text_as_whole_words(pipelines: dict[str, Pipeline], name: str) -> None:
+    item = {"image": png()} if name == "captioner" else "the"
+    words = ["Straße", "quick brown", "do"]
+    params = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 60, "force_words": words}
+    sequences = pipelines[name]([item], **params)[0]["sequences"]
+    assert sequences
+    for sequence in sequences:
+        assert all(re.search(rf"\b{word}\b", sequence["text"]) for word in words), sequence
+        assert sequence["missing_words"] == []
+    (short,) = pipelines[name]([item], num_beams=2, max_new_tokens=1, force_words=words)[0]["sequences"]
+    assert short["missing_words"] and short["finish_reason"] == "length"
+
+
 @pytest.mark.parametrize(
     ("name", "item", "params", "kind", "param", "message"),
     [
@@ -226,6 +241,7 @@ def test_bad_words_never_appear(pipelines: dict[str, Pipeline]) -> None:
         ("classifier", "a \ud800 b", {}, InputError, "inputs", "surrogate"),
         ("classifier", "fox " * 100, {}, TooLongError, "inputs", "takes at most 50"),
         ("classifier", "fox", {"num_beams": 2}, InputError, "num_beams", "option of generators"),
+        ("translator", "fox", {"force_words": ["fox"]}, InputError, "force_words", "needs num_beams > 1"),
         ("tagger", {"words": ["a", ""]}, {}, InputError, "inputs", "none of them empty"),
         ("tagger", {"words": ["a"], "text": "a"}, {}, InputError, "inputs", "has words, text; an input is exactly one"),
         ("language model", {"text": "a", "id": 7}, {}, InputError, "inputs", "has text, id"),

@@ -1,5 +1,6 @@
 """Tokenizers round-trip text, and never read a special token out of it."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,15 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelDirectoryError, match=r"tokenizer\.json is not a tokenizer"):
         Tokenizer.load(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("kind", "joins"), [("bpe", "||"), ("word", "||"), ("character", "++||+++||++++"), ("byte", "++||+++||+++++")]
+)
+def test_word_edges_say_where_words_join(kind: Kind, joins: str) -> None:
+    """+ where two neighbouring tokens are of one word, | where a space or a point stands between."""
+    tokenizer = TOKENIZERS[kind]
+    continues, is_open = tokenizer.word_edges()
+    ids = tokenizer.encode("Ein Hund läuft")
+    assert "".join("+" if is_open[a] and continues[b] else "|" for a, b in pairwise(ids)) == joins
+    assert not any(continues[: EOS + 1]) and not any(is_open[: EOS + 1])
