@@ -1,6 +1,6 @@
 # One line of help each: `make` alone prints them.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format serve bench kill-storm clean
+.PHONY: help install demo test check format serve bench kill-storm invariance clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -42,6 +42,9 @@ bench: $(INSTALLED)  ## run the benchmarks; each prints one JSON line per result
 
 kill-storm: $(INSTALLED)  ## kill a training run 100 times, at every phase, and compare with an uninterrupted one
 	$(BIN)/python -m tests.training.kill_storm --kills 100
+
+invariance: $(INSTALLED)  ## 10,000 random schedules of the engine, bit for bit, and a soak of 10,000 requests
+	$(BIN)/python -m tests.seqmodels.invariance
 
 clean:  ## remove what was built, but no trained model
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -6,9 +6,10 @@ lane by lane. One turn is: expire, admit, advance, retire. The move of rows is o
 which follows beams to their parents, closes the gaps of those that left and takes in those that joined.
 """
 
+import heapq
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from seqmodels.decoding.constraints import WordEdges
 from seqmodels.decoding.logits import Rules
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.search import Beams, Hypothesis, Samples
+from seqmodels.decoding.waiting import Waiting
 from seqmodels.errors import DeadlineError, InputError, SeqModelsError
 from seqmodels.models import SequenceGenerator
 from seqmodels.state import Memory, State
@@ -41,7 +43,8 @@ class Request:
 
     inputs: (S,) token ids, (S, D) features, (C, H, W) image or (S, C, H, W) frames; None for a language model.
     watch: called with (output index, its generated tokens so far) after each step; true ends that output ("stop").
-    deadline: a time.monotonic() after which the answer is of no use.
+    deadline: a time.monotonic() after which the answer is of no use. priority: higher goes first. client: for whom;
+    of equal priority, those with the fewest rows in use go first.
     """
 
     id: str
@@ -54,6 +57,8 @@ class Request:
     stream: bool = False
     watch: Callable[[int, Sequence[int]], bool] | None = None
     deadline: float | None = None
+    priority: int = 0
+    client: str = ""
 
     @property
     def room(self) -> int:
@@ -148,7 +153,8 @@ class Engine:
         self._edges = edges or WordEdges.none(model.config.decoder.vocab_size, self._model.device)
         self._max_positions_per_step = max_positions_per_step
         self._row_floor = row_floor
-        self._waiting: deque[Request] = deque()
+        self._waiting: Waiting[Request] = Waiting()
+        self._deadlines: list[tuple[float, str]] = []  # a heap, of requests that run or have run
         self._lanes: dict[LaneKey, Lane] = {}
         self._device = self._model.device
         self._state = State(torch.zeros(0, self._model.state_width, device=self._device))
@@ -181,12 +187,12 @@ class Engine:
                 param="max_new_tokens",
                 code="limit_exceeded",
             )
-        self._waiting.append(request)
+        self._waiting.add(request)
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, wherever it is; its rows are free at the next step. Unknown ids are ignored."""
-        self._waiting = deque(request for request in self._waiting if request.id != request_id)
-        self._drop(lambda request: request.id == request_id)
+        self._waiting.remove(request_id)
+        self._drop({request_id})
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -200,25 +206,20 @@ class Engine:
 
     def _expire(self) -> list[Event]:
         now = time.monotonic()
+        late = [request.id for request in self._waiting.expired(now)]
+        passed = set()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            passed.add(heapq.heappop(self._deadlines)[1])
+        late += self._drop(passed) if passed else []
+        return [Failed(name, DeadlineError("the deadline passed before the answer was ready")) for name in late]
 
-        def late(request: Request) -> bool:
-            return request.deadline is not None and request.deadline <= now
-
-        expired = [request for request in self._waiting if late(request)]
-        if expired:
-            self._waiting = deque(request for request in self._waiting if not late(request))
-        expired += self._drop(late)
-        return [
-            Failed(request.id, DeadlineError("the deadline passed before the answer was ready")) for request in expired
-        ]
-
-    def _drop(self, unwanted: Callable[[Request], bool]) -> list[Request]:
-        """Remove live requests; returns them."""
+    def _drop(self, ids: Set[str]) -> list[str]:
+        """Remove live requests; returns the ids of those that were there."""
         dropped = []
         for lane in list(self._lanes.values()):
-            keep = [r for r, request in enumerate(lane.requests) if not unwanted(request)]
+            keep = [r for r, request in enumerate(lane.requests) if request.id not in ids]
             if len(keep) < len(lane.requests):
-                dropped += [request for request in lane.requests if unwanted(request)]
+                dropped += [request.id for request in lane.requests if request.id in ids]
                 self._keep(lane, keep)
         return dropped
 
@@ -232,21 +233,34 @@ class Engine:
     # -- admit ---------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Take waiting requests in order of arrival while rows and the budget of positions last.
+        """Take waiting requests in their turn while rows and the budget of positions last.
 
-        A wide request at the head waits for rows to free; nobody overtakes it, so it cannot starve.
+        A wide request at the head waits for rows to free; nobody of its priority overtakes it, so it cannot starve.
         """
+        if not self._waiting:
+            return
         taken: list[Request] = []
         rows, positions = self.max_rows - self.num_rows, self._max_positions_per_step
-        while self._waiting and self._waiting[0].params.width <= rows:
-            cost = self._positions(self._waiting[0]) + len(self._waiting[0].prefix)
+        rows_of = self._rows_by_client()
+        while (request := self._waiting.head(rows_of)) and request.params.width <= rows:
+            cost = self._positions(request) + len(request.prefix)
             if taken and cost > positions:
                 break
-            request = self._waiting.popleft()
+            self._waiting.take(request)
             rows, positions = rows - request.params.width, positions - cost
+            rows_of[request.client] += request.params.width
             taken.append(request)
+            if request.deadline is not None:
+                heapq.heappush(self._deadlines, (request.deadline, request.id))
         for group in grouped(taken, lambda request: (self._positions(request), len(request.prefix))):
             self._admit_group(group)
+
+    def _rows_by_client(self) -> Counter[str]:
+        rows: Counter[str] = Counter()
+        for lane in self._lanes.values():
+            for request in lane.requests:
+                rows[request.client] += lane.key.width
+        return rows
 
     def _admit_group(self, group: Sequence[Request]) -> None:
         """Requests of one padded length and one prefix length: begin together, then each into its lane."""
@@ -351,10 +365,10 @@ class Engine:
                 if request.watch or request.stream:
                     events += self._report(lane, r, request)
             finished = lane.search.finished.tolist()
-            for r, request in enumerate(lane.requests):
-                if finished[r]:
-                    events.append(Finished(request.id, lane.search.results(r)))
-            self._keep(lane, [r for r, done in enumerate(finished) if not done])
+            if any(finished):
+                ended = [r for r, done in enumerate(finished) if done]
+                events += [Finished(lane.requests[r].id, lane.search.results(r)) for r in ended]
+                self._keep(lane, [r for r, done in enumerate(finished) if not done])
         return events
 
     def _report(self, lane: Lane, r: int, request: Request) -> Iterable[Event]:

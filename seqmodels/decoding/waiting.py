@@ -1,0 +1,80 @@
+"""Waiting: the requests that have no rows yet, and who of them goes first.
+
+First the higher priority; of equals, the client with the fewest rows in use; of its requests, the one with the earliest
+deadline; then the first to arrive. Costs grow with the number of clients, not with that of requests.
+"""
+
+import heapq
+import math
+from collections.abc import Mapping
+from itertools import count
+from typing import Generic, Protocol, TypeVar
+
+
+class Waits(Protocol):
+    """The part of a request that decides its turn."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def client(self) -> str: ...
+    @property
+    def deadline(self) -> float | None: ...
+
+
+R = TypeVar("R", bound=Waits)
+
+
+class Waiting(Generic[R]):
+    def __init__(self) -> None:
+        # By priority and client: a heap of (deadline, order of arrival, request).
+        self._heaps: dict[tuple[int, str], list[tuple[float, int, R]]] = {}
+        self._arrivals = count()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._heaps.values()))
+
+    def add(self, request: R) -> None:
+        deadline = math.inf if request.deadline is None else request.deadline
+        heap = self._heaps.setdefault((request.priority, request.client), [])
+        heapq.heappush(heap, (deadline, next(self._arrivals), request))
+
+    def head(self, rows: Mapping[str, int]) -> R | None:
+        """Who goes first, when so many rows are in use by client; None where nobody waits."""
+        best = min(
+            ((-priority, rows.get(client, 0), heap[0]) for (priority, client), heap in self._heaps.items()),
+            key=lambda turn: (turn[0], turn[1], turn[2][:2]),
+            default=None,
+        )
+        return best[2][2] if best else None
+
+    def take(self, request: R) -> None:
+        """Remove what `head` has just named."""
+        self._pop((request.priority, request.client))
+
+    def expired(self, now: float) -> list[R]:
+        """Remove and return those whose deadline has passed."""
+        late = []
+        for key in list(self._heaps):
+            while key in self._heaps and self._heaps[key][0][0] <= now:
+                late.append(self._pop(key))
+        return late
+
+    def remove(self, request_id: str) -> None:
+        """Forget a request; unknown ids are ignored."""
+        for key, heap in list(self._heaps.items()):
+            kept = [entry for entry in heap if entry[2].id != request_id]
+            if not kept:
+                del self._heaps[key]
+            elif len(kept) < len(heap):
+                heapq.heapify(kept)
+                self._heaps[key] = kept
+
+    def _pop(self, key: tuple[int, str]) -> R:
+        heap = self._heaps[key]
+        request = heapq.heappop(heap)[2]
+        if not heap:
+            del self._heaps[key]
+        return request
