@@ -3,10 +3,17 @@
 Knows one product and how each device computes it fastest; docs/performance.md says what was measured.
 """
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Weights = Literal["float32", "int8"]
+Linear = Callable[[Tensor], Tensor]  # x (N, D) -> x W^T + b (N, O)
+
+LARGEST_INT8 = 127
 PACKED_FOR_ROWS = 32  # oneDNN chooses a layout by the number of rows it expects; measured the same from 4 to 160
 
 
@@ -29,6 +36,33 @@ class PackedLinear:
             return F.linear(x, self._weight, self._bias)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return y
+
+
+class Int8Linear:
+    """The same in whole numbers: weights with a scale per output, inputs with a scale per row.
+
+    Three to four times as fast as float32 on a CPU with 8-bit dot products; docs/performance.md says what it costs in
+    BLEU. A scale per row, not per batch, and sums of whole numbers keep a row's bits independent of its neighbours.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        weight = weight.detach()
+        self._scale = _scale(weight)[:, 0]  # (O,)
+        self._weight = (weight / self._scale[:, None]).round().to(torch.int8)
+        self._bias = torch.zeros_like(self._scale) if bias is None else bias.detach()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        scale = _scale(x)
+        products = torch._int_mm((x / scale).round_().to(torch.int8), self._weight.mT)
+        return torch.addcmul(self._bias, products.float().mul_(scale), self._scale)
+
+
+LINEAR: dict[Weights, type[PackedLinear | Int8Linear]] = {"float32": PackedLinear, "int8": Int8Linear}
+
+
+def _scale(x: Tensor) -> Tensor:
+    """What each row is divided by to fit into 8 bits: (N, 1), never 0."""
+    return x.abs().amax(1, keepdim=True).clamp_(min=1e-30).div_(LARGEST_INT8)
 
 
 def _packs(weight: Tensor) -> bool:

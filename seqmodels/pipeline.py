@@ -23,11 +23,13 @@ from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.errors import InputError, SeqModelsError
 from seqmodels.forward import Forward, ForwardRequest
+from seqmodels.kernels import Weights
 from seqmodels.models import SequenceGenerator
 from seqmodels.pretrained import Pretrained, load_pretrained
 from seqmodels.reading import Reader, Reading
 from seqmodels.rendering import Text, TextStream, render_label, render_score, render_sequence, render_tags
 from seqmodels.selftest import find_row_floor
+from seqmodels.stepper import Stepper
 from seqmodels.tokenizer import BOS, EOS, UNK, Tokenizer
 
 
@@ -54,29 +56,32 @@ class Job:
 class Pipeline:
     """A loaded model directory, ready to answer."""
 
-    def __init__(self, pretrained: Pretrained, max_rows: int = 256) -> None:
+    def __init__(self, pretrained: Pretrained, max_rows: int = 256, decoder_weights: Weights = "float32") -> None:
+        """decoder_weights: in which a generator's search computes; scores of given texts stay in float32."""
         self.config = pretrained.config
         self.revision = pretrained.revision
         self._pretrained = pretrained
         self._reader = Reader(pretrained)
-        floor = find_row_floor(pretrained.model)
+        model = pretrained.model
+        stepper = Stepper(model, decoder_weights) if isinstance(model, SequenceGenerator) else None
+        floor = find_row_floor(model, stepper)
         self.batch_invariant = floor is not None
-        self._forward = Forward(pretrained.model, row_floor=floor or ROW_FLOOR)
+        self._forward = Forward(model, row_floor=floor or ROW_FLOOR)
         self._engine = None
-        if isinstance(pretrained.model, SequenceGenerator):
-            edges = (
-                torch.tensor(flags, device=pretrained.model.decoder.output_bias.device)
-                for flags in self._tokenizer.word_edges()
-            )
-            self._edges = WordEdges(*edges)
-            self._engine = Engine(pretrained.model, max_rows, row_floor=floor or ROW_FLOOR, edges=self._edges)
+        if stepper:
+            self._edges = WordEdges(*(torch.tensor(f, device=stepper.device) for f in self._tokenizer.word_edges()))
+            self._engine = Engine(stepper, max_rows, row_floor=floor or ROW_FLOOR, edges=self._edges)
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, device: str | torch.device = "cpu", max_rows: int = 256
+        cls,
+        directory: str | Path,
+        device: str | torch.device = "cpu",
+        max_rows: int = 256,
+        decoder_weights: Weights = "float32",
     ) -> "Pipeline":
-        """Raises ModelDirectoryError."""
-        return cls(load_pretrained(directory, device), max_rows)
+        """Raises ModelDirectoryError, ConfigError."""
+        return cls(load_pretrained(directory, device), max_rows, decoder_weights)
 
     @property
     def task(self) -> str:

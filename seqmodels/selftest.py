@@ -15,31 +15,33 @@ from seqmodels.decoding.engine import Engine, Finished, Request
 from seqmodels.decoding.params import SearchParams
 from seqmodels.forward import Forward, ForwardRequest
 from seqmodels.models import Model, SequenceGenerator
+from seqmodels.stepper import Stepper
 
 FLOORS = (4, 8, 16)
 LENGTHS = (1, 3, 7, 12, 14, 20)
 COPIES = 8  # of each sample request, when all come at once
 
 
-def find_row_floor(model: Model) -> int | None:
+def find_row_floor(model: Model, stepper: Stepper | None = None) -> int | None:
     """The smallest number of rows from which on answers are the same to the last bit, alone and together.
 
-    None where no floor helps: the model still works, but the last digits of its scores may vary with load.
+    stepper: with which a generator will decode (one in float32 where left out). None where no floor helps: the model
+    still works, but the last digits of its scores may vary with load.
     """
     for floor in FLOORS:
-        if all(_same(alone, together) for alone, together in _answers(model, floor)):
+        if all(_same(alone, together) for alone, together in _answers(model, stepper, floor)):
             return floor
     return None
 
 
-def _answers(model: Model, floor: int) -> list[tuple[object, object]]:
+def _answers(model: Model, stepper: Stepper | None, floor: int) -> list[tuple[object, object]]:
     """Each sample request's answer when it comes alone, and when all come at once."""
     forward = _sample_forward(model.config)
     worker = Forward(model, row_floor=floor)
     pairs = list(zip(_each(worker, forward), _all(worker, forward), strict=True))
     if isinstance(model, SequenceGenerator):
         searches = _sample_searches(model.config)
-        engine = Engine(model, row_floor=floor)
+        engine = Engine(stepper or model, row_floor=floor)
         pairs += list(zip(_each(engine, searches), _all(engine, searches), strict=True))
     return pairs
 

@@ -4,14 +4,15 @@ The same equations as `Decoder` and `Recurrent`, on weights packed once for sing
 One kernel serves prefix and generation, so a token gives a state the same bits in either.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from seqmodels.cells import CellWeights
 from seqmodels.config import Cell
-from seqmodels.kernels import PackedLinear
+from seqmodels.errors import ConfigError
+from seqmodels.kernels import LINEAR, Linear, Weights
 from seqmodels.models import SequenceGenerator
 from seqmodels.state import Memory, State
 
@@ -21,20 +22,23 @@ Memories = Sequence[tuple[Memory, int]]  # a lane's memory (R, S, D) and its bea
 class Stepper:
     """Made from a model in evaluation mode; later changes of the model's weights are not seen."""
 
-    def __init__(self, model: SequenceGenerator) -> None:
-        decoder = model.decoder
+    def __init__(self, model: SequenceGenerator, weights: Weights = "float32") -> None:
+        """weights: in which the step computes; the encoder stays as it is. Raises ConfigError for int8 on a GPU."""
+        decoder, linear = model.decoder, LINEAR[weights]
         self.config = model.config
         self.device = decoder.output_bias.device
         self.attends = decoder.attention is not None
         self.state_width = decoder.recurrent.state_width
+        if weights == "int8" and self.device.type != "cpu":
+            raise ConfigError(f"decoder_weights is int8, which is for CPUs, but the device is {self.device.type}")
         self._model = model
         self._decoder = decoder
         cell = decoder.recurrent.cell
-        self._layers = [_STEPS[cell](weights, cell) for weights in decoder.recurrent.weights()]
+        self._layers = [_STEPS[cell](layer, cell, linear) for layer in decoder.recurrent.weights()]
         self._hidden_size = decoder.recurrent.hidden_size
         self._residual = decoder.recurrent.residual
-        self._combine = decoder.combine and PackedLinear(decoder.combine.weight, decoder.combine.bias)
-        self._project = PackedLinear(decoder.output_matrix, decoder.output_bias)
+        self._combine = decoder.combine and linear(decoder.combine.weight, decoder.combine.bias)
+        self._project = linear(decoder.output_matrix, decoder.output_bias)
 
     def encode(self, inputs: Tensor, lengths: Tensor | None) -> Memory:
         """inputs as the encoder takes them -> Memory with the attention's keys in place."""
@@ -90,9 +94,9 @@ class Stepper:
 class _VanillaStep:
     """One step of one layer: (x (N, D), hidden (N, H)) -> (hidden,). The equations stand in cells.py."""
 
-    def __init__(self, weights: CellWeights, cell: Cell) -> None:
+    def __init__(self, weights: CellWeights, cell: Cell, linear: Callable[..., Linear]) -> None:
         self._activate = torch.relu_ if cell == "rnn_relu" else torch.tanh_
-        self._total = PackedLinear(
+        self._total = linear(
             torch.cat([weights.input, weights.recurrent], 1), weights.input_bias + weights.recurrent_bias
         )
 
@@ -103,10 +107,10 @@ class _VanillaStep:
 class _GruStep:
     """(x (N, D), hidden (N, H)) -> (hidden,). The candidate needs its two products apart, so they are not packed."""
 
-    def __init__(self, weights: CellWeights, cell: Cell) -> None:
+    def __init__(self, weights: CellWeights, cell: Cell, linear: Callable[..., Linear]) -> None:
         halves = _halves(weights, gates=3, sigmoids=(0, 1))  # torch's order: reset, update, candidate
-        self._from_input = PackedLinear(halves.input, halves.input_bias)
-        self._from_hidden = PackedLinear(halves.recurrent, halves.recurrent_bias)
+        self._from_input = linear(halves.input, halves.input_bias)
+        self._from_hidden = linear(halves.recurrent, halves.recurrent_bias)
 
     def __call__(self, x: Tensor, hidden: Tensor) -> tuple[Tensor]:
         both = 2 * hidden.shape[1]
@@ -119,12 +123,12 @@ class _GruStep:
 class _LstmStep:
     """(x (N, D), hidden (N, H), cell (N, H)) -> (hidden, cell). One product gives all gates of a step."""
 
-    def __init__(self, weights: CellWeights, cell: Cell) -> None:
+    def __init__(self, weights: CellWeights, cell: Cell, linear: Callable[..., Linear]) -> None:
         halves = _halves(weights, gates=4, sigmoids=(0, 1, 3))
         weight = torch.cat([halves.input, halves.recurrent], 1)
         bias = halves.input_bias + halves.recurrent_bias
         # torch's order is i f g o; the three sigmoids stand together here, the candidate last.
-        self._gates = PackedLinear(*(torch.cat([i, f, o, g]) for i, f, g, o in (weight.chunk(4), bias.chunk(4))))
+        self._gates = linear(*(torch.cat([i, f, o, g]) for i, f, g, o in (weight.chunk(4), bias.chunk(4))))
 
     def __call__(self, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
         size = hidden.shape[1]

@@ -57,7 +57,7 @@ def load_pipelines(config: ServeConfig) -> dict[str, Pipeline]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
-        name: Pipeline.from_pretrained(directory, device=device, max_rows=config.max_rows)
+        name: Pipeline.from_pretrained(directory, device, config.max_rows, config.decoder_weights)
         for name, directory in config.models.items()
     }
 

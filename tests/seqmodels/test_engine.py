@@ -13,6 +13,7 @@ from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.random import gumbel
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.errors import DeadlineError, InputError
+from seqmodels.kernels import Weights
 from seqmodels.models import SequenceGenerator
 from seqmodels.selftest import find_row_floor
 from seqmodels.stepper import Stepper
@@ -46,11 +47,11 @@ def random_params(choose: random.Random) -> SearchParams:
     return SearchParams(**fields)
 
 
-def random_request(choose: random.Random, name: str, model: SequenceGenerator, longest: int = 40) -> Request:
+def random_request(choose: random.Random, name: str, model: SequenceGenerator | Stepper, longest: int = 40) -> Request:
     assert model.config.decoder is not None
     vocab_size = model.config.decoder.vocab_size
     inputs = None
-    if model.encoder is not None:
+    if model.config.encoder is not None:
         inputs = torch.tensor([choose.randrange(vocab_size) for _ in range(choose.randint(1, longest))])
     words = tuple(
         tuple(choose.randrange(4, vocab_size) for _ in range(choose.choice([1, 1, 2])))
@@ -76,7 +77,7 @@ def random_request(choose: random.Random, name: str, model: SequenceGenerator, l
 
 
 def run_schedule(
-    choose: random.Random, model: SequenceGenerator, floor: int, bank: list[Request], expected: list[object]
+    choose: random.Random, model: SequenceGenerator | Stepper, floor: int, bank: list[Request], expected: list[object]
 ) -> None:
     """Requests arrive at random steps at an engine with random room; some leave before they are done."""
     rows, positions = choose.randint(6, 40), choose.choice([12, 100, 4096])
@@ -127,10 +128,12 @@ def test_a_busy_engine_changes_no_bit(make) -> None:  # type: ignore[no-untyped-
         run_schedule(choose, model, floor, bank, expected)  # type: ignore[arg-type]
 
 
-def test_a_busy_engine_changes_no_bit_at_real_size() -> None:
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_a_busy_engine_changes_no_bit_at_real_size(weights: Weights) -> None:
     """LSTM 512, vocabulary 7,700, memories across buckets: 50 schedules."""
-    model = make_translator(0, vocab_size=7700, hidden_size=512, embedding_size=256, scale=1.2)
-    floor = find_row_floor(model)
+    translator = make_translator(0, vocab_size=7700, hidden_size=512, embedding_size=256, scale=1.2)
+    model = Stepper(translator, weights)
+    floor = find_row_floor(translator, model)
     if floor is None:
         pytest.skip("on this machine these shapes are not batch invariant; /readyz would say so")
     choose = random.Random(1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from seqmodels.kernels import PackedLinear
+from seqmodels.kernels import Int8Linear, PackedLinear
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -14,3 +14,31 @@ def test_packed_equals_linear(inputs: int, outputs: int, bias: bool) -> None:
     weight, offset = torch.randn(outputs, inputs), torch.randn(outputs) if bias else None
     packed, x = PackedLinear(weight, offset), torch.randn(7, inputs)
     assert torch.allclose(packed(x), F.linear(x, weight, offset), atol=1e-5 * inputs**0.5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(768, 2048), (512, 7700), (33, 5), (1, 1), (7, 64)])
+def test_int8_is_near_linear_and_exact_on_whole_numbers(inputs: int, outputs: int) -> None:
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(outputs, inputs), torch.randn(outputs), torch.randn(9, inputs)
+    expected = F.linear(x, weight, bias)
+    error = (Int8Linear(weight, bias)(x) - expected).norm() / expected.norm()
+    assert error < 0.02
+    whole, numbers = torch.randint(-127, 128, (outputs, inputs)).float(), torch.randint(-127, 128, (9, inputs)).float()
+    whole[:, 0] = numbers[:, 0] = 127.0  # so that every scale is 1
+    assert torch.equal(Int8Linear(whole)(numbers), F.linear(numbers.double(), whole.double()).float())
+
+
+def test_int8_rows_do_not_depend_on_their_neighbours() -> None:
+    torch.manual_seed(0)
+    linear, x = (
+        Int8Linear(torch.randn(300, 64), torch.randn(300)),
+        torch.randn(64, 64) * torch.logspace(-3, 3, 64)[:, None],
+    )
+    together = linear(x)
+    for first, count in ((0, 4), (3, 5), (17, 31), (60, 4)):
+        assert torch.equal(linear(x[first : first + count].contiguous()), together[first : first + count])
+
+
+def test_rows_of_nothing_are_the_bias() -> None:
+    bias = torch.randn(5)
+    assert torch.equal(Int8Linear(torch.zeros(5, 3), bias)(torch.zeros(4, 3)), bias.expand(4, -1))
