@@ -15,14 +15,14 @@ from seqmodels.decoding.engine import Engine, Finished, Request
 from seqmodels.decoding.params import SearchParams
 from seqmodels.forward import Forward, ForwardRequest
 from seqmodels.models import Model, SequenceGenerator
-from seqmodels.stepper import Stepper
+from seqmodels.stepper import Decodes
 
 FLOORS = (4, 8, 16)
 LENGTHS = (1, 3, 7, 12, 14, 20)
 COPIES = 8  # of each sample request, when all come at once
 
 
-def find_row_floor(model: Model, stepper: Stepper | None = None) -> int | None:
+def find_row_floor(model: Model, stepper: Decodes | None = None) -> int | None:
     """The smallest number of rows from which on answers are the same to the last bit, alone and together.
 
     stepper: with which a generator will decode (one in float32 where left out). None where no floor helps: the model
@@ -34,7 +34,7 @@ def find_row_floor(model: Model, stepper: Stepper | None = None) -> int | None:
     return None
 
 
-def _answers(model: Model, stepper: Stepper | None, floor: int) -> list[tuple[object, object]]:
+def _answers(model: Model, stepper: Decodes | None, floor: int) -> list[tuple[object, object]]:
     """Each sample request's answer when it comes alone, and when all come at once."""
     forward = _sample_forward(model.config)
     worker = Forward(model, row_floor=floor)

@@ -95,3 +95,23 @@ class Memory:
             torch.cat([self.summary, other.summary]),
             keys,
         )
+
+
+@dataclass(frozen=True)
+class MemoryGroup:
+    """The memories that several models have made of the same inputs: rows stand alike in all of them."""
+
+    members: tuple[Memory, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return self.members[0].num_rows
+
+    def select(self, rows: Tensor) -> "MemoryGroup":
+        return MemoryGroup(tuple(memory.select(rows) for memory in self.members))
+
+    def concat(self, other: "MemoryGroup") -> "MemoryGroup":
+        return MemoryGroup(tuple(one.concat(two) for one, two in zip(self.members, other.members, strict=True)))
+
+    def padded(self, positions: int) -> "MemoryGroup":
+        return MemoryGroup(tuple(memory.padded(positions) for memory in self.members))

@@ -5,18 +5,34 @@ One kernel serves prefix and generation, so a token gives a state the same bits 
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from seqmodels.cells import CellWeights
-from seqmodels.config import Cell
+from seqmodels.config import Cell, ModelConfig
 from seqmodels.errors import ConfigError
 from seqmodels.kernels import LINEAR, Linear, Weights
 from seqmodels.models import SequenceGenerator
-from seqmodels.state import Memory, State
+from seqmodels.state import Memory, MemoryGroup, State
 
+Average = Literal["probability", "logprob"]
 Memories = Sequence[tuple[Memory, int]]  # a lane's memory (R, S, D) and its beam width K: rows R·K, request by request
+
+
+class Decodes(Protocol):
+    """What the engine asks of a model. A memory is whatever `encode` returns."""
+
+    config: ModelConfig
+    device: torch.device
+    attends: bool  # whether steps look at a memory
+    state_width: int
+
+    def encode(self, inputs: Tensor, lengths: Tensor | None) -> Any: ...
+    def start(self, memory: Any, rows: int) -> State: ...
+    def read(self, tokens: Tensor, state: State) -> State: ...
+    def step(self, tokens: Tensor, state: State, memories: Sequence[tuple[Any, int]]) -> tuple[Tensor, State]: ...
 
 
 class Stepper:
@@ -26,6 +42,7 @@ class Stepper:
         """weights: in which the step computes; the encoder stays as it is. Raises ConfigError for int8 on a GPU."""
         decoder, linear = model.decoder, LINEAR[weights]
         self.config = model.config
+        self.vocab_size = decoder.output_bias.shape[0]
         self.device = decoder.output_bias.device
         self.attends = decoder.attention is not None
         self.state_width = decoder.recurrent.state_width
@@ -89,6 +106,57 @@ class Stepper:
             first += rows
         contexts.append(contexts[0][:1].expand(len(outputs) - first, -1))
         return torch.cat(contexts)
+
+
+class Ensemble:
+    """Several steppers that decode as one: their states stand side by side, and their predictions are averaged.
+
+    `probability` averages probabilities; `logprob` averages log-probabilities, which counts a member's doubt for more
+    (the search normalises what it gets). Members read the same inputs and write the same vocabulary.
+    """
+
+    def __init__(self, members: Sequence[Stepper], average: Average = "probability") -> None:
+        """Raises ConfigError where the members' vocabularies differ in size, or their inputs in kind."""
+        first = members[0].config
+        for member in members[1:]:
+            if member.vocab_size != members[0].vocab_size:
+                raise ConfigError(f"an ensemble's members write {members[0].vocab_size} and {member.vocab_size} tokens")
+            if member.config.input != first.input:
+                raise ConfigError(f"an ensemble's members read {first.input} and {member.config.input}")
+        self.config, self.device = first, members[0].device
+        self.vocab_size = members[0].vocab_size
+        self.attends = any(member.attends for member in members)
+        self.state_width = sum(member.state_width for member in members)
+        self._members, self._average = members, average
+
+    def encode(self, inputs: Tensor, lengths: Tensor | None) -> MemoryGroup:
+        return MemoryGroup(tuple(member.encode(inputs, lengths) for member in self._members))
+
+    def start(self, memory: MemoryGroup | None, rows: int) -> State:
+        own = memory.members if memory else [None] * len(self._members)
+        return _side_by_side([m.start(one, rows) for m, one in zip(self._members, own, strict=True)])
+
+    def read(self, tokens: Tensor, state: State) -> State:
+        return _side_by_side([m.read(tokens, own) for m, own in zip(self._members, self._own(state), strict=True)])
+
+    def step(self, tokens: Tensor, state: State, memories: Sequence[tuple[MemoryGroup, int]]) -> tuple[Tensor, State]:
+        predictions, states = [], []
+        for index, (member, own) in enumerate(zip(self._members, self._own(state), strict=True)):
+            logits, after = member.step(tokens, own, [(group.members[index], width) for group, width in memories])
+            predictions.append(logits.log_softmax(-1))
+            states.append(after)
+        stacked = torch.stack(predictions)
+        mean = stacked.logsumexp(0) if self._average == "probability" else stacked.mean(0)
+        return mean, _side_by_side(states)
+
+    def _own(self, state: State) -> list[State]:
+        """Each member's columns."""
+        widths = [member.state_width for member in self._members]
+        return [State(values.contiguous()) for values in torch.split(state.values, widths, dim=1)]
+
+
+def _side_by_side(states: Sequence[State]) -> State:
+    return State(torch.cat([state.values for state in states], dim=1))
 
 
 class _VanillaStep:

@@ -24,8 +24,8 @@ from seqmodels.decoding.search import Beams, Hypothesis, Samples
 from seqmodels.decoding.waiting import Waiting
 from seqmodels.errors import DeadlineError, InputError, SeqModelsError
 from seqmodels.models import SequenceGenerator
-from seqmodels.state import Memory, State
-from seqmodels.stepper import Stepper
+from seqmodels.state import State
+from seqmodels.stepper import Decodes, Stepper
 
 T = TypeVar("T")
 
@@ -108,7 +108,7 @@ class Lane:
     key: LaneKey
     requests: list[Request]
     search: Beams | Samples
-    memory: Memory | None
+    memory: Any  # a Memory, or a MemoryGroup of an ensemble; None without attention
     rows: Tensor  # (R, K) where each hypothesis's state stands in the engine's State
     rules: Rules
     sent: list[list[int]] = field(default_factory=list)  # tokens already streamed, by output
@@ -136,19 +136,19 @@ class Engine:
 
     def __init__(
         self,
-        model: SequenceGenerator | Stepper,
+        model: SequenceGenerator | Decodes,
         max_rows: int = 256,
         max_positions_per_step: int = 4096,
         row_floor: int = ROW_FLOOR,
         edges: WordEdges | None = None,
     ) -> None:
-        """model: in evaluation mode; a Stepper made from it before saves packing its weights again.
+        """model: in evaluation mode; or a Stepper made from it before, or an Ensemble.
         edges: of the vocabulary's words, for `force_words`; None where every token is a word.
         max_rows: decoder rows (beams of all live requests). max_positions_per_step: positions of sources and
         prefixes read in one step, padding included, so that a burst of arrivals does not hold up those that run."""
         assert model.config.decoder is not None
         self.max_rows = max_rows
-        self._model = model if isinstance(model, Stepper) else Stepper(model)
+        self._model: Decodes = Stepper(model) if isinstance(model, SequenceGenerator) else model
         self._bos, self._eos = model.config.decoder.bos_token_id, model.config.decoder.eos_token_id
         self._edges = edges or WordEdges.none(model.config.decoder.vocab_size, self._model.device)
         self._max_positions_per_step = max_positions_per_step
@@ -269,7 +269,7 @@ class Engine:
         for index in grouped(range(len(group)), keys.__getitem__):
             self._join([group[r] for r in index], memory, state, torch.tensor(index, device=self._device))
 
-    def _begin(self, group: Sequence[Request]) -> tuple[Memory | None, State]:
+    def _begin(self, group: Sequence[Request]) -> tuple[Any, State]:
         """Encode requests of one padded length and read their prefixes, of one length: a row each.
 
         Rows are padded to the floor with copies of the first, so that none gets other bits when it comes alone.
@@ -285,7 +285,7 @@ class Engine:
         real = torch.arange(len(group), device=self._device)
         return memory and memory.select(real), state.select(real)
 
-    def _join(self, requests: list[Request], memory: Memory | None, state: State, index: Tensor) -> None:
+    def _join(self, requests: list[Request], memory: Any, state: State, index: Tensor) -> None:
         """Put requests of one lane key, which stand at `index` in memory and state, into their lane."""
         key = self._key(requests[0])
         first = self._state.num_rows

@@ -6,11 +6,11 @@ from seqmodels.decoding.constraints import WordEdges
 from seqmodels.decoding.engine import ROW_FLOOR, Engine, Failed, Finished, Request
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.models import SequenceGenerator
-from seqmodels.stepper import Stepper
+from seqmodels.stepper import Decodes
 
 
 def generate(
-    model: SequenceGenerator | Stepper,
+    model: SequenceGenerator | Decodes,
     requests: Sequence[Request],
     max_rows: int = 256,
     row_floor: int = ROW_FLOOR,

@@ -16,7 +16,7 @@ from seqmodels.errors import DeadlineError, InputError
 from seqmodels.kernels import Weights
 from seqmodels.models import SequenceGenerator
 from seqmodels.selftest import find_row_floor
-from seqmodels.stepper import Stepper
+from seqmodels.stepper import Decodes, Stepper
 from tests.seqmodels.builders import make_language_model, make_translator
 
 
@@ -47,7 +47,7 @@ def random_params(choose: random.Random) -> SearchParams:
     return SearchParams(**fields)
 
 
-def random_request(choose: random.Random, name: str, model: SequenceGenerator | Stepper, longest: int = 40) -> Request:
+def random_request(choose: random.Random, name: str, model: SequenceGenerator | Decodes, longest: int = 40) -> Request:
     assert model.config.decoder is not None
     vocab_size = model.config.decoder.vocab_size
     inputs = None
@@ -77,7 +77,7 @@ def random_request(choose: random.Random, name: str, model: SequenceGenerator | 
 
 
 def run_schedule(
-    choose: random.Random, model: SequenceGenerator | Stepper, floor: int, bank: list[Request], expected: list[object]
+    choose: random.Random, model: SequenceGenerator | Decodes, floor: int, bank: list[Request], expected: list[object]
 ) -> None:
     """Requests arrive at random steps at an engine with random room; some leave before they are done."""
     rows, positions = choose.randint(6, 40), choose.choice([12, 100, 4096])
