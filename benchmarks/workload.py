@@ -4,6 +4,7 @@ Either a trained model and the sentences of a real data set, or a model of a Mul
 weights and generated sources. Uses the engine's public interface only, so it counts the same whatever is inside.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -71,6 +72,7 @@ def read_column(path: Path, column: str, split: str) -> list[str]:
     import datasets
 
     datasets.disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it asks every local README for hub metadata
     if path.is_dir():
         return [str(text) for text in datasets.load_dataset(str(path), split=split)[column]]
     kind = {".parquet": "parquet", ".csv": "csv"}.get(path.suffix, "json")
