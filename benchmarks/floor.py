@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.workload import median_seconds
+from benchmarks.workload import least_seconds
 from seqmodels.config import DecoderConfig, ModelConfig, RecurrentConfig, TextEncoderConfig
 from seqmodels.recurrent import NUM_GATES
 
@@ -96,4 +96,4 @@ def _product(rows: int, inputs: int, outputs: int) -> Product:
 
 @torch.inference_mode()
 def _seconds(products: Sequence[Product]) -> float:
-    return median_seconds(lambda: [left @ right for left, right in products], REPEATS)
+    return least_seconds(lambda: [left @ right for left, right in products], REPEATS)
