@@ -16,6 +16,10 @@ longest of them takes alone. An answer depends on nothing but its request, so th
 request alone, which is also the unloaded latency. This gives the work of a padded batch to the row and the step, with
 no work added; its tokens are not the answers, which were found when each ran alone.
 
+Time is counted, not waited for: it goes on by what each turn of the engine takes, and jumps to the next arrival where
+there is nothing to do. With --threads 1 --clock cpu the turns are counted in CPU seconds of this process, so that other
+work on the machine, which would decide p99, does not.
+
 All rates and policies get the same requests in the same order, and the same gaps between arrivals up to the rate. One
 JSON line per rate and policy; `row_occupancy` is the share of the row budget, over all steps, that worked on an answer
 that had not ended. The last lines compare the knees: the highest rate at which p99 <= --bound x the unloaded latency,
@@ -50,6 +54,8 @@ from seqmodels.decoding.params import SearchParams
 from seqmodels.models import SequenceGenerator
 
 Policy = Callable[[deque[Request], Engine], None]
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -117,12 +123,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    clock = CLOCKS[options.clock]
     model, requests = load(options)
-    unloaded_ms, steps = alone(model, requests, options.rows)
+    unloaded_ms, steps = alone(model, requests, options.rows, clock)
     workload = Workload(requests, steps, gaps(len(requests)))
-    capacity = len(requests) / run(Engine(model, options.rows), requests).seconds
+    capacity = len(requests) / run(Engine(model, options.rows), requests, clock).seconds
     unloaded = {"unloaded_p50_ms": percentile(unloaded_ms, 0.5), "unloaded_p99_ms": percentile(unloaded_ms, 0.99)}
-    given = {"rows": options.rows, "num_beams": options.num_beams, "requests": len(requests)}
+    given = {"rows": options.rows, "num_beams": options.num_beams, "requests": len(requests), "clock": options.clock}
     print_line("unloaded", **given, threads=options.threads, **unloaded, offline_requests_per_second=capacity)
     policies: dict[str, Policy] = {"continuous": continuous, "shrinking": shrinking, "padded": padded(steps)}
     points: dict[str, list[Point]] = {name: [] for name in policies}
@@ -131,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     while rate <= options.end * capacity and not all(over(found, max(bounds_ms)) for found in points.values()):
         for name, policy in policies.items():
             if not over(points[name], max(bounds_ms)) or not over(points["continuous"], max(bounds_ms)):
-                points[name].append(serve(Engine(model, options.rows), policy, workload, rate))
+                points[name].append(serve(Engine(model, options.rows), policy, workload, rate, clock))
                 print_line(name, **vars(points[name][-1]))
         rate *= options.factor
     for latency, bound_ms in zip(unloaded, bounds_ms, strict=True):
@@ -155,11 +162,13 @@ def load(options: argparse.Namespace) -> tuple[SequenceGenerator, list[Request]]
     return model, make_requests([sources[i % len(sources)] for i in range(options.requests)], params)
 
 
-def alone(model: SequenceGenerator, requests: Sequence[Request], rows: int) -> tuple[list[float], dict[str, int]]:
+def alone(
+    model: SequenceGenerator, requests: Sequence[Request], rows: int, clock: Clock
+) -> tuple[list[float], dict[str, int]]:
     """Each request with the engine to itself: milliseconds, and the steps it took, by id."""
     engine = Engine(model, rows)
     run(engine, requests[:2])  # warm
-    runs = {request.id: run(engine, [request]) for request in requests}
+    runs = {request.id: run(engine, [request], clock) for request in requests}
     return [one.seconds * 1000 for one in runs.values()], {name: len(one.rows) for name, one in runs.items()}
 
 
@@ -170,24 +179,23 @@ def gaps(count: int) -> list[float]:
     return scaled
 
 
-def serve(engine: Engine, policy: Policy, workload: Workload, rate: float) -> Point:
+def serve(engine: Engine, policy: Policy, workload: Workload, rate: float, clock: Clock = time.perf_counter) -> Point:
     """Let all requests arrive at a rate and answer them."""
     coming = deque(zip(workload.arrivals(rate), workload.requests, strict=True))
     arrived = {request.id: moment for moment, request in coming}
     waiting: deque[Request] = deque()
     latencies_ms: list[float] = []
-    num_steps, now, started = 0, 0.0, time.perf_counter()
+    num_steps, now = 0, 0.0
     while coming or waiting or engine.has_work:
-        now = time.perf_counter() - started
+        if not waiting and not engine.has_work:
+            now = max(now, coming[0][0])
         while coming and coming[0][0] <= now:
             waiting.append(coming.popleft()[1])
+        started = clock()
         policy(waiting, engine)
-        if not engine.has_work:
-            time.sleep(coming[0][0] - now)
-            continue
         events = engine.step()
+        now += clock() - started
         num_steps += 1
-        now = time.perf_counter() - started
         latencies_ms += [(now - arrived[request_id]) * 1000 for request_id, _ in finished(events)]
     useful = sum(workload.steps[request.id] * request.params.width for request in workload.requests)
     return Point(
@@ -262,6 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=60)
     parser.add_argument("--length-penalty", type=float, default=0.0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for a shared machine, with --threads 1")
     parser.add_argument("--bound", type=float, default=4.0, help="p99 may be so many times the unloaded latency")
     parser.add_argument("--start", type=float, default=0.15, help="first rate, as a share of the offline throughput")
     parser.add_argument("--end", type=float, default=1.5, help="last rate, as a share of the offline throughput")

@@ -100,19 +100,19 @@ class Run:
         return sum(len(best.logprobs) for best in self.results.values())
 
 
-def run(engine: Engine, requests: Sequence[Request]) -> Run:
+def run(engine: Engine, requests: Sequence[Request], clock: Callable[[], float] = time.perf_counter) -> Run:
     """Submit all, step until there is no work."""
     rows: list[int] = []
     results: dict[str, Hypothesis] = {}
     width = {request.id: request.params.width for request in requests}
-    started = time.perf_counter()
+    started = clock()
     for request in requests:
         engine.submit(request)
     while engine.has_work:
         done = list(finished(engine.step()))
         results.update(done)
         rows.append(engine.num_rows + sum(width[request_id] for request_id, _ in done))  # those left in this step
-    return Run(time.perf_counter() - started, rows, results)
+    return Run(clock() - started, rows, results)
 
 
 def finished(events: Sequence[Event]) -> Iterator[tuple[str, Hypothesis]]:

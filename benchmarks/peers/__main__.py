@@ -17,6 +17,7 @@ over rounds. One JSON line per setting and system, output tokens counted with th
 
 import argparse
 import json
+import operator
 import os
 import statistics
 import subprocess
@@ -75,7 +76,10 @@ def main() -> None:
             outcomes = [one[system] for one in rounds]
             hypotheses = [decode([t for t in answer if t != EOS]) for answer in outcomes[0].answers]
             bleu = sacrebleu.corpus_bleu(hypotheses, [references[: len(hypotheses)]], lowercase=True).score
-            print_line(setting, system=system, **summary(outcomes), bleu=round(bleu, 1))
+            line = summary(outcomes) | {"bleu": round(bleu, 1)}
+            if "ours" in options.systems:
+                line["same_as_ours"] = agreement(rounds[0]["ours"].answers, outcomes[0].answers)
+            print_line(setting, system=system, **line)
         if "ours" in options.systems:
             print_line(setting, **ratios(rounds))
 
@@ -104,6 +108,11 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "peak_memory_mib": first.peak_memory_mib,
         "spread": round(max(seconds) / min(seconds), 2),
     }
+
+
+def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
+    """The share of answers that are the same, token by token: the systems compute one function."""
+    return round(sum(map(operator.eq, ours, theirs)) / len(ours), 3)
 
 
 def ratios(rounds: Sequence[dict[str, Outcome]]) -> dict[str, Any]:
