@@ -272,7 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for a shared machine, with --threads 1")
     parser.add_argument("--bound", type=float, default=4.0, help="p99 may be so many times the unloaded latency")
-    parser.add_argument("--start", type=float, default=0.15, help="first rate, as a share of the offline throughput")
+    parser.add_argument("--start", type=float, default=0.1, help="first rate, as a share of the offline throughput")
     parser.add_argument("--end", type=float, default=1.5, help="last rate, as a share of the offline throughput")
     parser.add_argument("--factor", type=float, default=1.2, help="from one rate to the next")
     return parser

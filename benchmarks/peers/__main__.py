@@ -17,7 +17,6 @@ over rounds. One JSON line per setting and system, output tokens counted with th
 
 import argparse
 import json
-import operator
 import os
 import statistics
 import subprocess
@@ -112,7 +111,8 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
     """The share of answers that are the same, token by token: the systems compute one function."""
-    return round(sum(map(operator.eq, ours, theirs)) / len(ours), 3)
+    same = [one == other for one, other in zip(ours, theirs, strict=True)]
+    return round(sum(same) / len(same), 3)
 
 
 def ratios(rounds: Sequence[dict[str, Outcome]]) -> dict[str, Any]:
