@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.decode import VOCAB_SIZE, make_model
+from benchmarks.workload import VOCAB_SIZE, make_model
 from seqmodels.models import SequenceGenerator
 from training.config import OptimSection
 from training.optim import build_optimizer, update
