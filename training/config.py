@@ -41,7 +41,11 @@ class ColumnsSection(Strict):
     """Which columns of the data are used. Several target columns are several references for one input."""
 
     input: str | None = None  # nothing goes in where the task is `generate`
-    target: str | tuple[str, ...]
+    target: str | Annotated[tuple[str, ...], Field(min_length=1)]
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target,) if isinstance(self.target, str) else self.target
 
 
 class SplitsSection(Strict):

@@ -68,7 +68,7 @@ def train(recipe: Recipe) -> Path:
         if (directory / FINISHED).is_file():
             reporter.say(f"{directory} is finished; nothing to do")
             return directory
-        rows = load_rows(recipe)
+        rows = load_rows(recipe, say=reporter.say)
         codec = _prepare(directory, recipe, rows, saved, reporter)
         examples = codec.encode(rows["train"])
         batches = _batches(recipe, codec, examples)
