@@ -7,7 +7,7 @@ where Hugging Face has one.
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -259,6 +259,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if isinstance(fields["run"], dict) and fields["run"].get("output_dir") is None:
         fields["run"]["output_dir"] = f"models/{path.stem}"
     return parse_recipe(fields)
+
+
+def differences(was: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, was, now) wherever two recipes, as plain data, are not alike."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for name in sorted(was.keys() | now.keys()):
+            yield from differences(was.get(name), now.get(name), f"{key}.{name}" if key else name)
+    elif was != now:
+        yield key, was, now
 
 
 def parse_recipe(fields: Mapping[str, Any]) -> Recipe:

@@ -104,6 +104,71 @@ def test_evaluate_takes_search_options_and_a_baseline(tmp_path: Path, capsys: py
     assert "tok:13a" in result["signatures"]["bleu"]
 
 
+@pytest.fixture
+def reviews(tmp_path: Path) -> Path:
+    """A finished run on a file from which validation and test are cut."""
+    lines = [f"a {word} film number {n},{word}" for n in range(20) for word in ("good", "bad")]
+    (tmp_path / "reviews.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
+    columns = {"input": "text", "target": "label"}
+    data = {"path": str(tmp_path / "reviews.csv"), "columns": columns, "cut": {"validation": 4, "test": 6}}
+    recipe = write_recipe(tmp_path / "recipe.yaml", data={**data, "tokenizer": WORDS})
+    assert main(["train", recipe, f"run.output_dir={tmp_path / 'model'}"]) == 0
+    return tmp_path / "reviews.csv"
+
+
+def test_evaluate_refuses_a_split_cut_from_other_data(reviews: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(reviews.parent / "model")
+    assert main(["evaluate", model]) == 0 and main(["evaluate", model, "--split", "train"]) == 0
+    assert main(["evaluate", model, "data.cut.test=8"]) == 2
+    assert "may have been trained on" in capsys.readouterr().err
+    moved = reviews.rename(reviews.parent / "moved.csv")
+    assert main(["evaluate", model, f"data.path={moved}"]) == 0  # the same rows in another place
+    moved.write_text(moved.read_text() + "one more,good\n")
+    for split in ("train", "validation", "test"):
+        assert main(["evaluate", model, "--split", split, f"data.path={moved}"]) == 2
+        error = capsys.readouterr().err
+        assert f"the {split} split is cut from other data" in error and error.count("\n") == 1
+
+
+def test_evaluate_on_other_data_on_purpose(reviews: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new = reviews.parent / "new" / "test.csv"
+    new.parent.mkdir()
+    new.write_text("text,label\na good film,good\n,bad\na bad one,bad\n")
+    for data in ([f"data.path={new.parent}"], [f"data.path={new}", "data.splits.test=train"]):
+        capsys.readouterr()
+        assert main(["evaluate", str(reviews.parent / "model"), *data]) == 0
+        said = capsys.readouterr().out
+        assert f"scoring on {data[0].partition('=')[2]}; the model was trained on {reviews}" in said
+        assert "split test: left out 1 of 3 rows" in said
+        assert json.loads(said.splitlines()[-1])["rows"] == 2
+
+
+@pytest.mark.parametrize(
+    "override", ["optim.learning_rate=0.5", "model.dropout=0.1", "run.seed=3", "data.license=mine"]
+)
+def test_evaluate_refuses_what_would_change_nothing(
+    override: str, reviews: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(reviews.parent / "model"), override]) == 2
+    assert f"error: {override.partition('=')[0]} changes nothing in an evaluation" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_after_options(reviews: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(reviews.parent / "model")
+    for arguments in (
+        ["--split", "validation", model, "run.threads=1"],
+        [model, "--split", "validation", "run.threads=1"],
+        [model, "run.threads=1", "--split", "validation", "data.cut.seed=1"],
+    ):
+        assert main(["evaluate", *arguments]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == 4
+    assert main(["evaluate", model, "--split", "test", "run.sed=1"]) == 2
+    assert "did you mean seed" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["evaluate", model, "--slpit", "test"])
+    assert "unrecognized arguments: --slpit" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

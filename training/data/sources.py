@@ -4,9 +4,10 @@ One code path: whatever the source, it becomes tables of named columns, then Row
 """
 
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from seqmodels.errors import DataError
-from training.config import CutSection, Recipe
+from training.config import Recipe
 from training.data.cut import cut_rows, cut_text
 from training.data.generated import DATA_SETS, generate
 from training.data.reader import RowReader, class_names
@@ -16,32 +17,58 @@ from training.data.tables import read_tables, source_name
 Say = Callable[[str], None]
 
 
+class Splits:
+    """The splits of a recipe's data, by their roles: train, validation, test."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Reads the tables, but no row. Raises DataError."""
+        self._recipe, data = recipe, recipe.data
+        self._tables = {} if data.generated is not None else read_tables(data, recipe.task)
+        self._found = {role: self._tables[name] for role, name in data.splits if name in self._tables}
+        cuts = {"validation": data.cut.validation, "test": data.cut.test}
+        self._cuts = {role: size for role, size in cuts.items() if size is not None and role not in self._found}
+
+    def is_cut(self, role: str) -> bool:
+        """Whether the split depends on how the training split is cut."""
+        return role in self._cuts or (role == "train" and bool(self._cuts))
+
+    def rows(self, wanted: Sequence[str], say: Say = lambda _: None) -> dict[str, list[Row]]:
+        """The wanted splits. say: is told about rows that are left out.
+
+        Raises DataError where a split or a column is absent, or a row cannot be used.
+        """
+        data = self._recipe.data
+        if data.generated is not None:
+            return _generated(data.generated, wanted)
+        for role in wanted:
+            if role not in self._found and role not in self._cuts:
+                self._refuse(role)
+        from_train = any(self.is_cut(role) for role in wanted)
+        if from_train and "train" not in self._found:
+            self._refuse("train")
+        read = {
+            role: table for role, table in self._found.items() if role in wanted or (from_train and role == "train")
+        }
+        reader = RowReader(self._recipe, class_names(self._recipe, next(iter(read.values()))))
+        rows = {role: reader.rows(role, table, say) for role, table in read.items()}
+        if from_train:
+            rows |= _cut(rows["train"], self._cuts, data.cut.seed)
+        return {role: rows[role] for role in wanted}
+
+    def _refuse(self, role: str) -> NoReturn:
+        data = self._recipe.data
+        cut = "" if role == "train" else f" to one of its splits, or cut one from train with data.cut.{role}=0.1"
+        raise DataError(
+            f"{source_name(data)} has no split {getattr(data.splits, role)!r} (it has {', '.join(self._tables)}); set "
+            f"data.splits.{role}{cut}"
+        )
+
+
 def load_rows(
     recipe: Recipe, wanted: Sequence[str] = ("train", "validation"), say: Say = lambda _: None
 ) -> dict[str, list[Row]]:
-    """The wanted splits. say: is told about rows that are left out.
-
-    Raises DataError where a split or a column is absent, or a row cannot be used.
-    """
-    data = recipe.data
-    if data.generated is not None:
-        return _generated(data.generated, wanted)
-    tables = read_tables(data, recipe.task)
-    found = {role: tables[name] for role, name in data.splits if name in tables}
-    cuts = {role: size for role, size in _sizes(data.cut).items() if role not in found}
-    has = f"{source_name(data)} has no split {{!r}} (it has {', '.join(tables)}); set data.splits."
-    for role in wanted:
-        if role not in found and role not in cuts:
-            advice = "" if role == "train" else f" to one of its splits, or cut one from train with data.cut.{role}=0.1"
-            raise DataError(f"{has.format(getattr(data.splits, role))}{role}{advice}")
-    needed = [role for role in found if role in wanted or (role == "train" and cuts.keys() & set(wanted))]
-    if cuts.keys() & set(wanted) and "train" not in found:
-        raise DataError(f"{has.format(data.splits.train)}train")
-    reader = RowReader(recipe, class_names(recipe, found.get("train", found[needed[0]])))
-    rows = {role: reader.rows(role, found[role], say) for role in needed}
-    if cuts and "train" in rows:
-        rows |= _cut(rows["train"], cuts, data.cut.seed)
-    return {role: rows[role] for role in wanted}
+    """The wanted splits, see `Splits.rows`."""
+    return Splits(recipe).rows(wanted, say)
 
 
 def _generated(name: str, wanted: Sequence[str]) -> dict[str, list[Row]]:
@@ -49,10 +76,6 @@ def _generated(name: str, wanted: Sequence[str]) -> dict[str, list[Row]]:
         raise DataError(f"data.generated is {name!r}; known: {', '.join(DATA_SETS)}")
     splits = generate(name)
     return {role: splits[role] for role in wanted}
-
-
-def _sizes(cut: CutSection) -> dict[str, float | int]:
-    return {role: size for role, size in (("validation", cut.validation), ("test", cut.test)) if size is not None}
 
 
 def _cut(train: Sequence[Row], sizes: dict[str, float | int], seed: int) -> dict[str, list[Row]]:
