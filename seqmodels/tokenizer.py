@@ -92,6 +92,12 @@ class Tokenizer:
         """Token ids of a text that stands in the middle of another, so that no space is implied before it."""
         return _plain(self._backend.encode(text, add_special_tokens=False).ids)
 
+    def unknown(self, text: str) -> list[str]:
+        """The words, or characters, that become <unk>, each once; of the byte-based kinds none do."""
+        encoding = self._backend.encode(self._spaced(text), add_special_tokens=False)
+        pieces = zip(_plain(encoding.ids), encoding.offsets, strict=True)
+        return list(dict.fromkeys(text[start:end] for token_id, (start, end) in pieces if token_id == UNK))
+
     def encode_source(self, text: str) -> list[int]:
         """What a generator's encoder reads: the text and EOS, so that attention has a place for "all is said"."""
         return [*self.encode(text), EOS]
