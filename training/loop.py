@@ -6,6 +6,7 @@ started again goes on from its last checkpoint, and ends with the same bits and 
 """
 
 import copy
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from seqmodels.config import ModelConfig
+from seqmodels.errors import ConfigError
 from seqmodels.models import Model, build_model
 from seqmodels.pretrained import load_pretrained, save_pretrained
 from seqmodels.state import State
@@ -258,7 +261,7 @@ class Trainer:
 
 def new_model(recipe: Recipe, codec: Codec) -> Model:
     """Initial weights, or those of `model.init_from` with a new head where labels differ."""
-    model = build_model(codec.config)
+    model = _built(codec.config)
     if recipe.init_from is not None:
         saved = load_pretrained(recipe.init_from)
         weights = saved.model.state_dict()
@@ -266,6 +269,19 @@ def new_model(recipe: Recipe, codec: Codec) -> Model:
             weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
         model.load_state_dict(weights, strict=False)
     return model
+
+
+def _built(config: ModelConfig) -> Model:
+    """Raises ConfigError for a model that this machine cannot hold, before the system has to end the process."""
+    too_large = ConfigError("the model is too large for this machine's memory; lower the sizes in `model`")
+    try:
+        with torch.device("meta"):  # shapes alone
+            needed = sum(4 * parameter.numel() for parameter in build_model(config).parameters())
+        if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+            raise too_large
+        return build_model(config)
+    except (RuntimeError, MemoryError, TypeError, OverflowError):  # what torch raises for a size that it cannot have
+        raise too_large from None
 
 
 def _total_steps(recipe: Recipe, steps_per_epoch: int) -> int:

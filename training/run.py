@@ -9,8 +9,9 @@ config.json, model.safetensors, README.md, report.html, finished.json      at th
 
 import fcntl
 import json
+import random
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from seqmodels.rendering import is_bio
 from seqmodels.tokenizer import Tokenizer
 from training import baselines, checkpoint
 from training.card import model_card
-from training.config import METRICS, DataSection, Recipe, differences, parse_recipe
+from training.config import METRICS, DataSection, Recipe, RunSection, differences, parse_recipe, some
 from training.data.batches import Batches, Buckets
 from training.data.examples import Codec, Example
 from training.data.rows import Row, fingerprint
@@ -94,8 +95,14 @@ def train(recipe: Recipe) -> Path:
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Two runs in one directory would ruin each other. The lock goes with the process, however it ends."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as file:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"run.output_dir is {str(directory)!r}, where no directory can be written: {error.strerror}; name another"
+        ) from None
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -218,16 +225,9 @@ def _introduce(
     if codec.config.labels:
         unseen = {label for row in rows["validation"] for label in row.references} - set(codec.config.labels)
         if unseen:
-            reporter.say(
-                f"the training split lacks labels of the validation split, which can never be right: {_some(unseen)}"
-            )
+            names = some(sorted(unseen))
+            reporter.say(f"the training split lacks labels of the validation split, which can never be right: {names}")
     reporter.show_examples(examples[:NUM_EXAMPLES_SHOWN], codec)
-
-
-def _some(names: Iterable[str]) -> str:
-    """Up to five, by the alphabet."""
-    names = sorted(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _data_name(data: DataSection) -> str:
@@ -250,9 +250,17 @@ def _metric(recipe: Recipe, codec: Codec) -> str:
 
 
 def _validate(recipe: Recipe, codec: Codec, rows: Sequence[Row], candidate: Path) -> dict[str, float]:
-    result = evaluate(candidate, rows[: recipe.run.max_eval_samples], codec, recipe.run.device)
+    result = evaluate(candidate, _drawn(rows, recipe.run), codec, recipe.run.device)
     (candidate / SAMPLES).write_text(json.dumps(result.samples, ensure_ascii=False, indent=1), encoding="utf-8")
     return result.scores
+
+
+def _drawn(rows: Sequence[Row], run: RunSection) -> Sequence[Row]:
+    """At most max_eval_samples rows: a pure function of the seed, and not the first, which may all be of one kind."""
+    if run.max_eval_samples is None or run.max_eval_samples >= len(rows):
+        return rows
+    places = random.Random(f"{run.seed}:validation").sample(range(len(rows)), run.max_eval_samples)
+    return [rows[place] for place in sorted(places)]
 
 
 # After the last step

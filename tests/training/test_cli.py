@@ -10,11 +10,14 @@ import pytest
 import yaml
 
 from seqmodels.pipeline import Pipeline
-from tests.training.recipes import TAGGER, TRANSLATOR, WORDS, fields
+from tests.training.recipes import TAGGER, TRANSLATOR, WORDS, fields, recipe
 from training.__main__ import main
 from training.data.generated import generate
+from training.data.rows import Row
+from training.run import _drawn
 
 ROOT = Path(__file__).parent.parent.parent
+HIDDEN = "model.encoder.recurrent.hidden_size"
 
 
 def write_recipe(path: Path, **sections: object) -> str:
@@ -178,6 +181,10 @@ def test_overrides_may_stand_after_options(reviews: Path, capsys: pytest.Capture
         (["train", "recipes/sst2.yaml", "model.encoder=5"], "model.encoder"),
         (["train", "recipes/sst2.yaml", "data.cut.test=-1"], "data.cut.test: Input should be greater than 0 (got -1)"),
         (["evaluate", "recipes"], "recipe.yaml"),
+        (["train", "recipes/demo/sentiment.yaml", "optim.freeze=[encodre]"], "encoder.embedding.weight and 2 more"),
+        (["train", "recipes/demo/sentiment.yaml", f"{HIDDEN}=100000000"], "too large for this machine's memory"),
+        (["train", "recipes/demo/sentiment.yaml", f"{HIDDEN}={10**30}"], "too large for this machine's memory"),
+        (["train", "recipes/demo/sentiment.yaml", "model.encoder.embedding_size=200000000"], "too large for"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(
@@ -192,6 +199,27 @@ def test_a_mistake_is_one_line_and_exit_2(
     assert main([*arguments, *extra]) == 2
     captured = capsys.readouterr()
     assert words in captured.err and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nothing"])
+def test_an_output_directory_that_cannot_be_made(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    assert main(["train", str(ROOT / "recipes/demo/sentiment.yaml"), f"run.output_dir={tmp_path / place}"]) == 2
+    error = capsys.readouterr().err
+    assert "error: run.output_dir is" in error and "where no directory can be written" in error
+    assert error.count("\n") == 1
+
+
+def test_validation_samples_are_drawn_by_the_seed(tmp_path: Path) -> None:
+    rows = [Row(f"text {n}", "ab"[n % 2]) for n in range(100)]
+    drawn = {seed: _drawn(rows, recipe(run={"max_eval_samples": 20, "seed": seed}).run) for seed in (1, 2)}
+    assert drawn[1] == _drawn(rows, recipe(run={"max_eval_samples": 20, "seed": 1}).run)
+    assert drawn[1] != drawn[2] and rows[:20] not in drawn.values()
+    assert len(drawn[1]) == 20 and [row for row in rows if row in drawn[1]] == drawn[1]
+    for most in (None, 100, 500):
+        assert _drawn(rows, recipe(run={"max_eval_samples": most}).run) == rows
 
 
 def test_labels_that_only_the_validation_split_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

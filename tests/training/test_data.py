@@ -235,6 +235,7 @@ def test_a_folder_of_splits_and_a_column_map(tmp_path: Path) -> None:
         ([("a", 1)], {**CUT, "columns": {"input": "txt", "target": "label"}}, ["'txt'", "text", "data.columns"]),
         ([("a", 1), ("b", 0)], {"splits": {"train": "treinta"}}, ["'treinta'", "data.splits.train"]),
         ([("a", 1), ("b", 0)], {"cut": {"validation": 2}}, ["data.cut", "cut less"]),
+        ([("a", 1), ("A ", 0)], CUT, ["data.cut", "the 2 rows are all duplicates of each other"]),
     ],
 )
 def test_what_is_wrong_with_data_is_named_with_its_fix(
@@ -386,11 +387,12 @@ def test_pictures_frames_and_features() -> None:
 
 def test_too_long_rows_are_cut_for_classifiers_and_left_out_for_others() -> None:
     texts = [Row("a b c d e f", "x"), Row("a", "y")]
-    data = {"generated": "sentiment", "tokenizer": WORDS, "max_input_length": 4, "max_target_length": 4}
+    data = {"generated": "sentiment", "tokenizer": WORDS, "max_input_length": 4}
     codec = Codec.train(recipe(data=data), texts)
     assert [example.input_length for example in codec.encode(texts)] == [4, 1]
     pairs = [Row("a b c d e f", ("a",)), Row("a", ("a b c d e f",)), Row("a b c d", ("a b c d",))]
-    codec = Codec.train(recipe("translate", data={**data, "generated": "numbers-en-fr"}, model=TRANSLATOR), pairs)
+    data |= {"generated": "numbers-en-fr", "max_target_length": 4}
+    codec = Codec.train(recipe("translate", data=data, model=TRANSLATOR), pairs)
     assert [(example.input_length, example.target_length) for example in codec.encode(pairs)] == [(5, 6)]
 
 
