@@ -343,6 +343,7 @@ def _rows_to_score(directory: Path, recipe: Recipe, split: str, with_baseline: b
     splits, run = Splits(recipe), _read_run(directory)
     wanted = {split, "train"} if with_baseline else {split}
     if run is None:
+        print(f"{directory} holds no {RUN}, so nothing tells whether the {split} split was trained on")
         return splits.rows(sorted(wanted), print)
     trained_on, now_on = (_data_name(data) for data in (parse_recipe(run.recipe).data, recipe.data))
     if now_on != trained_on:

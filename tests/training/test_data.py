@@ -115,6 +115,8 @@ TAG_DATA = {"path": "x", "columns": {"input": "words", "target": "tags"}}
         ({"words": ["a", ["b"]]}, ["column 'words' holds ['b'], which is no text"]),
         ({"words": '["a", "b"]'}, ["list written as text", "separated by spaces"]),
         ({"tags": "['O', 'O']"}, ["list written as text", "separated by spaces"]),
+        ({"tags": "[0, 1]"}, ["list written as text", "separated by spaces"]),
+        ({"words": """["don't", 'a']"""}, ["list written as text", "separated by spaces"]),
     ],
 )
 def test_a_bad_row_of_words_is_named(row: dict[str, Any], words: list[str]) -> None:
@@ -126,9 +128,9 @@ def test_a_bad_row_of_words_is_named(row: dict[str, Any], words: list[str]) -> N
 
 
 def test_words_and_tags_of_a_csv_are_split_at_white_space(tmp_path: Path) -> None:
-    path = write_csv(tmp_path / "tags.csv", [("a  b", "O B-X"), ("[ citation ]", "O O  O")], "words,tags")
+    path = write_csv(tmp_path / "tags.csv", [("a  b", "O B-X"), ("[ citation ]", "O O  O"), ("[1]", "O")], "words,tags")
     rows = load_rows(recipe("tag", data={**TAG_DATA, "path": str(path)}, model=TAGGER), ("train",))["train"]
-    assert rows == [Row(("a", "b"), ("O", "B-X")), Row(("[", "citation", "]"), ("O", "O", "O"))]
+    assert rows == [Row(("a", "b"), ("O", "B-X")), Row(("[", "citation", "]"), ("O", "O", "O")), Row(("[1]",), ("O",))]
 
 
 @pytest.mark.parametrize(

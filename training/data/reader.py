@@ -3,7 +3,7 @@
 Knows columns, words, labels, pictures and numbers; knows no file and no token.
 """
 
-import json
+import ast
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -217,9 +217,10 @@ def _is_list(text: str) -> bool:
     if not (text.startswith("[") and text.endswith("]")):
         return False
     try:
-        return isinstance(json.loads(text.replace("'", '"')), list)
-    except (ValueError, RecursionError):
+        items = ast.literal_eval(text)  # reads JSON's lists of strings and numbers too
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return False
+    return len(items) > 1 or any(isinstance(item, str) for item in items)  # [1] may be a word
 
 
 def _is_feature(value: Any) -> bool:

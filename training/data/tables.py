@@ -143,7 +143,10 @@ def _csv_lines(path: Path, separator: str) -> Iterator[list[str]]:
             began = lines.line_num + 1
     except csv.Error as error:
         reason = "a quote is opened and never closed" if "end of data" in str(error) else str(error)
-        raise DataError(f"{path.name}: the row that begins in line {began}: {reason}; mend its quotes") from None
+        raise DataError(
+            f"{path.name}: the row that begins in line {began}: {reason}; put quotes around the field and write those "
+            "inside it twice"
+        ) from None
 
 
 # Plain text
