@@ -314,6 +314,18 @@ def test_pictures_of_every_kind() -> None:
     assert preprocessor.image(red)[:, 0, 0].tolist() == pytest.approx([2.0, -1.0, -0.3])
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP"])
+def test_a_check_finds_what_decoding_would(kind: str) -> None:
+    whole, preprocessor = png(kind=kind, size=(64, 48)), Preprocessor(size=(8, 8))
+    preprocessor.check(whole)
+    for bad in (whole[: len(whole) // 2], whole[:10], b"", b"text"):
+        with pytest.raises(InputError) as decoding:
+            preprocessor.image(bad)
+        with pytest.raises(InputError) as checking:
+            preprocessor.check(bad)
+        assert str(checking.value) == str(decoding.value)
+
+
 def test_a_picture_turned_by_exif_stands_upright() -> None:
     picture = Image.new("RGB", (4, 8), (0, 0, 0))
     picture.paste((255, 255, 255), (0, 0, 4, 4))  # white above

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from seqmodels.errors import DataError, InputError
 from seqmodels.reading import LARGEST_FEATURE
 from training.config import Facts, Recipe
-from training.data import pictures
+from training.data.pictures import preprocessor_for
 from training.data.rows import Input, Row
 from training.data.tables import Table, source_name
 
@@ -43,7 +43,7 @@ class RowReader:
         self.class_names = declared_names or recipe.data.label_names
         self.unlabelled = -1 if declared_names else None
         self.source = source_name(recipe.data)
-        self._preprocessor = pictures.preprocessor_for(recipe.model_config_with(Facts.unknown()))
+        self._preprocessor = preprocessor_for(recipe.model_config_with(Facts.unknown()))
         self._feature_size = 0  # of the first step read
 
     def rows(self, role: str, table: Table, say: Callable[[str], None]) -> list[Row]:
@@ -143,7 +143,7 @@ class RowReader:
     def _picture(self, where: str, value: Any) -> bytes:
         """The file's bytes: `datasets` stores a picture as bytes, or as the path of a file.
 
-        It is decoded once, here: a broken one must not come to light in the middle of the training.
+        A broken one must not come to light in the middle of the training.
         """
         data = value.get("bytes") if isinstance(value, Mapping) else value
         if not isinstance(data, bytes):
@@ -153,7 +153,7 @@ class RowReader:
             data = Path(path).read_bytes()
         assert self._preprocessor is not None
         try:
-            pictures.decode(self._preprocessor, data)
+            self._preprocessor.check(data)
         except InputError as error:
             self._refuse(where, str(error))
         return data
