@@ -34,7 +34,7 @@ from training.data.rows import Row, fingerprint
 from training.data.sources import Splits, load_rows
 from training.data.streams import Streams
 from training.evaluate import evaluate
-from training.loop import Trainer
+from training.loop import Trainer, check_memory
 from training.report import Reporter, write_report
 
 RECIPE, RUN, FINISHED, SAMPLES = "recipe.yaml", "run.json", "finished.json", "samples.json"
@@ -146,6 +146,7 @@ def _prepare(
         if recipe.init_from is None and (recipe.input == "text" or recipe.makes_text):
             reporter.say(f"training the {recipe.data.tokenizer.kind} tokenizer on {len(rows['train'])} rows")
         codec = Codec.train(recipe, rows["train"])
+        check_memory(codec.config)  # first, so that the same directory serves a smaller model
         _write_run(directory, recipe, codec, data)
         return codec
     if saved.data != data:
