@@ -346,9 +346,12 @@ def _rows_to_score(directory: Path, recipe: Recipe, split: str, with_baseline: b
     if run is None:
         print(f"{directory} holds no {RUN}, so nothing tells whether the {split} split was trained on")
         return splits.rows(sorted(wanted), print)
-    trained_on, now_on = (_data_name(data) for data in (parse_recipe(run.recipe).data, recipe.data))
-    if now_on != trained_on:
-        print(f"scoring on {now_on}; the model was trained on {trained_on}")
+    theirs = parse_recipe(run.recipe).data
+    name = getattr(recipe.data.splits, split)
+    if _data_name(recipe.data) != _data_name(theirs):
+        print(f"scoring on {_data_name(recipe.data)}; the model was trained on {_data_name(theirs)}")
+    elif split != "train" and name == theirs.splits.train:
+        print(f"data.splits.{split} is {name!r}, which the model was trained on: the scores say nothing about new data")
     if not splits.is_cut(split):
         return splits.rows(sorted(wanted), print)
     rows = splits.rows(sorted(wanted | {"train", "validation"}), print)
