@@ -21,6 +21,7 @@ from seqmodels.kernels import Weights
 from seqmodels.pipeline import Job, Pipeline
 
 CHUNK = 256  # lines read, answered and written together
+TAKES_FILES = {"image": '{"image": "FILE"}', "frames": '{"frames": ["FILE", ...]}'}  # a line names files, not bytes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     if failed:
-        print(f"error: {failed} lines could not be answered; each says why in its place", file=sys.stderr)
+        several = "1 line" if failed == 1 else f"{failed} lines"
+        print(f"error: {several} could not be answered; each says why in its place", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -92,8 +94,12 @@ def _add_option(command: argparse.ArgumentParser, name: str, kind: Any, default:
 
 def _positive(text: str) -> int:
     """For argparse: a whole number of at least 1."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return number
 
 
@@ -126,17 +132,26 @@ def _answer_all(pipeline: Pipeline, options: argparse.Namespace, lines: Iterable
             if isinstance(answer, SeqModelsError):
                 failed += 1
                 answer = {"error": {"message": str(answer), "code": getattr(answer, "code", "invalid_value")}}
-            print(json.dumps(answer, ensure_ascii=False))
+            print(_as_json(answer))
     return failed
+
+
+def _as_json(answer: Any) -> str:
+    """One line. Half of a surrogate pair, which no UTF-8 can hold, is written as JSON's own escape."""
+    return json.dumps(answer, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def _prepared(
     pipeline: Pipeline, options: argparse.Namespace, params: dict[str, Any], line: bytes
 ) -> Job | SeqModelsError:
     try:
-        item = _item(line)
+        item, target = _item(line), None
         if options.command == "score":
             item, target = _with_target(item)
+        kind = pipeline.config.input
+        if kind in TAKES_FILES and not (isinstance(item, dict) and kind in item):
+            raise InputError(f"this model takes {TAKES_FILES[kind]}", code="unsupported_input")
+        if options.command == "score":
             return pipeline.prepare_score(
                 item, target, truncate=options.truncate, field="the input", target_field="the target"
             )
@@ -148,7 +163,7 @@ def _prepared(
 
 
 def _item(line: bytes) -> Any:
-    """A line as `Pipeline.prepare` takes it; the files that it names are read."""
+    """A line as `Pipeline.prepare` takes it; the files that it names are read. {} is nothing, such as no prompt."""
     try:
         text = line.decode().rstrip("\r\n")
     except UnicodeDecodeError:
@@ -165,7 +180,7 @@ def _item(line: bytes) -> Any:
         item["image"] = _read(item["image"])
     if isinstance(item.get("frames"), list):
         item["frames"] = [_read(frame) for frame in item["frames"]]
-    return item
+    return item or None
 
 
 def _with_target(item: Any) -> tuple[Any, Any]:

@@ -4,10 +4,12 @@ Knows the sizes and kinds of every part; knows no tensor. The sizes that data de
 `feature_size`) have no default: training fills them in before a model is built.
 """
 
+import difflib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
@@ -204,8 +206,14 @@ class ModelConfig(Strict):
         path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def explain(error: ValidationError) -> str:
-    """The first few faults of a validation error, each with its field and value."""
+def explain(error: ValidationError, root: type[BaseModel] | None = None) -> str:
+    """The first few faults of a validation error, each with its field and value.
+
+    root: the model that was to be built; with it, an unknown key is told with the nearest that is known.
+    """
+    first = error.errors(include_url=False)[0]
+    if root is not None and first["type"] == "extra_forbidden":
+        return _explain_unknown([str(part) for part in first["loc"]], root)
     faults: dict[tuple[str, str], list[str]] = {}  # by field and value: each member of a union finds a fault of its own
     for fault in error.errors(include_url=False):
         # pydantic also names the member of a union that it tried, such as "constrained-float": no field of ours.
@@ -219,3 +227,27 @@ def explain(error: ValidationError) -> str:
     # A fault without a field is about several at once, and its message names them.
     lines = [(f"{field}: " if field else "") + " or ".join(said) + shown for (field, shown), said in faults.items()]
     return "; ".join(lines[:5])
+
+
+def suggestion(key: str, names: Iterable[str]) -> str:
+    """Words that name the nearest known key, or all of them."""
+    names = sorted(names)
+    near = difflib.get_close_matches(key, names, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(names)}" if names else ""
+
+
+def _explain_unknown(location: list[str], root: type[BaseModel]) -> str:
+    section: type[BaseModel] | None = root
+    for parent in location[:-1]:
+        section = _section(section, parent) if section else None
+    names = list(section.model_fields) if section else []
+    return f"{'.'.join(location)} is no setting{suggestion(location[-1], names)}"
+
+
+def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The model class of a field, also where the field may be None."""
+    annotation = model.model_fields[name].annotation if name in model.model_fields else None
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None

@@ -113,7 +113,7 @@ class Pipeline:
             return Job(ForwardRequest(_new_id(), reading.inputs, (), deadline), reading)
         search = self._search_params(params or {})
         reading = self._reader.read(item, field, truncate)
-        prefix = reading.prompt + self._reader.written(search.prefix, reading.prompt, "prefix")
+        prefix = reading.prompt + self._reader.prefix(search.prefix, reading.prompt)
         text = Text(self._tokenizer, reading.prompt, prefix, search.stop)
         request = Request(
             _new_id(),

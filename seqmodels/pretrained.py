@@ -12,6 +12,7 @@ size are checked before a weight is used.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ def save_pretrained(
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with _replacing(directory / WEIGHTS) as path:
         # `save_file` would let only this user read the file; a service often runs as another one.
-        path.write_bytes(save(weights, metadata={"format": "pt", CHECKSUM: _checksum(weights)}))
+        path.write_bytes(_file(weights, {"format": "pt", CHECKSUM: _checksum(weights)}))
     names = tokenizer_names(model.config)
     for name, tokenizer in zip(names, (source_tokenizer, target_tokenizer), strict=True):
         if name and tokenizer:
@@ -145,6 +146,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if expected not in (None, _checksum(weights)):
         raise ModelDirectoryError(f"{path.name} does not match its own checksum; it was damaged after it was saved")
     return weights
+
+
+def _file(weights: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file: length of the header, header, tensors. The library would write the metadata in an order that
+    changes from call to call, and the same weights must be the same bytes."""
+    data = save(weights)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps({"__metadata__": metadata, **json.loads(data[8:end])}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors are aligned
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def _checksum(weights: Mapping[str, Tensor]) -> str:

@@ -16,7 +16,7 @@ from seqmodels.config import FeatureEncoderConfig
 from seqmodels.errors import InputError, TooLongError, UnsupportedError
 from seqmodels.preprocessing import Preprocessor
 from seqmodels.pretrained import Pretrained
-from seqmodels.tokenizer import Tokenizer
+from seqmodels.tokenizer import UNK, Tokenizer
 
 WORDS = re.compile(r"\w+|[^\w\s]")  # how a tagger splits a text that comes without words
 LARGEST_FEATURE = 1e6  # beyond any scaled series; far larger ones would overflow in a ReLU recurrence
@@ -79,6 +79,14 @@ class Reader:
         text = checked_text(text, f"{field} must be a string", field)
         encode = self._target_tokenizer.encode_inside if prompt else self._target_tokenizer.encode
         return self._bounded(tuple(encode(text)), field, truncate)
+
+    def prefix(self, text: str, prompt: tuple[int, ...]) -> tuple[int, ...]:
+        """The tokens of a forced beginning, which the answer returns as it was given: so none may be <unk>."""
+        ids = self.written(text, prompt, "prefix")
+        if UNK in ids:
+            words = ", ".join(repr(word[:40]) for word in self._target_tokenizer.unknown(text)[:5])
+            raise InputError(f"prefix holds what this model cannot write: {words}; choose other words", param="prefix")
+        return ids
 
     def _inputs(self, item: Any, field: str, truncate: bool) -> Tensor:
         kind = self._config.input

@@ -2,13 +2,14 @@
 
 Knows text and token ids; knows no model. Five kinds, all trained from data: `bpe` and `unigram` on bytes, `word` on
 single spaces, `character`, `byte`. The byte-based ones round-trip every text; `word` and `character` round-trip what
-they have seen, and write <unk> for the rest.
+they have seen, and write <unk> for the rest. A word of the data that is spelt like a special token is no part of what
+`word` has seen: <unk>, as corpora with a fixed vocabulary hold it, and <pad>, <bos> and <eos> are all unknown words.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -53,8 +54,12 @@ class Tokenizer:
         least = 260 if kind in ("bpe", "unigram") else 5
         if vocab_size < least:
             raise ConfigError(f"vocab_size is {vocab_size}, but a {kind} tokenizer needs at least {least}")
-        spaced = (" " + text for text in texts) if kind in ("bpe", "unigram") else texts  # as `encode` will see them
-        backend.train_from_iterator(spaced, _trainer(kind, vocab_size))
+        if kind in ("bpe", "unigram"):
+            texts = (" " + text for text in texts)  # as `encode` will see them
+        elif kind == "word":
+            texts = _without_special_words(texts, backend.normalizer)
+        backend.train_from_iterator(texts, _trainer(kind, vocab_size))
+        assert _first_tokens(backend) == SPECIAL_TOKENS, "a model would take words for its control tokens"
         return cls(backend)
 
     @classmethod
@@ -70,7 +75,7 @@ class Tokenizer:
             raise ModelDirectoryError(
                 f"{path.name} is not a tokenizer that the `tokenizers` library can read"
             ) from None
-        found = [backend.id_to_token(i) for i in range(len(SPECIAL_TOKENS))]
+        found = _first_tokens(backend)
         if found != SPECIAL_TOKENS:
             raise ModelDirectoryError(f"{path.name}: tokens 0 to 3 are {found}, but must be {SPECIAL_TOKENS}")
         return loaded
@@ -87,6 +92,12 @@ class Tokenizer:
     def encode_inside(self, text: str) -> list[int]:
         """Token ids of a text that stands in the middle of another, so that no space is implied before it."""
         return _plain(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def unknown(self, text: str) -> list[str]:
+        """The words, or characters, that become <unk>, each once; of the byte-based kinds none do."""
+        encoding = self._backend.encode(self._spaced(text), add_special_tokens=False)
+        pieces = zip(_plain(encoding.ids), encoding.offsets, strict=True)
+        return list(dict.fromkeys(text[start:end] for token_id, (start, end) in pieces if token_id == UNK))
 
     def encode_source(self, text: str) -> list[int]:
         """What a generator's encoder reads: the text and EOS, so that attention has a place for "all is said"."""
@@ -134,6 +145,18 @@ class Tokenizer:
 
     def _spaced(self, text: str) -> str:
         return " " + text if self._leading_space else text
+
+
+def _without_special_words(texts: Iterable[str], normalizer: normalizers.Normalizer | None) -> Iterator[str]:
+    """Texts for the library's word trainer, which gives a word that is spelt like a special token an id of its own,
+    and leaves the special one without any."""
+    for text in texts:
+        words = (normalizer.normalize_str(text) if normalizer else text).split(" ")
+        yield " ".join(word for word in words if word not in SPECIAL_TOKENS)
+
+
+def _first_tokens(backend: tokenizers.Tokenizer) -> list[str | None]:
+    return [backend.id_to_token(i) for i in range(len(SPECIAL_TOKENS))]
 
 
 def _plain(ids: Sequence[int]) -> list[int]:

@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from serving import schema
 from serving.completions import CompletionRequest, CompletionResponse
 from serving.config import ServeConfig
+from serving.errors import HttpError
 from serving.front import Front, is_image
 from serving.http import Guard, Observe, error_response
 from serving.runner import Runner
@@ -120,6 +121,14 @@ def build_app(
     async def models() -> Response:
         """The models served here."""
         return JSONResponse({"object": "list", "data": [card(name) for name in service.pipelines]})
+
+    @app.get("/v1/models/{name}", response_model=schema.ModelCard, responses=ERRORS)
+    async def model(name: str) -> Response:
+        """One of the models served here."""
+        if name not in service.pipelines:
+            message = f"no model of that name is served here; models: {', '.join(service.pipelines)}"
+            raise HttpError(404, message, "model_not_found", "model")
+        return JSONResponse(card(name))
 
     def card(name: str) -> dict[str, Any]:
         pipeline = service.pipelines[name]

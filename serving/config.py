@@ -111,8 +111,8 @@ class ServeConfig(Strict):
         try:
             return cls.model_validate_json(json.dumps(fields))
         except ValidationError as error:
-            raise ConfigError(explain(error)) from None
-        except (TypeError, ValueError) as error:
+            raise ConfigError(explain(error, cls)) from None
+        except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"a value is not plain data: {error}") from None
 
     @classmethod
@@ -122,7 +122,7 @@ class ServeConfig(Strict):
             fields = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}") from None
-        except (UnicodeDecodeError, yaml.YAMLError):
+        except (yaml.YAMLError, ValueError, RecursionError):  # not UTF-8, among others
             raise ConfigError(f"{path} is not YAML; see deploy/service.yaml for an example") from None
         if not isinstance(fields, dict):
             raise ConfigError(f"{path} holds no fields; it needs at least `models`")

@@ -2,7 +2,8 @@
 
     {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
 
-Messages are ours: they hold field names, numbers and limits, never an exception's text or what the user sent.
+Messages are ours: they hold field names, numbers and limits, never an exception's text or what the user sent; but for
+the words of a forced prefix that a model does not know, a few and cut short.
 """
 
 from dataclasses import dataclass, field

@@ -7,7 +7,8 @@ then wait for the answer, or stream it, while watching whether the client leaves
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -50,7 +51,7 @@ class Front:
 
     async def caption_image(self, request: Request) -> Response:
         """A picture as the whole body, with the options in the query string."""
-        read = partial(_parse_image, dict(request.query_params))
+        read = partial(_parse_image, request.query_params.multi_items())
         return await self._answer(request, read, "caption")
 
     async def score(self, request: Request) -> Response:
@@ -117,9 +118,12 @@ def _parse_json(shape: type[Parsed], content_type: str, data: bytes) -> Parsed:
         raise invalid_request(error) from None
 
 
-def _parse_image(query: dict[str, str], data: bytes) -> schema.RawCaptionRequest:
+def _parse_image(query: Sequence[tuple[str, str]], data: bytes) -> schema.RawCaptionRequest:
     try:
-        options = schema.GeneratorOptions.model_validate_strings(query)
+        options = schema.GeneratorOptions.model_validate_strings(dict(query))
+        for name, count in Counter(name for name, _ in query).items():  # now all are fields of ours
+            if count > 1:
+                raise HttpError(400, f"{name} is given {count} times; give it once", "invalid_value", name)
         return schema.RawCaptionRequest(inputs=data, **options.model_dump(exclude_unset=True))
     except ValidationError as error:
         raise invalid_request(error) from None

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from seqmodels.pipeline import Job, Pipeline
 
 POOL_THREADS = 4
-GRACE_S = 2.0  # after a deadline the pipeline has so long to say so itself; then it is stalled
+# After a deadline the pipeline has so long to say so itself. Short, for a slow step must not hold the answer back until
+# Ray's proxy gives its own (see http.seconds_allowed).
+GRACE_S = 0.05
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from seqmodels.errors import ConfigError, SeqModelsError
-from training.config import Recipe, load_recipe
+from training.config import Recipe, differences, load_recipe
 
 TRAIN_HELP = """\
 examples:
@@ -26,11 +26,15 @@ examples:
 
 The last line of the output is JSON; it is also written to evaluation-SPLIT.json in the model directory.
 """
+EVALUATION_KEYS = (
+    *("data.id", "data.name", "data.revision", "data.path", "data.generated", "data.columns", "data.splits"),
+    *("data.cut", "data.label_names", "data.max_target_length", "run.device", "run.threads"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one line about what is wrong."""
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     try:
         options.run(options)
     except SeqModelsError as error:
@@ -40,6 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. argparse takes the overrides up to the first option; those that stand after it come here."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if unknown := [text for text in rest if text.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,9 +97,18 @@ def _recipe_of(directory: Path, overrides: Sequence[str]) -> tuple[Recipe, dict[
         raise ConfigError(
             f"{directory} holds no recipe.yaml; give the directory of a run of `python -m training train`"
         )
-    before, now = load_recipe(path), load_recipe(path, overrides)
-    old, new = before.generation.model_dump(mode="json"), now.generation.model_dump(mode="json")
-    return now, {name: value for name, value in new.items() if value != old[name]}
+    before, now = (load_recipe(path, given) for given in ((), overrides))
+    params: dict[str, Any] = {}
+    for key, _, value in differences(before.model_dump(mode="json"), now.model_dump(mode="json")):
+        section, _, name = key.partition(".")
+        if section == "generation" and now.task != "generate":
+            params[name] = value
+        elif not any(f"{key}.".startswith(f"{known}.") for known in EVALUATION_KEYS):
+            raise ConfigError(
+                f"{key} changes nothing in an evaluation; remove it (what can be set: {', '.join(EVALUATION_KEYS)}, "
+                "and generation.* where a text is generated)"
+            )
+    return now, params
 
 
 if __name__ == "__main__":

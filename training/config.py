@@ -4,20 +4,19 @@ Knows every setting and which settings contradict each other; knows no data and 
 where Hugging Face has one.
 """
 
-import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from pydantic import model_validator as check
 
 from seqmodels import config as model_fields
-from seqmodels.config import ModelConfig, Strict, Task, explain
+from seqmodels.config import ModelConfig, Strict, Task, explain, suggestion
 from seqmodels.decoding.params import SearchParams
 from seqmodels.errors import ConfigError
 
@@ -41,7 +40,11 @@ class ColumnsSection(Strict):
     """Which columns of the data are used. Several target columns are several references for one input."""
 
     input: str | None = None  # nothing goes in where the task is `generate`
-    target: str | tuple[str, ...]
+    target: str | Annotated[tuple[str, ...], Field(min_length=1)]
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target,) if isinstance(self.target, str) else self.target
 
 
 class SplitsSection(Strict):
@@ -67,6 +70,12 @@ class TokenizerSection(Strict):
     kind: Literal["bpe", "unigram", "word", "character", "byte"] = "bpe"
     vocab_size: Annotated[int, Field(ge=8)] = 8000
     lowercase: bool = False
+
+    @check(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "byte" and self.vocab_size != type(self).model_fields["vocab_size"].default:
+            raise ValueError("data.tokenizer.vocab_size does nothing where kind is 'byte', which has 260; remove it")
+        return self
 
 
 class DataSection(Strict):
@@ -97,6 +106,12 @@ class DataSection(Strict):
             raise ValueError("data.columns is missing; name the columns, such as {input: text, target: label}")
         if self.id is None and (self.revision or self.name):
             raise ValueError("data.revision and data.name belong to data.id, which is not set")
+        for number, name in enumerate(self.label_names):
+            if name.isdecimal() and name != str(number):
+                raise ValueError(
+                    f"data.label_names gives class number {number} the name {name!r}, which reads as another class "
+                    "number; use words"
+                )
         return self
 
 
@@ -128,7 +143,7 @@ class OptimSection(Strict):
 
 
 class RunSection(Strict):
-    seed: NonNegativeInt = 1
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1  # what torch takes
     num_train_epochs: PositiveInt | None = None
     max_steps: PositiveInt | None = None
     max_minutes: PositiveFloat | None = None  # stops by the clock: such a run cannot be repeated to the bit
@@ -136,7 +151,7 @@ class RunSection(Strict):
     rows_per_batch: PositiveInt = 256  # at most
     gradient_accumulation_steps: PositiveInt = 1
     eval_steps: PositiveInt | None = None  # None: after each epoch
-    max_eval_samples: PositiveInt | None = None  # the first so many rows, while training; `evaluate` takes all
+    max_eval_samples: PositiveInt | None = None  # rows drawn by the seed, while training; `evaluate` takes all
     logging_steps: PositiveInt = 20
     save_steps: PositiveInt = 500  # and at each validation
     early_stopping_patience: PositiveInt | None = None  # validations without a better score
@@ -190,6 +205,11 @@ class Recipe(Strict):
             raise ValueError("model.init_from brings the saved model's tokenizer; remove data.tokenizer")
         if self.task != "generate" and data.chunk_length != DataSection.model_fields["chunk_length"].default:
             raise ValueError(f"data.chunk_length is for language models, but task is {self.task!r}; remove it")
+        if not self.makes_text and isinstance(getattr(data.columns, "target", None), tuple):
+            raise ValueError(f"data.columns.target is a list, but task {self.task} has one target; name one column")
+        default = DataSection.model_fields["max_target_length"].default
+        if self.task not in ("translate", "caption") and data.max_target_length != default:
+            raise ValueError(f"data.max_target_length does nothing for task {self.task}; remove it")
         if self.makes_text and data.label_names:
             raise ValueError(f"data.label_names is set, but task {self.task} has no labels; remove it")
 
@@ -245,7 +265,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         fields = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise ConfigError(f"recipe {path}: {error.strerror}; give the path of a YAML file") from None
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ConfigError(f"recipe {path} is not UTF-8 (byte {byte:#04x} at {error.start}); convert it first") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date of month 13, or very deep nesting
         raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):
         raise ConfigError(f"recipe {path} must hold keys such as `task` and `data`")
@@ -257,13 +280,22 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(fields)
 
 
+def differences(was: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, was, now) wherever two recipes, as plain data, are not alike."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for name in sorted(was.keys() | now.keys()):
+            yield from differences(was.get(name), now.get(name), f"{key}.{name}" if key else name)
+    elif was != now:
+        yield key, was, now
+
+
 def parse_recipe(fields: Mapping[str, Any]) -> Recipe:
     """Build from plain data. Raises ConfigError that names key, value and what is allowed."""
     try:
         recipe = Recipe.model_validate_json(json.dumps(fields))
     except ValidationError as error:
-        raise ConfigError(_explain_with_neighbour(error)) from None
-    except TypeError as error:
+        raise ConfigError(_explain(error)) from None
+    except (TypeError, ValueError, RecursionError) as error:  # of json: a date, an anchor that holds itself
         raise ConfigError(f"recipe holds a value that is no plain data: {error}") from None
     _check_model(recipe)
     return recipe
@@ -308,7 +340,7 @@ def _apply(fields: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r} is no override; write key=value, such as run.seed=2")
     try:
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"override {key}: {text!r} is not YAML; quote it") from None
     *parents, last = key.split(".")
     for parent in parents:
@@ -319,34 +351,11 @@ def _apply(fields: dict[str, Any], override: str) -> None:
     fields[last] = value
 
 
-def _explain_with_neighbour(error: ValidationError) -> str:
+def _explain(error: ValidationError) -> str:
     fault = error.errors(include_url=False)[0]
     if fault["type"] == "value_error":  # our own words, which name the whole key
         return str(fault["msg"]).removeprefix("Value error, ")
-    if fault["type"] != "extra_forbidden":
-        return explain(error)
-    *parents, key = (str(part) for part in fault["loc"])
-    section: type[BaseModel] | None = Recipe
-    for parent in parents:
-        section = _section(section, parent) if section else None
-    names = list(section.model_fields) if section else []
-    return f"{'.'.join([*parents, key])} is no setting{_suggestion(key, names)}"
-
-
-def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """The model class of a field, also where the field may be None."""
-    annotation = model.model_fields[name].annotation if name in model.model_fields else None
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
-
-
-def _suggestion(key: str, names: Iterable[str]) -> str:
-    """Words that name the nearest known key, or all of them."""
-    names = sorted(names)
-    near = difflib.get_close_matches(key, names, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; known here: {_list(names)}" if names else ""
+    return explain(error, Recipe)
 
 
 def _with_neighbour(message: str, names: Iterable[str]) -> str:
@@ -354,13 +363,19 @@ def _with_neighbour(message: str, names: Iterable[str]) -> str:
     if unknown is None:
         return message
     key = unknown.group(1)
-    return f"{key} is no setting{_suggestion(key.rsplit('.', 1)[-1], names)}"
+    return f"{key} is no setting{suggestion(key.rsplit('.', 1)[-1], names)}"
 
 
 def _model_field_names() -> set[str]:
     """Every field name of ModelConfig and its parts."""
     sections = [value for value in vars(model_fields).values() if isinstance(value, type) and issubclass(value, Strict)]
     return {name for section in sections for name in section.model_fields}
+
+
+def some(names: Iterable[str]) -> str:
+    """The first five, and how many more."""
+    names = list(names)
+    return _list(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _list(names: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ started again goes on from its last checkpoint, and ends with the same bits and 
 """
 
 import copy
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from seqmodels.config import ModelConfig
+from seqmodels.errors import ConfigError
 from seqmodels.models import Model, build_model
 from seqmodels.pretrained import load_pretrained, save_pretrained
 from seqmodels.state import State
@@ -25,6 +28,7 @@ from training.data.examples import Codec
 from training.optim import DivergedError, Update, build_optimizer, freeze, learning_rate, update
 from training.report import Reporter
 
+TOO_LARGE = "the model is too large for this machine's memory; lower the sizes in `model`"
 MAX_SKIPPED_IN_A_ROW = 5
 Evaluate = Callable[[Path], dict[str, float]]  # the scores of a model directory on the validation split
 
@@ -256,9 +260,23 @@ class Trainer:
         self.reporter.rewind(self.progress.log_bytes, self.progress.step)
 
 
+def check_memory(config: ModelConfig) -> None:
+    """Raises ConfigError for a model that this machine cannot hold, before the system has to end the process."""
+    try:
+        with torch.device("meta"):  # shapes alone
+            needed = sum(4 * parameter.numel() for parameter in build_model(config).parameters())
+    except (RuntimeError, TypeError, OverflowError):  # a size that no tensor can have
+        raise ConfigError(TOO_LARGE) from None
+    if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise ConfigError(TOO_LARGE)
+
+
 def new_model(recipe: Recipe, codec: Codec) -> Model:
     """Initial weights, or those of `model.init_from` with a new head where labels differ."""
-    model = build_model(codec.config)
+    try:
+        model = build_model(codec.config)
+    except (RuntimeError, MemoryError):  # the allocator's
+        raise ConfigError(TOO_LARGE) from None
     if recipe.init_from is not None:
         saved = load_pretrained(recipe.init_from)
         weights = saved.model.state_dict()

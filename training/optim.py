@@ -15,7 +15,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from seqmodels.errors import ConfigError, SeqModelsError
 from seqmodels.state import State
-from training.config import OptimSection
+from training.config import OptimSection, some
 from training.data.batches import Batch
 
 
@@ -44,9 +44,7 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
     for pattern in patterns:
         matched = set(fnmatch.filter(names, pattern))
         if not matched:
-            raise ConfigError(
-                f"optim.freeze holds {pattern!r}, which matches no parameter; there are {', '.join(names)}"
-            )
+            raise ConfigError(f"optim.freeze holds {pattern!r}, which matches no parameter; there are {some(names)}")
         for name, parameter in model.named_parameters():
             if name in matched:
                 parameter.requires_grad_(False)

@@ -9,8 +9,9 @@ config.json, model.safetensors, README.md, report.html, finished.json      at th
 
 import fcntl
 import json
+import random
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,20 @@ import yaml
 from pydantic import PositiveInt, ValidationError
 
 from seqmodels.config import Strict, explain
-from seqmodels.errors import CheckpointError, ConfigError
+from seqmodels.errors import CheckpointError, ConfigError, DataError
 from seqmodels.pretrained import load_pretrained, save_pretrained, tokenizer_names
 from seqmodels.rendering import is_bio
 from seqmodels.tokenizer import Tokenizer
 from training import baselines, checkpoint
 from training.card import model_card
-from training.config import METRICS, Recipe
+from training.config import METRICS, DataSection, Recipe, RunSection, differences, parse_recipe, some
 from training.data.batches import Batches, Buckets
 from training.data.examples import Codec, Example
 from training.data.rows import Row, fingerprint
-from training.data.sources import load_rows
+from training.data.sources import Splits, load_rows
 from training.data.streams import Streams
 from training.evaluate import evaluate
-from training.loop import Trainer
+from training.loop import Trainer, check_memory
 from training.report import Reporter, write_report
 
 RECIPE, RUN, FINISHED, SAMPLES = "recipe.yaml", "run.json", "finished.json", "samples.json"
@@ -68,7 +69,7 @@ def train(recipe: Recipe) -> Path:
         if (directory / FINISHED).is_file():
             reporter.say(f"{directory} is finished; nothing to do")
             return directory
-        rows = load_rows(recipe)
+        rows = load_rows(recipe, say=reporter.say)
         codec = _prepare(directory, recipe, rows, saved, reporter)
         examples = codec.encode(rows["train"])
         batches = _batches(recipe, codec, examples)
@@ -94,8 +95,14 @@ def train(recipe: Recipe) -> Path:
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Two runs in one directory would ruin each other. The lock goes with the process, however it ends."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as file:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"run.output_dir is {str(directory)!r}, where no directory can be written: {error.strerror}; name another"
+        ) from None
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -107,21 +114,27 @@ def _locked(directory: Path) -> Iterator[None]:
 
 def _saved_run(directory: Path, recipe: Recipe) -> RunFile | None:
     """What an earlier call left, if it is of the same recipe."""
-    path = directory / RUN
-    if not path.is_file():
+    saved = _read_run(directory)
+    if saved is None:
         if (directory / "config.json").exists():
             raise ConfigError(f"run.output_dir {directory} holds a model that no run made; name another directory")
         return None
-    try:
-        saved = RunFile.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise CheckpointError(f"{path}: {explain(error)}; remove the directory to start again") from None
-    for key, was, now in _differences(saved.recipe, _plain(recipe)):
+    for key, was, now in differences(saved.recipe, _plain(recipe)):
         raise CheckpointError(
             f"{directory} was begun with {key}={was}, but the recipe now says {now}; put it back, or name another "
             "run.output_dir"
         )
     return saved
+
+
+def _read_run(directory: Path) -> RunFile | None:
+    path = directory / RUN
+    if not path.is_file():
+        return None
+    try:
+        return RunFile.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {explain(error)}; remove the directory to start again") from None
 
 
 def _prepare(
@@ -133,6 +146,7 @@ def _prepare(
         if recipe.init_from is None and (recipe.input == "text" or recipe.makes_text):
             reporter.say(f"training the {recipe.data.tokenizer.kind} tokenizer on {len(rows['train'])} rows")
         codec = Codec.train(recipe, rows["train"])
+        check_memory(codec.config)  # first, so that the same directory serves a smaller model
         _write_run(directory, recipe, codec, data)
         return codec
     if saved.data != data:
@@ -193,14 +207,6 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
     return fields
 
 
-def _differences(was: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(was, dict) and isinstance(now, dict):
-        for name in sorted(was.keys() | now.keys()):
-            yield from _differences(was.get(name), now.get(name), f"{key}.{name}" if key else name)
-    elif was != now:
-        yield key, was, now
-
-
 def _introduce(
     recipe: Recipe,
     rows: Mapping[str, Sequence[Row]],
@@ -211,7 +217,7 @@ def _introduce(
 ) -> None:
     left_out = sum(len(row.references) if recipe.makes_text else 1 for row in rows["train"]) - len(examples)
     reporter.say(
-        f"{recipe.task} on {_data_name(recipe)}: {len(examples)} examples to train on, "
+        f"{recipe.task} on {_data_name(recipe.data)}: {len(examples)} examples to train on, "
         f"{len(rows['validation'])} rows to validate; {len(batches)} batches an epoch, "
         f"{batches.padding_share:.1%} padding"
     )
@@ -220,20 +226,13 @@ def _introduce(
     if codec.config.labels:
         unseen = {label for row in rows["validation"] for label in row.references} - set(codec.config.labels)
         if unseen:
-            reporter.say(
-                f"the training split lacks labels of the validation split, which can never be right: {_some(unseen)}"
-            )
+            names = some(sorted(unseen))
+            reporter.say(f"the training split lacks labels of the validation split, which can never be right: {names}")
     reporter.show_examples(examples[:NUM_EXAMPLES_SHOWN], codec)
 
 
-def _some(names: Iterable[str]) -> str:
-    """Up to five, by the alphabet."""
-    names = sorted(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _data_name(recipe: Recipe) -> str:
-    return recipe.data.path or recipe.data.id or f"{recipe.data.generated} (generated by this project)"
+def _data_name(data: DataSection) -> str:
+    return data.path or data.id or f"{data.generated} (generated by this project)"
 
 
 def _batches(recipe: Recipe, codec: Codec, examples: Sequence[Example]) -> Batches:
@@ -252,9 +251,17 @@ def _metric(recipe: Recipe, codec: Codec) -> str:
 
 
 def _validate(recipe: Recipe, codec: Codec, rows: Sequence[Row], candidate: Path) -> dict[str, float]:
-    result = evaluate(candidate, rows[: recipe.run.max_eval_samples], codec, recipe.run.device)
+    result = evaluate(candidate, _drawn(rows, recipe.run), codec, recipe.run.device)
     (candidate / SAMPLES).write_text(json.dumps(result.samples, ensure_ascii=False, indent=1), encoding="utf-8")
     return result.scores
+
+
+def _drawn(rows: Sequence[Row], run: RunSection) -> Sequence[Row]:
+    """At most max_eval_samples rows: a pure function of the seed, and not the first, which may all be of one kind."""
+    if run.max_eval_samples is None or run.max_eval_samples >= len(rows):
+        return rows
+    places = random.Random(f"{run.seed}:validation").sample(range(len(rows)), run.max_eval_samples)
+    return [rows[place] for place in sorted(places)]
 
 
 # After the last step
@@ -269,7 +276,7 @@ def _finish(recipe: Recipe, trainer: Trainer, codec: Codec, num_examples: int) -
     )
     facts = {
         "Task": recipe.task,
-        "Data": _data_name(recipe),
+        "Data": _data_name(recipe.data),
         "Licence of the data": recipe.data.license,
         "Training examples": num_examples,
         "Parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
@@ -302,14 +309,17 @@ def _finish(recipe: Recipe, trainer: Trainer, codec: Codec, num_examples: int) -
 def evaluate_directory(
     directory: Path, recipe: Recipe, split: str, params: Mapping[str, Any], with_baseline: bool
 ) -> dict[str, Any]:
-    """Score a finished model on one split of its data, and write the result beside it."""
+    """Score a finished model on one split of its data, or of other data, and write the result beside it.
+
+    Raises DataError for a split that is cut from other data than the run's: what was trained on could be in it.
+    """
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     saved = load_pretrained(directory)
     codec = Codec(
         saved.config, saved.source_tokenizer, saved.target_tokenizer, saved.preprocessor, recipe.data.max_target_length
     )
-    rows = load_rows(recipe, ("train", split) if with_baseline else (split,))
+    rows = _rows_to_score(directory, recipe, split, with_baseline)
     result = evaluate(directory, rows[split], codec, recipe.run.device, dict(params))
     scores = dict(result.scores)
     if with_baseline:
@@ -318,6 +328,7 @@ def evaluate_directory(
     report = {
         "model": directory.name,
         "revision": saved.revision,
+        "data": _data_name(recipe.data),
         "split": split,
         "rows": result.num_rows,
         "scores": scores,
@@ -326,6 +337,32 @@ def evaluate_directory(
     }
     checkpoint.write_whole(directory / f"evaluation-{split}.json", json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _rows_to_score(directory: Path, recipe: Recipe, split: str, with_baseline: bool) -> dict[str, list[Row]]:
+    """The split, and train where a baseline needs it."""
+    splits, run = Splits(recipe), _read_run(directory)
+    wanted = {split, "train"} if with_baseline else {split}
+    if run is None:
+        print(f"{directory} holds no {RUN}, so nothing tells whether the {split} split was trained on")
+        return splits.rows(sorted(wanted), print)
+    theirs = parse_recipe(run.recipe).data
+    name = getattr(recipe.data.splits, split)
+    if _data_name(recipe.data) != _data_name(theirs):
+        print(f"scoring on {_data_name(recipe.data)}; the model was trained on {_data_name(theirs)}")
+    elif split != "train" and name == theirs.splits.train:
+        print(f"data.splits.{split} is {name!r}, which the model was trained on: the scores say nothing about new data")
+    if not splits.is_cut(split):
+        return splits.rows(sorted(wanted), print)
+    rows = splits.rows(sorted(wanted | {"train", "validation"}), print)
+    now = fingerprint({role: rows[role] for role in ("train", "validation")})
+    if now != run.data:
+        raise DataError(
+            f"the {split} split is cut from other data than {directory} was trained on (fingerprint {run.data[:12]}, "
+            f"now {now[:12]}), so its rows may have been trained on; bring data and data.cut back, or name a split "
+            f"that the data itself has with data.splits.{split} (a single file is all of the split train)"
+        )
+    return rows
 
 
 def _baseline(recipe: Recipe, train_rows: Sequence[Row], rows: Sequence[Row]) -> tuple[str, float]:

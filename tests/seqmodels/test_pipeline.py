@@ -280,6 +280,26 @@ def test_bad_input_names_field_value_and_fix(
         assert caught.value.param == param
 
 
+@pytest.mark.parametrize(
+    ("kind", "prefix", "named"),
+    [("word", "the zebra <eos> fox <unk>", "'zebra', '<eos>', '<unk>'"), ("character", "fox Ω", "'Ω'")],
+)
+def test_a_prefix_that_cannot_be_written_is_refused(
+    kind: Any, prefix: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = Tokenizer.train(CORPUS, kind, 320)
+    model = make_model(1, 2.0, architecture="generator", decoder={**DECODER, "vocab_size": tokenizer.vocab_size})
+    save_pretrained(model, tmp_path, target_tokenizer=tokenizer)
+    with pytest.raises(InputError) as caught:
+        Pipeline.from_pretrained(tmp_path).prepare("unseen words of a prompt are fine", {"prefix": prefix})
+    assert f"what this model cannot write: {named}; choose" in str(caught.value)
+    assert (caught.value.param, caught.value.code) == ("prefix", "invalid_value")
+    (tmp_path / "lines.txt").write_text("the\nthe\n")
+    assert main(["generate", str(tmp_path), str(tmp_path / "lines.txt"), "--prefix", prefix]) == 2
+    assert named in capsys.readouterr().err
+    assert Pipeline.from_pretrained(tmp_path)(["the"], prefix="the fox")[0]["sequences"][0]["text"]
+
+
 def test_truncate_shortens(pipelines: dict[str, Pipeline]) -> None:
     job = pipelines["classifier"].prepare("fox " * 100, truncate=True)
     assert job.num_input_tokens == 50
@@ -308,6 +328,18 @@ def test_pictures_of_every_kind() -> None:
         assert preprocessor.image(png(mode, kind=kind)).shape == (3, 8, 6)
     red = Image.new("RGB", (6, 8), (255, 0, 51))
     assert preprocessor.image(red)[:, 0, 0].tolist() == pytest.approx([2.0, -1.0, -0.3])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP"])
+def test_a_check_finds_what_decoding_would(kind: str) -> None:
+    whole, preprocessor = png(kind=kind, size=(64, 48)), Preprocessor(size=(8, 8))
+    preprocessor.check(whole)
+    for bad in (whole[: len(whole) // 2], whole[:10], b"", b"text"):
+        with pytest.raises(InputError) as decoding:
+            preprocessor.image(bad)
+        with pytest.raises(InputError) as checking:
+            preprocessor.check(bad)
+        assert str(checking.value) == str(decoding.value)
 
 
 def test_a_picture_turned_by_exif_stands_upright() -> None:
@@ -437,18 +469,45 @@ def test_a_line_that_cannot_be_answered_says_so_in_its_place(
         b'{"text": "a", "words": ["a"]}': "has text, words",
         b"fox " * 100: "the input has",
         b"a dog\r": "",
+        rb'{"\ud800": 1}': "this model takes",
+        rb'{"\ud800": 1, "text": "\udfff"}': "has \ud800, text",
+        rb'{"text": "\udfff"}': "half of a surrogate pair",
     }
     (tmp_path / "lines.txt").write_bytes(b"\n".join(lines))
     assert main(["predict", str(directories["classifier"]), str(tmp_path / "lines.txt")]) == 1
     out, err = capsys.readouterr()
     answers = [json.loads(line) for line in out.splitlines()]
-    assert len(answers) == len(lines) and "6 lines could not be answered" in err
+    assert len(answers) == len(lines) and "9 lines could not be answered" in err
     for answer, message in zip(answers, lines.values(), strict=True):
         assert message in answer["error"]["message"] if message else "label" in answer
     (tmp_path / "score.jsonl").write_text('{"text": "the fox"}\n{"text": "the fox", "target": 7}\nthe fox\n')
     assert main(["score", str(directories["translator"]), str(tmp_path / "score.jsonl")]) == 1
     messages = [json.loads(line)["error"]["message"] for line in capsys.readouterr().out.splitlines()]
     assert ["target" in message for message in messages] == [True] * 3
+
+
+def test_what_a_line_must_hold_is_said_in_the_words_of_the_command_line(
+    directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answers(command: str, model: str, *lines: str) -> list[Any]:
+        (tmp_path / "lines.txt").write_text("\n".join(lines))
+        main([command, str(directories[model]), str(tmp_path / "lines.txt")])
+        out, err = capsys.readouterr()
+        assert "error: 1 line could not be answered" in err or all("error" not in line for line in out.splitlines())
+        return [json.loads(line) for line in out.splitlines()]
+
+    assert 'takes {"image": "FILE"}' in answers("generate", "captioner", "a fox")[0]["error"]["message"]
+    assert 'takes {"frames": ["FILE", ...]}' in answers("predict", "frames", "{}")[0]["error"]["message"]
+    assert "this model takes a string" in answers("predict", "classifier", "{}")[0]["error"]["message"]
+    first, second = answers("generate", "language model", "{}", "\n")
+    assert first == second and first["sequences"]
+
+
+@pytest.mark.parametrize("threads", ["abc", "0", "1.5"])
+def test_a_number_of_threads_that_is_none(threads: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["predict", "x", "--threads", threads])
+    assert f"argument --threads: '{threads}' is no whole number of at least 1" in capsys.readouterr().err
 
 
 def test_load_tells_how_busy_it_is(pipelines: dict[str, Pipeline]) -> None:

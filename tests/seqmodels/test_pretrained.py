@@ -49,6 +49,18 @@ def save(directory: Path, kind: str = "translator") -> torch.nn.Module:
     return model
 
 
+def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
+    """And so the same revision, and the same end of a run that was killed and one that was not."""
+    model = make_model(architecture="classifier", encoder={"input": "features", "feature_size": 1}, labels=["a", "b"])
+    files = set()
+    for _ in range(8):
+        save_pretrained(model, tmp_path)
+        files.add((tmp_path / "model.safetensors").read_bytes())
+    (file,) = files
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
+    assert (8 + int.from_bytes(file[:8], "little")) % 8 == 0
+
+
 @pytest.mark.parametrize("kind", ["translator", "language model", "tagger", "captioner"])
 def test_save_and_load(kind: str, tmp_path: Path) -> None:
     model = save(tmp_path, kind)

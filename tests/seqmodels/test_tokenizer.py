@@ -46,6 +46,23 @@ def test_special_tokens_in_a_text_are_text(kind: Kind) -> None:
     assert not {PAD, BOS, EOS} & set(ids)
 
 
+@pytest.mark.parametrize("lowercase", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_in_the_training_data_keep_their_ids(kind: Kind, lowercase: bool, tmp_path: Path) -> None:
+    """The Penn Treebank spells its rare words <unk>."""
+    corpus = ["the <unk> of <unk> <UNK>", "<pad> a <eos> b", "<bos> the"] * 3
+    tokenizer = Tokenizer.train(corpus, kind, 400, lowercase)
+    assert [tokenizer.token(i) for i in range(4)] == ["<pad>", "<unk>", "<bos>", "<eos>"]
+    assert tokenizer.vocab_size == len({tokenizer.token(i) for i in range(tokenizer.vocab_size)})
+    ids = tokenizer.encode("the <unk> of <pad> <bos> <eos>")
+    assert not {PAD, BOS, EOS} & set(ids)
+    if kind == "word":
+        the, of = tokenizer.encode("the of")
+        assert ids == [the, UNK, of, UNK, UNK, UNK] and UNK not in (the, of)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert Tokenizer.load(tmp_path / "tokenizer.json").encode("the <unk>") == tokenizer.encode("the <unk>")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_words_are_labelled_at_their_last_piece(kind: Kind) -> None:
     tokenizer = TOKENIZERS[kind]

@@ -91,6 +91,20 @@ def test_caption_takes_base64_and_raw_bytes(server: InProcess) -> None:
     assert raw.json()["results"][0]["sequences"][0]["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize(
+    ("query", "code", "message"),
+    [
+        ("seed=1&do_sample=true&seed=2", "invalid_value", "seed is given 2 times; give it once"),
+        ("model=describe&model=describe", "invalid_value", "model is given 2 times; give it once"),
+        ("beams=1&beams=2", "unknown_field", "beams is not a field of this request"),
+    ],
+)
+def test_an_option_of_a_raw_picture_stands_once(server: InProcess, query: str, code: str, message: str) -> None:
+    headers = {"content-type": "image/png"}
+    error = error_of(server.request("POST", f"/v1/caption?{query}", content=png(), headers=headers), 400)
+    assert (error["code"], error["param"], error["message"]) == (code, query.partition("=")[0], message)
+
+
 def test_raw_picture_above_the_limit() -> None:
     with in_process(limits={"image_bytes": 10}) as server:
         response = server.request("POST", "/v1/caption", content=png(), headers={"content-type": "image/png"})
@@ -125,6 +139,14 @@ def test_models(server: InProcess) -> None:
         ("describe", "caption", "image"),
         ("story", "generate", "nothing"),
     ]
+
+
+def test_one_model_by_its_name(server: InProcess) -> None:
+    cards = server.get("/v1/models").json()["data"]
+    assert [server.get(f"/v1/models/{card['id']}").json() for card in cards] == cards
+    error = error_of(server.get("/v1/models/nobody"), 404)
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert "mood, names, en-de" in error["message"] and "nobody" not in error["message"]
 
 
 def test_health(server: InProcess) -> None:
@@ -417,6 +439,16 @@ def test_deadline(server: InProcess) -> None:
         assert not pipeline.live
         events = events_of(slow.post("/v1/translate", {"inputs": "a " * 30, "stream": True}, headers=headers))
         assert events[0][0] == "delta" and events[-1][0] == "error"
+
+
+@pytest.mark.parametrize("seconds", [0.15, 0.3])
+def test_a_short_deadline_is_answered_before_it_passes(seconds: float) -> None:
+    """Ray's proxy would answer in bare text then. A step in mid-turn does not hold the answer back."""
+    with in_process({"slow": FakePipeline("translate", step_s=1.0)}) as slow:
+        started = time.monotonic()
+        headers = {"x-request-timeout-seconds": str(seconds)}
+        assert error_of(slow.post("/v1/translate", {"inputs": "a b"}, headers=headers), 408)
+        assert time.monotonic() - started < seconds + 0.3  # what a busy machine may add; a step takes a second
 
 
 @pytest.mark.parametrize("path", [*INPUTS, "/v1/score", "/v1/completions"])

@@ -22,10 +22,11 @@ def test_defaults_are_safe() -> None:
         ({}, "models"),
         ({"models": {}}, "models"),
         ({"models": {"a/b": "x"}}, "'a/b' cannot name a model"),
-        ({"models": {"a": "x"}, "prot": 1}, "prot"),
+        ({"models": {"a": "x"}, "prot": 1}, "prot is no setting; did you mean port"),
         ({"models": {"a": "x"}, "port": "80"}, "port"),
         ({"models": {"a": "x"}, "port": 70000}, "70000"),
-        ({"models": {"a": "x"}, "limits": {"beams": 3}}, "limits.beams"),
+        ({"models": {"a": "x"}, "limits": {"beams": 3}}, "limits.beams is no setting; did you mean num_beams"),
+        ({"models": {"a": "x"}, "autoscaling": {"replicas": 3}}, "autoscaling.replicas is no setting; did you mean"),
         ({"models": {"a": "x"}, "max_requests": 8}, "raise max_requests or lower limits.inputs"),
         ({"models": {"a": "x"}, "max_rows": 8}, "max_rows is 8"),
         ({"models": {"a": "x"}, "replicas": 2, "autoscaling": {}}, "leave one of them out"),
@@ -46,7 +47,7 @@ def test_load_from_yaml(tmp_path: Path) -> None:
     assert (config.port, config.limits.num_beams, config.limits.inputs) == (9000, 4, 256)
 
 
-@pytest.mark.parametrize("text", ["", "a: [", "- a", "\x00"])
+@pytest.mark.parametrize("text", ["", "a: [", "- a", "\x00", "a: 2024-13-45", "a: &a [*a]"])
 def test_yaml_that_is_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / "serve.yaml"
     path.write_text(text)

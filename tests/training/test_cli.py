@@ -10,11 +10,14 @@ import pytest
 import yaml
 
 from seqmodels.pipeline import Pipeline
-from tests.training.recipes import TAGGER, TRANSLATOR, WORDS, fields
+from tests.training.recipes import TAGGER, TRANSLATOR, WORDS, fields, recipe
 from training.__main__ import main
 from training.data.generated import generate
+from training.data.rows import Row
+from training.run import _drawn
 
 ROOT = Path(__file__).parent.parent.parent
+HIDDEN = "model.encoder.recurrent.hidden_size"
 
 
 def write_recipe(path: Path, **sections: object) -> str:
@@ -104,6 +107,71 @@ def test_evaluate_takes_search_options_and_a_baseline(tmp_path: Path, capsys: py
     assert "tok:13a" in result["signatures"]["bleu"]
 
 
+@pytest.fixture
+def reviews(tmp_path: Path) -> Path:
+    """A finished run on a file from which validation and test are cut."""
+    lines = [f"a {word} film number {n},{word}" for n in range(20) for word in ("good", "bad")]
+    (tmp_path / "reviews.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
+    columns = {"input": "text", "target": "label"}
+    data = {"path": str(tmp_path / "reviews.csv"), "columns": columns, "cut": {"validation": 4, "test": 6}}
+    recipe = write_recipe(tmp_path / "recipe.yaml", data={**data, "tokenizer": WORDS})
+    assert main(["train", recipe, f"run.output_dir={tmp_path / 'model'}"]) == 0
+    return tmp_path / "reviews.csv"
+
+
+def test_evaluate_refuses_a_split_cut_from_other_data(reviews: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(reviews.parent / "model")
+    assert main(["evaluate", model]) == 0 and main(["evaluate", model, "--split", "train"]) == 0
+    assert main(["evaluate", model, "data.cut.test=8"]) == 2
+    assert "may have been trained on" in capsys.readouterr().err
+    moved = reviews.rename(reviews.parent / "moved.csv")
+    assert main(["evaluate", model, f"data.path={moved}"]) == 0  # the same rows in another place
+    moved.write_text(moved.read_text() + "one more,good\n")
+    for split in ("train", "validation", "test"):
+        assert main(["evaluate", model, "--split", split, f"data.path={moved}"]) == 2
+        error = capsys.readouterr().err
+        assert f"the {split} split is cut from other data" in error and error.count("\n") == 1
+
+
+def test_evaluate_on_other_data_on_purpose(reviews: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new = reviews.parent / "new" / "test.csv"
+    new.parent.mkdir()
+    new.write_text("text,label\na good film,good\n,bad\na bad one,bad\n")
+    for data in ([f"data.path={new.parent}"], [f"data.path={new}", "data.splits.test=train"]):
+        capsys.readouterr()
+        assert main(["evaluate", str(reviews.parent / "model"), *data]) == 0
+        said = capsys.readouterr().out
+        assert f"scoring on {data[0].partition('=')[2]}; the model was trained on {reviews}" in said
+        assert "split test: left out 1 of 3 rows" in said
+        assert json.loads(said.splitlines()[-1])["rows"] == 2
+
+
+@pytest.mark.parametrize(
+    "override", ["optim.learning_rate=0.5", "model.dropout=0.1", "run.seed=3", "data.license=mine"]
+)
+def test_evaluate_refuses_what_would_change_nothing(
+    override: str, reviews: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(reviews.parent / "model"), override]) == 2
+    assert f"error: {override.partition('=')[0]} changes nothing in an evaluation" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_after_options(reviews: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(reviews.parent / "model")
+    for arguments in (
+        ["--split", "validation", model, "run.threads=1"],
+        [model, "--split", "validation", "run.threads=1"],
+        [model, "run.threads=1", "--split", "validation", "data.cut.seed=1"],
+    ):
+        assert main(["evaluate", *arguments]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == 4
+    assert main(["evaluate", model, "--split", "test", "run.sed=1"]) == 2
+    assert "did you mean seed" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["evaluate", model, "--slpit", "test"])
+    assert "unrecognized arguments: --slpit" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -113,6 +181,10 @@ def test_evaluate_takes_search_options_and_a_baseline(tmp_path: Path, capsys: py
         (["train", "recipes/sst2.yaml", "model.encoder=5"], "model.encoder"),
         (["train", "recipes/sst2.yaml", "data.cut.test=-1"], "data.cut.test: Input should be greater than 0 (got -1)"),
         (["evaluate", "recipes"], "recipe.yaml"),
+        (["train", "recipes/demo/sentiment.yaml", "optim.freeze=[encodre]"], "encoder.embedding.weight and 2 more"),
+        (["train", "recipes/demo/sentiment.yaml", f"{HIDDEN}=100000000"], "too large for this machine's memory"),
+        (["train", "recipes/demo/sentiment.yaml", f"{HIDDEN}={10**30}"], "too large for this machine's memory"),
+        (["train", "recipes/demo/sentiment.yaml", "model.encoder.embedding_size=200000000"], "too large for"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(
@@ -127,6 +199,27 @@ def test_a_mistake_is_one_line_and_exit_2(
     assert main([*arguments, *extra]) == 2
     captured = capsys.readouterr()
     assert words in captured.err and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nothing"])
+def test_an_output_directory_that_cannot_be_made(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    assert main(["train", str(ROOT / "recipes/demo/sentiment.yaml"), f"run.output_dir={tmp_path / place}"]) == 2
+    error = capsys.readouterr().err
+    assert "error: run.output_dir is" in error and "where no directory can be written" in error
+    assert error.count("\n") == 1
+
+
+def test_validation_samples_are_drawn_by_the_seed(tmp_path: Path) -> None:
+    rows = [Row(f"text {n}", "ab"[n % 2]) for n in range(100)]
+    drawn = {seed: _drawn(rows, recipe(run={"max_eval_samples": 20, "seed": seed}).run) for seed in (1, 2)}
+    assert drawn[1] == _drawn(rows, recipe(run={"max_eval_samples": 20, "seed": 1}).run)
+    assert drawn[1] != drawn[2] and rows[:20] not in drawn.values()
+    assert len(drawn[1]) == 20 and [row for row in rows if row in drawn[1]] == drawn[1]
+    for most in (None, 100, 500):
+        assert _drawn(rows, recipe(run={"max_eval_samples": most}).run) == rows
 
 
 def test_labels_that_only_the_validation_split_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

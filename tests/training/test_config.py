@@ -57,6 +57,12 @@ def test_overrides_go_before_the_file_and_are_read_as_yaml() -> None:
         ("model.encoder.vocab_size=9", ["vocab_size", "decided by the data"]),
         ("model.init_from=nowhere", ["init_from"]),
         ("task=tag", ["task", "tag", "classify"]),
+        ("run.seed=9223372036854775808", ["run.seed", "less than 9223372036854775808"]),
+        ("data.tokenizer={kind: byte, vocab_size: 300}", ["data.tokenizer.vocab_size", "byte", "remove it"]),
+        ('data.label_names=[one, "7"]', ["class number 1", "'7'", "use words"]),
+        ("data.max_target_length=9", ["data.max_target_length", "classify"]),
+        ("data=&a [*a]", ["no plain data", "Circular"]),
+        ("run.seed=2024-13-45", ["run.seed", "not YAML"]),
     ],
 )
 def test_a_bad_key_or_value_is_named_with_its_fix(override: str, words: list[str]) -> None:
@@ -78,6 +84,8 @@ def test_a_bad_key_or_value_is_named_with_its_fix(override: str, words: list[str
         ({"model": {**CLASSIFIER, "init_from": "x"}}, "init_from"),
         ({"model": {"init_from": "x"}}, "data.tokenizer"),
         ({"data": {"generated": "sentiment", "chunk_length": 9}}, "data.chunk_length"),
+        ({"data": {"path": "x", "columns": {"input": "a", "target": ["b", "c"]}}}, "data.columns.target is a list"),
+        ({"data": {"path": "x", "columns": {"input": "a", "target": []}}}, "data.columns.target"),
     ],
 )
 def test_settings_that_contradict_each_other(change: dict[str, Any], word: str) -> None:
@@ -91,3 +99,26 @@ def test_a_missing_file_and_a_broken_one(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("task: [", encoding="utf-8")
     with pytest.raises(ConfigError, match="not YAML"):
         load_recipe(tmp_path / "broken.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"task: caf\xe9\n", r"is not UTF-8 \(byte 0xe9 at 9\)"),
+        (b"task: classify\ndata: &a\n  self: *a\n", "no plain data"),
+        (b"task: 2024-13-45\n", "is not YAML"),
+        (b"task: 2024-11-25\n", "no plain data"),
+        (b"[" * 1500, "is not YAML"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_says_why(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=words) as error:
+        load_recipe(tmp_path / "recipe.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_a_language_model_has_no_longest_target() -> None:
+    made = fields("generate", model=LANGUAGE_MODEL, data={"generated": "language-model", "max_target_length": 9})
+    with pytest.raises(ConfigError, match=r"data\.max_target_length does nothing for task generate"):
+        parse_recipe(made)

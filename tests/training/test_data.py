@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 
@@ -17,9 +18,12 @@ from training.data.batches import Buckets, collate
 from training.data.cut import cut_rows, cut_text
 from training.data.examples import Codec, Example
 from training.data.generated import generate
+from training.data.reader import RowReader
 from training.data.rows import Row, fingerprint
 from training.data.sources import load_rows
 from training.data.streams import Streams
+
+CUT = {"cut": {"validation": 1}}
 
 # Reading
 
@@ -45,6 +49,167 @@ def test_label_strings_and_class_numbers_both_load(tmp_path: Path) -> None:
     assert {row.target for row in bare["train"]} == {"0", "1"}
 
 
+@pytest.mark.parametrize("value", ["0", "1", "0.0", "1.0"])
+def test_class_numbers_in_any_spelling_have_names(tmp_path: Path, value: str) -> None:
+    path = write_csv(tmp_path / "rows.csv", [("a", value), ("b", 0), ("c", "good")])
+    rows = load_rows(csv_recipe(path, **CUT, label_names=["bad", "good"]), ("train", "validation"))
+    assert {row.target for part in rows.values() for row in part if row.input == "a"} == {
+        ["bad", "good"][value > "0.9"]
+    }
+
+
+def test_a_csv_is_read_as_it_is_written(tmp_path: Path) -> None:
+    cells = [("NA", "01"), ("None", "1"), ("nan", "null"), ("1e3", "-1"), ("caf\u00e9", "NA"), ('"a, ""b"""', "+1")]
+    (tmp_path / "folder").mkdir()
+    for folder, of_folder in ((tmp_path, False), (tmp_path / "folder", True)):
+        path = write_csv(folder / "train.csv", cells)
+        rows = load_rows(csv_recipe(folder if of_folder else path), ("train",))
+        expected = [*cells[:-1], ('a, "b"', "+1")]
+        assert [(row.input, row.target) for row in rows["train"]] == expected
+    (tmp_path / "rows.tsv").write_text("\ufefftext\tlabel\na,b\t1\n\nc\t2\n", encoding="utf-8")
+    rows = load_rows(csv_recipe(tmp_path / "rows.tsv"), ("train",))
+    assert rows["train"] == [Row("a,b", "1"), Row("c", "2")]
+
+
+def test_minus_one_is_unlabelled_only_where_the_data_names_its_classes(tmp_path: Path) -> None:
+    for labels, complaint in (([0, 1, -1], "row 3, column 'label' holds -1, so it is unlabelled"), ([0, 1, 0], "")):
+        features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["b", "g"])})
+        table = datasets.Dataset.from_dict({"text": ["x", "y", "z"], "label": labels}, features=features)
+        table.to_parquet(tmp_path / "rows.parquet")
+        made = csv_recipe(tmp_path / "rows.parquet")
+        if complaint:
+            with pytest.raises(DataError, match=complaint):
+                load_rows(made, ("train",))
+    assert [row.target for row in load_rows(made, ("train",))["train"]] == ["b", "g", "b"]
+    with pytest.raises(DataError, match="names its classes itself"):
+        load_rows(csv_recipe(tmp_path / "rows.parquet", label_names=["x", "y"]), ("train",))
+
+
+def test_rows_left_out_are_counted(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "rows.csv", [("a", 1), ("", 0), ("  ", 1), ("d", 0)])
+    said: list[str] = []
+    assert len(load_rows(csv_recipe(path), ("train",), said.append)["train"]) == 2
+    assert said == ["split train: left out 2 of 4 rows, empty in text or label"]
+
+
+def test_only_what_is_asked_for_is_needed(tmp_path: Path) -> None:
+    """An evaluation on other data needs no training split."""
+    path = write_csv(tmp_path / "new.csv", [("a", 1), ("b", 0)])
+    made = csv_recipe(path, splits={"train": "none", "test": "train"}, cut={"validation": 1})
+    assert len(load_rows(made, ("test",))["test"]) == 2
+    with pytest.raises(DataError, match="has no split 'none'"):
+        load_rows(made, ("validation",))
+
+
+TAG_ROW = {"words": ["a", "b"], "tags": ["O", "O"]}
+TAG_DATA = {"path": "x", "columns": {"input": "words", "target": "tags"}}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"words": ["a", ""]}, ["column 'words' has nothing as word 2"]),
+        ({"words": ["a", None]}, ["column 'words' has nothing as word 2"]),
+        ({"tags": ["O", None]}, ["column 'tags' holds None, so it is unlabelled"]),
+        ({"tags": ["O"]}, ["column 'tags' holds 1 tags for 2 steps"]),
+        ({"words": ["a", ["b"]]}, ["column 'words' holds ['b'], which is no text"]),
+        ({"words": '["a", "b"]'}, ["list written as text", "separated by spaces"]),
+        ({"tags": "['O', 'O']"}, ["list written as text", "separated by spaces"]),
+        ({"tags": "[0, 1]"}, ["list written as text", "separated by spaces"]),
+        ({"words": """["don't", 'a']"""}, ["list written as text", "separated by spaces"]),
+    ],
+)
+def test_a_bad_row_of_words_is_named(row: dict[str, Any], words: list[str]) -> None:
+    reader = RowReader(recipe("tag", data=TAG_DATA, model=TAGGER))
+    table: list[dict[str, Any]] = [TAG_ROW, {**TAG_ROW, **row}]
+    with pytest.raises(DataError) as error:
+        reader.rows("train", table, print)
+    assert all(word in str(error.value) for word in ["split train, row 2", *words]), str(error.value)
+
+
+def test_words_and_tags_of_a_csv_are_split_at_white_space(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "tags.csv", [("a  b", "O B-X"), ("[ citation ]", "O O  O"), ("[1]", "O")], "words,tags")
+    rows = load_rows(recipe("tag", data={**TAG_DATA, "path": str(path)}, model=TAGGER), ("train",))["train"]
+    assert rows == [Row(("a", "b"), ("O", "B-X")), Row(("[", "citation", "]"), ("O", "O", "O")), Row(("[1]",), ("O",))]
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ([[1, 2], [3]], ["step 2 holds 1 numbers", "2"]),
+        ([[1, 2, 3]], ["step 1 holds 3 numbers"]),
+        ([[]], ["step 1 holds 0 numbers"]),
+        ([[1, None]], ["step 1", "no number within"]),
+        ([None], ["step 1", "no number within"]),
+        ([["a", "b"]], ["step 1", "no number within"]),
+        ([[1, float("nan")]], ["step 1", "no number within"]),
+        ([[1, 1e30]], ["step 1", "no number within"]),
+        (3.5, ["holds 3.5, but must hold a list of steps"]),
+        ("[[1, 2]]", ["must hold a list of steps", "JSON lines or parquet"]),
+    ],
+)
+def test_bad_features_are_named(steps: Any, words: list[str]) -> None:
+    columns = {"input": "series", "target": "label"}
+    model = {"architecture": "classifier", "encoder": {"input": "features"}}
+    reader = RowReader(recipe(data={"path": "x", "columns": columns}, model=model))
+    good = {"series": [[1, 2], [3.5, 4]], "label": "a"}
+    assert reader.rows("train", [good], print) == [Row(((1.0, 2.0), (3.5, 4.0)), "a")]
+    with pytest.raises(DataError) as error:
+        reader.rows("validation", [good, {**good, "series": steps}], print)
+    named = ["split validation, row 2, column 'series'", *words]
+    assert all(word in str(error.value) for word in named), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"text": ["a", "b"]}, ["column 'text' holds ['a', 'b'], which is no text"]),
+        ({"text": {"a": 1}}, ["column 'text' holds {'a': 1}, which is no text"]),
+        ({"text": b"a"}, ["column 'text' holds b'a', which is no text"]),
+        ({"label": ["a"]}, ["column 'label' holds ['a'], which is no text"]),
+        ({"label": None}, ["column 'label' holds None, so it is unlabelled"]),
+    ],
+)
+def test_what_is_no_text_and_no_label_is_named(change: dict[str, Any], words: list[str]) -> None:
+    reader = RowReader(csv_recipe(Path("x")))
+    with pytest.raises(DataError) as error:
+        reader.rows("train", [{"text": "a", "label": 0}, {"text": "b", "label": 1, **change}], print)
+    assert all(word in str(error.value) for word in ["split train, row 2", *words]), str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["image", "frames"])
+def test_a_broken_picture_is_found_at_load(kind: str, tmp_path: Path) -> None:
+    columns = {"input": "picture", "target": "label"}
+    encoder = {"input": kind, "backbone": {"image_size": [32, 32], "channels": [4]}}
+    model = {"architecture": "classifier", "encoder": encoder}
+    reader = RowReader(recipe(data={"path": "x", "columns": columns}, model=model))
+    whole = generate("captions")["train"][0].input
+    assert isinstance(whole, bytes)
+    (tmp_path / "scene.png").write_bytes(whole)
+
+    def table(picture: Any) -> list[dict[str, Any]]:
+        return [{"picture": cell if kind == "image" else [cell], "label": "a"} for cell in ({"bytes": whole}, picture)]
+
+    path = {"bytes": None, "path": str(tmp_path / "scene.png")}
+    assert reader.rows("train", table(path), print)[1].input == (whole if kind == "image" else (whole,))
+    for bad, words in (
+        (whole[:-40], "broken"),
+        (b"GIF", "not an image"),
+        ("nowhere.png", "'nowhere.png'"),
+        (None, "None"),
+    ):
+        if kind == "image" and bad is None:
+            continue  # an empty cell, left out
+        with pytest.raises(DataError, match=f"split train, row 2, column 'picture'.*{words}"):
+            reader.rows("train", table(bad), print)
+
+
+def test_column_names_with_blanks_are_shown_in_quotes(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "rows.csv", [("a", 1)], "text,my label")
+    with pytest.raises(DataError, match=r"\(it has text, 'my label'\)"):
+        load_rows(csv_recipe(path), ("train",))
+
+
 def test_a_folder_of_splits_and_a_column_map(tmp_path: Path) -> None:
     for name, count in (("train", 6), ("validation", 3), ("test", 2)):
         lines = [json.dumps({"quelle": f"{name} {n}", "ziel": f"z {n}", "x": n}) for n in range(count)]
@@ -60,13 +225,19 @@ def test_a_folder_of_splits_and_a_column_map(tmp_path: Path) -> None:
     ("rows", "data", "words"),
     [
         ([("a", 1), ("b", 0)], {}, ["validation", "data.cut.validation=0.1", "train"]),
-        ([("a", 1), ("b", -1)], {"cut": {"validation": 1}}, ["unlabelled", "label is -1", "data.cut"]),
-        ([("a", 1), ("b", "")], {"cut": {"validation": 1}}, ["split train, row 2 is unlabelled", "label it or remove"]),
-        ([], {"cut": {"validation": 1}}, ["it has no rows"]),
+        ([("a", 1), ("b", "")], CUT, ["split train, row 2, column 'label'", "unlabelled; label it or remove"]),
+        ([], CUT, ["split train has no rows"]),
+        ([("", 1), ("  ", 0)], CUT, ["every row of split train is empty in text or label"]),
+        ([("a", 1), ("b", "x", 0)], CUT, ["rows.csv: row 2 has 3 fields", "the header names 2 columns"]),
+        ([("a", "x", 1), ("b", "x", 0)], CUT, ["rows.csv: row 1 has 3 fields"]),
+        ([("a", 1), ('"b', 0), ("c", 0)], CUT, ["line 3", "a quote is opened and never closed"]),
+        ([("a", 1), ("b", "good")], {**CUT, "label_names": ["bad", "fine"]}, ["row 2", "good, which has no name in"]),
+        ([("a", 1), ("b", -1)], {**CUT, "label_names": ["bad", "good"]}, ["row 2", "label -1", "data.label_names"]),
         ([("a", 1), ("b", 7)], {"cut": {"validation": 1}, "label_names": ["x", "y"]}, ["label 7", "data.label_names"]),
-        ([("a", 1), ("b", 0)], {"columns": {"input": "txt", "target": "label"}}, ["'txt'", "text", "data.columns"]),
+        ([("a", 1)], {**CUT, "columns": {"input": "txt", "target": "label"}}, ["'txt'", "text", "data.columns"]),
         ([("a", 1), ("b", 0)], {"splits": {"train": "treinta"}}, ["'treinta'", "data.splits.train"]),
         ([("a", 1), ("b", 0)], {"cut": {"validation": 2}}, ["data.cut", "cut less"]),
+        ([("a", 1), ("A ", 0)], CUT, ["data.cut", "the 2 rows are all duplicates of each other"]),
     ],
 )
 def test_what_is_wrong_with_data_is_named_with_its_fix(
@@ -91,7 +262,8 @@ def test_a_missing_path_an_odd_file_and_an_unknown_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", ["cannot be loaded: No columns to parse"]),
+        (b"", ["rows.csv is empty; its first line must name the columns"]),
+        (b"text,label,text\na,1,b\n", ["two columns 'text'"]),
         (b"text,label\ncaf\xe9,1\nb,0\n", ["is not UTF-8 (byte 0xe9"]),
     ],
 )
@@ -217,11 +389,12 @@ def test_pictures_frames_and_features() -> None:
 
 def test_too_long_rows_are_cut_for_classifiers_and_left_out_for_others() -> None:
     texts = [Row("a b c d e f", "x"), Row("a", "y")]
-    data = {"generated": "sentiment", "tokenizer": WORDS, "max_input_length": 4, "max_target_length": 4}
+    data = {"generated": "sentiment", "tokenizer": WORDS, "max_input_length": 4}
     codec = Codec.train(recipe(data=data), texts)
     assert [example.input_length for example in codec.encode(texts)] == [4, 1]
     pairs = [Row("a b c d e f", ("a",)), Row("a", ("a b c d e f",)), Row("a b c d", ("a b c d",))]
-    codec = Codec.train(recipe("translate", data={**data, "generated": "numbers-en-fr"}, model=TRANSLATOR), pairs)
+    data |= {"generated": "numbers-en-fr", "max_target_length": 4}
+    codec = Codec.train(recipe("translate", data=data, model=TRANSLATOR), pairs)
     assert [(example.input_length, example.target_length) for example in codec.encode(pairs)] == [(5, 6)]
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+import training.loop
 import training.run
 from seqmodels.errors import CheckpointError, ConfigError
 from seqmodels.pretrained import load_pretrained
-from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, WORDS, fields, recipe
+from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TEXT_ENCODER, WORDS, fields, recipe
 from training.loop import MAX_SKIPPED_IN_A_ROW, Trainer
 from training.optim import DivergedError
 from training.run import train
@@ -61,10 +62,28 @@ def test_going_on_refuses_another_recipe_and_other_data(tmp_path: Path, monkeypa
     (tmp_path / "finished.json").unlink()
     original = training.run.load_rows
     monkeypatch.setattr(
-        training.run, "load_rows", lambda made: {name: rows[1:] for name, rows in original(made).items()}
+        training.run, "load_rows", lambda made, say: {name: rows[1:] for name, rows in original(made, say=say).items()}
     )
     with pytest.raises(CheckpointError, match="other data"):
         train(recipe(directory=tmp_path))
+
+
+def test_a_model_too_large_for_memory_leaves_its_directory_to_a_smaller_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = {"cell": "gru", "hidden_size": 10_000_000}
+    with pytest.raises(ConfigError, match="too large for this machine's memory"):
+        train(recipe(directory=tmp_path, model={**CLASSIFIER, "encoder": {**TEXT_ENCODER, "recurrent": stack}}))
+    with monkeypatch.context() as patch:
+
+        def build(_: object) -> None:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+        patch.setattr(training.run, "check_memory", lambda _: None)
+        patch.setattr(training.loop, "build_model", build)
+        with pytest.raises(ConfigError, match="too large for this machine's memory"):
+            train(recipe(directory=tmp_path))
+    assert train(recipe(directory=tmp_path)) == tmp_path
 
 
 def test_going_on_refuses_a_changed_tokenizer(tmp_path: Path) -> None:

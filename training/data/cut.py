@@ -14,6 +14,8 @@ from training.data.rows import Row
 def cut_rows(train: Sequence[Row], sizes: Mapping[str, float | int], seed: int) -> dict[str, list[Row]]:
     """Splits of about the given sizes (a share below 1, or a number of rows), and the rest as "train"."""
     groups = _groups(train)
+    if len(groups) == 1:
+        raise DataError(f"data.cut finds nothing to cut: the {len(train)} rows are all duplicates of each other")
     random.Random(seed).shuffle(groups)
     cut: dict[str, list[int]] = {}
     for role, size in sizes.items():

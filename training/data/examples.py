@@ -6,7 +6,6 @@ directory, so a model is trained on what it will be served.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -18,9 +17,8 @@ from seqmodels.preprocessing import Preprocessor
 from seqmodels.pretrained import load_pretrained
 from seqmodels.tokenizer import BOS, EOS, Tokenizer
 from training.config import DataSection, Facts, Recipe
+from training.data.pictures import decode, preprocessor_for
 from training.data.rows import Row
-
-PICTURE_CACHE_BYTES = 2**28  # decoded pictures kept in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +68,10 @@ class Codec:
         """Put together what was trained now, or before a run was interrupted."""
         sizes = source.vocab_size if source else 0, target.vocab_size if target else 0
         config = recipe.model_config_with(Facts(*sizes, labels, feature_size))
-        return cls(config, source, target, _preprocessor(config), recipe.data.max_target_length)
+        expected = getattr(config.encoder, "feature_size", feature_size)
+        if feature_size != expected:  # the saved model's, where the run starts from one
+            raise DataError(f"steps hold {feature_size} numbers, but the model of model.init_from takes {expected}")
+        return cls(config, source, target, preprocessor_for(config), recipe.data.max_target_length)
 
     def encode(self, rows: Iterable[Row]) -> list[Example]:
         """An Example for each reference of each row.
@@ -81,9 +82,9 @@ class Codec:
         return [example for example in examples if self._fits(example)]
 
     def decode_picture(self, data: bytes) -> Tensor:
-        """A picture's file -> (C, H, W). Raises DataError."""
+        """A picture's file -> (C, H, W). Raises InputError."""
         assert self.preprocessor is not None
-        return _decode(self.preprocessor, data)
+        return decode(self.preprocessor, data)
 
     def _examples(self, row: Row) -> Iterable[Example]:
         if self.config.architecture == "tagger":
@@ -164,26 +165,6 @@ def _labels(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def _feature_size(rows: Sequence[Row]) -> int:
-    """Numbers in a step, 0 where inputs are of another kind."""
-    sizes = {len(step) for row in rows if isinstance(row.input, tuple) for step in row.input if isinstance(step, tuple)}
-    if len(sizes) > 1:
-        raise DataError(f"steps hold {min(sizes)} to {max(sizes)} numbers; give every step the same")
-    return sizes.pop() if sizes else 0
-
-
-def _preprocessor(config: ModelConfig) -> Preprocessor | None:
-    if config.encoder is None or config.encoder.input not in ("image", "frames"):
-        return None
-    backbone = config.encoder.backbone
-    return Preprocessor(size=backbone.image_size, channels=backbone.in_channels)
-
-
-@lru_cache(maxsize=8)
-def _decoder_for(preprocessor: Preprocessor) -> Any:
-    size = 4 * preprocessor.channels * preprocessor.size[0] * preprocessor.size[1]
-    return lru_cache(maxsize=PICTURE_CACHE_BYTES // size)(preprocessor.image)
-
-
-def _decode(preprocessor: Preprocessor, data: bytes) -> Tensor:
-    picture: Tensor = _decoder_for(preprocessor)(data)
-    return picture
+    """Numbers in a step, the same in every one; 0 where inputs are of another kind."""
+    first = rows[0].input
+    return len(first[0]) if isinstance(first, tuple) and isinstance(first[0], tuple) else 0
