@@ -29,6 +29,7 @@ that latency.
 
 import argparse
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -245,7 +246,7 @@ def over(points: Sequence[Point], bound_ms: float) -> bool:
 def percentile(values: Iterable[float], share: float) -> float:
     """The smallest value that so large a share of all are not above."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def print_line(policy: str, **fields: Any) -> None:

@@ -99,7 +99,7 @@ def measure(
     seconds = [one.seconds for one in runs]
     positions = round(statistics.mean(map(_length, requests)))
     size = min(batch, len(requests))
-    floor_seconds = floor.seconds(runs[0].rows, num_beams, positions, -(-len(requests) // size), size)
+    floor_seconds = floor.seconds(runs[0].rows, num_beams, positions, len(requests) / size, size)
     return {"num_beams": num_beams, **rates(runs[0], num_beams, statistics.median(seconds))} | {
         "floor_tokens_per_second": round(runs[0].tokens / floor_seconds),
         "of_floor": round(statistics.median(seconds) / floor_seconds, 2),

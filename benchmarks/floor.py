@@ -38,8 +38,8 @@ class Floor:
         self._step = [[(layout(weight), weight.shape[1]) for weight in weights] for layout in LAYOUTS]
         self._least: dict[tuple[int, ...], float] = {}
 
-    def seconds(self, rows: Sequence[int], num_beams: int, positions: int, batches: int, batch: int) -> float:
-        """Of a run with so many rows in each step, sources of `positions`, encoded in `batches` of `batch`."""
+    def seconds(self, rows: Sequence[int], num_beams: int, positions: int, batches: float, batch: int) -> float:
+        """Of a run with so many rows in each step, sources of `positions`, in `batches` of `batch`, whole or not."""
         steps = sum(self.step_seconds(n, num_beams, positions) * count for n, count in Counter(rows).items())
         return steps + batches * self.encode_seconds(batch, positions)
 

@@ -31,12 +31,12 @@ class Decodes(Protocol):
 
     def encode(self, inputs: Tensor, lengths: Tensor | None) -> Any: ...
     def start(self, memory: Any, rows: int) -> State: ...
-    def read(self, tokens: Tensor, state: State) -> State: ...
+    def read(self, tokens: Tensor, lengths: Tensor, state: State) -> State: ...
     def step(self, tokens: Tensor, state: State, memories: Sequence[tuple[Any, int]]) -> tuple[Tensor, State]: ...
 
 
 class Stepper:
-    """Made from a model in evaluation mode; later changes of the model's weights are not seen."""
+    """Made from a model in evaluation mode, whose weights must not change afterwards."""
 
     def __init__(self, model: SequenceGenerator, weights: Weights = "float32") -> None:
         """weights: in which the step computes; the encoder stays as it is. Raises ConfigError for int8 on a GPU."""
@@ -65,10 +65,11 @@ class Stepper:
         """The state of each row before its first token."""
         return self._model.start(memory, rows)
 
-    def read(self, tokens: Tensor, state: State) -> State:
-        """The state after a prefix (B, T) whose tokens are given."""
-        for step in tokens.unbind(1):
-            _, state = self._recur(step, state)
+    def read(self, tokens: Tensor, lengths: Tensor, state: State) -> State:
+        """The state after prefixes (B, T) whose tokens are given, each of its own length (B,), 0 included."""
+        for t, step in enumerate(tokens.unbind(1)):
+            _, after = self._recur(step, state)
+            state = State(torch.where((t < lengths)[:, None], after.values, state.values))
         return state
 
     def step(self, tokens: Tensor, state: State, memories: Memories) -> tuple[Tensor, State]:
@@ -136,8 +137,10 @@ class Ensemble:
         own = memory.members if memory else [None] * len(self._members)
         return _side_by_side([m.start(one, rows) for m, one in zip(self._members, own, strict=True)])
 
-    def read(self, tokens: Tensor, state: State) -> State:
-        return _side_by_side([m.read(tokens, own) for m, own in zip(self._members, self._own(state), strict=True)])
+    def read(self, tokens: Tensor, lengths: Tensor, state: State) -> State:
+        return _side_by_side(
+            [m.read(tokens, lengths, own) for m, own in zip(self._members, self._own(state), strict=True)]
+        )
 
     def step(self, tokens: Tensor, state: State, memories: Sequence[tuple[MemoryGroup, int]]) -> tuple[Tensor, State]:
         predictions, states = [], []

@@ -8,7 +8,7 @@ they have seen, and write <unk> for the rest. A word of the data that is spelt l
 
 import hashlib
 import json
-import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -127,12 +127,13 @@ class Tokenizer:
 
     def word_edges(self) -> tuple[list[bool], list[bool]]:
         """For each token: whether its text begins within a word, and whether it ends within one, so that neighbours
-        may join. A part of a character counts as a letter."""
+        may join. What writes nothing, such as <unk>, and a part of a character count as letters; EOS ends a word."""
         if json.loads(self._text)["decoder"] is None:  # pieces are words, joined with spaces
             return [False] * self.vocab_size, [False] * self.vocab_size
         texts = [str(self._backend.decode([i], skip_special_tokens=True)) for i in range(self.vocab_size)]
-        within = re.compile("[\\w\N{REPLACEMENT CHARACTER}]")
-        return [bool(within.match(text[:1])) for text in texts], [bool(within.match(text[-1:])) for text in texts]
+        return [_within_word(text[:1], i) for i, text in enumerate(texts)], [
+            _within_word(text[-1:], i) for i, text in enumerate(texts)
+        ]
 
     @property
     def vocab_size(self) -> int:
@@ -157,6 +158,13 @@ def _without_special_words(texts: Iterable[str], normalizer: normalizers.Normali
 
 def _first_tokens(backend: tokenizers.Tokenizer) -> list[str | None]:
     return [backend.id_to_token(i) for i in range(len(SPECIAL_TOKENS))]
+
+
+def _within_word(character: str, token_id: int) -> bool:
+    """Whether the first or last character of a token's text is of a word, combining marks included."""
+    if not character:
+        return token_id != EOS
+    return character.isalnum() or character in "_\N{REPLACEMENT CHARACTER}" or unicodedata.category(character)[0] == "M"
 
 
 def _plain(ids: Sequence[int]) -> list[int]:

@@ -99,6 +99,8 @@ def _check(config: ServeConfig) -> None:
     load_key_hashes(config.api_keys_file)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', which torch cannot use here; use cpu")
+    if config.decoder_weights == "int8" and config.device != "cpu" and torch.cuda.is_available():
+        raise ConfigError("decoder_weights is 'int8', which is for CPUs, and there is a GPU; set device to cpu")
     for directory in config.models.values():
         load_pretrained(directory)  # on the CPU: a GPU is the replicas'
     _check_port(config)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from fastapi import FastAPI, Request
+from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
@@ -75,7 +76,9 @@ def build_app(
         yield
         await service.stop(config.drain_s)
 
-    app = FastAPI(title="seqmodels", summary="Recurrent sequence models over HTTP", redoc_url=None, lifespan=lifespan)
+    summary = "Recurrent sequence models over HTTP"
+    # Its page loads nothing from elsewhere: the service is also for machines without a way out.
+    app = FastAPIOffline(title="seqmodels", summary=summary, redoc_url=None, lifespan=lifespan)
     app.add_middleware(Guard, key_hashes=key_hashes, observe=observe)
     app.add_exception_handler(HTTPException, _router_error)
     front = Front(service, config.limits)

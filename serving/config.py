@@ -32,8 +32,8 @@ class Limits(Strict):
     num_beams: PositiveInt = 16
     num_return_sequences: PositiveInt = 16
     max_new_tokens: PositiveInt = 512
-    stop: PositiveInt = 8  # stop strings, and bad words too
-    stop_characters: PositiveInt = 100  # in one stop string or bad word
+    stop: PositiveInt = 8  # stop strings, and as many bad_words and force_words
+    stop_characters: PositiveInt = 100  # in one stop string, bad or forced word
     timeout_s: PositiveFloat = 60.0  # from arrival to answer; a client may ask for less, never for more
 
 

@@ -223,6 +223,7 @@ class Sequence(Strict):
     finish_reason: Literal["eos", "stop", "length", "constraint"]
     tokens: list[str] | None = None
     logprobs: list[float] | None = None
+    missing_words: list[str] | None = None  # of force_words; there where some were asked for
 
 
 class Generation(Strict):

@@ -99,6 +99,10 @@ def _recipe_of(directory: Path, overrides: Sequence[str]) -> tuple[Recipe, dict[
         )
     before, now = (load_recipe(path, given) for given in ((), overrides))
     params: dict[str, Any] = {}
+    if now.task != "generate":  # by name, not by difference: the directory's own defaults may have been edited since
+        given = {override.partition("=")[0] for override in overrides}
+        options = now.generation.model_dump(mode="json").items()
+        params = {name: value for name, value in options if f"generation.{name}" in given}
     for key, _, value in differences(before.model_dump(mode="json"), now.model_dump(mode="json")):
         section, _, name = key.partition(".")
         if section == "generation" and now.task != "generate":

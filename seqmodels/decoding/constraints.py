@@ -140,7 +140,7 @@ class Standing:
         scores (R, K) are the hypotheses', logprobs (R, K, V) their next tokens'. Considered are the best tokens of
         each hypothesis, the best that ends a word, and those that its phrases want. Candidates that hold equally much
         of their phrases are a bank; first come the best of every bank, the fullest bank leading, then the second best
-        of every bank, and so on: so that some hypothesis always holds more than at the step before.
+        of every bank, and so on: so that what holds most goes on, however unlikely it is.
         """
         ours = self.constraints.requests
         logprobs, count = logprobs[ours], totals.shape[1]

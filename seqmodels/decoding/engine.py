@@ -6,7 +6,6 @@ lane by lane. One turn is: expire, admit, advance, retire. The move of rows is o
 which follows beams to their parents, closes the gaps of those that left and takes in those that joined.
 """
 
-import heapq
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from seqmodels.decoding.constraints import WordEdges
 from seqmodels.decoding.logits import Rules
@@ -30,7 +30,7 @@ from seqmodels.stepper import Decodes, Stepper
 T = TypeVar("T")
 
 ROW_FLOOR = 4  # with fewer rows CPU kernels take another path, and a row gets other bits
-MAX_TOKENS_PER_REQUEST = 20_000_000  # of all its outputs, since room for them is made at the start
+MAX_TOKENS = 20_000_000  # of all rows, since each may get room for as many as the longest request of its lane
 BUCKETS = (12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # padded lengths of what an encoder reads
 # Padded lengths of what attention looks at: few, because a lane costs more per step than padding does. Over 12, from
 # where on the masked product of a CPU gives the same bits for every padding.
@@ -154,7 +154,6 @@ class Engine:
         self._max_positions_per_step = max_positions_per_step
         self._row_floor = row_floor
         self._waiting: Waiting[Request] = Waiting()
-        self._deadlines: list[tuple[float, str]] = []  # a heap, of requests that run or have run
         self._lanes: dict[LaneKey, Lane] = {}
         self._device = self._model.device
         self._state = State(torch.zeros(0, self._model.state_width, device=self._device))
@@ -181,7 +180,7 @@ class Engine:
                 param=name,
                 code="limit_exceeded",
             )
-        if request.room * request.params.width > MAX_TOKENS_PER_REQUEST:
+        if request.room * self.max_rows > MAX_TOKENS:
             raise InputError(
                 f"max_new_tokens is {request.params.max_new_tokens}, which is more than this engine can hold; lower it",
                 param="max_new_tokens",
@@ -207,9 +206,8 @@ class Engine:
     def _expire(self) -> list[Event]:
         now = time.monotonic()
         late = [request.id for request in self._waiting.expired(now)]
-        passed = set()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            passed.add(heapq.heappop(self._deadlines)[1])
+        live = (request for lane in self._lanes.values() for request in lane.requests)
+        passed = {request.id for request in live if request.deadline is not None and request.deadline <= now}
         late += self._drop(passed) if passed else []
         return [Failed(name, DeadlineError("the deadline passed before the answer was ready")) for name in late]
 
@@ -235,7 +233,8 @@ class Engine:
     def _admit(self) -> None:
         """Take waiting requests in their turn while rows and the budget of positions last.
 
-        A wide request at the head waits for rows to free; nobody of its priority overtakes it, so it cannot starve.
+        A wide request at the head waits for rows to free. Until then only those go before it whose turn is earlier by
+        the order of `Waiting`: a higher priority, a client with fewer rows, an earlier deadline.
         """
         if not self._waiting:
             return
@@ -250,9 +249,7 @@ class Engine:
             rows, positions = rows - request.params.width, positions - cost
             rows_of[request.client] += request.params.width
             taken.append(request)
-            if request.deadline is not None:
-                heapq.heappush(self._deadlines, (request.deadline, request.id))
-        for group in grouped(taken, lambda request: (self._positions(request), len(request.prefix))):
+        for group in grouped(taken, self._positions):
             self._admit_group(group)
 
     def _rows_by_client(self) -> Counter[str]:
@@ -263,14 +260,14 @@ class Engine:
         return rows
 
     def _admit_group(self, group: Sequence[Request]) -> None:
-        """Requests of one padded length and one prefix length: begin together, then each into its lane."""
+        """Requests of one padded length: begin together, then each into its lane."""
         memory, state = self._begin(group)
         keys = [self._key(request) for request in group]
         for index in grouped(range(len(group)), keys.__getitem__):
             self._join([group[r] for r in index], memory, state, torch.tensor(index, device=self._device))
 
     def _begin(self, group: Sequence[Request]) -> tuple[Any, State]:
-        """Encode requests of one padded length and read their prefixes, of one length: a row each.
+        """Encode requests of one padded length and read their prefixes: a row each.
 
         Rows are padded to the floor with copies of the first, so that none gets other bits when it comes alone.
         """
@@ -279,9 +276,11 @@ class Engine:
         if padded[0].inputs is not None:
             memory = self._model.encode(*pad_inputs([r.inputs for r in padded if r.inputs is not None], self._device))
         state = self._model.start(memory, len(padded))
-        if group[0].prefix:  # the last token of the prefix is what the first step reads
-            read = torch.tensor([[self._bos, *request.prefix[:-1]] for request in padded], device=self._device)
-            state = self._model.read(read, state)
+        if any(request.prefix for request in group):
+            # The last token of a prefix is not read here: it is what the first step reads.
+            read = [torch.tensor([self._bos, *request.prefix[:-1]]) for request in padded]
+            lengths = torch.tensor([len(request.prefix) for request in padded], device=self._device)
+            state = self._model.read(pad_sequence(read, batch_first=True).to(self._device), lengths, state)
         real = torch.arange(len(group), device=self._device)
         return memory and memory.select(real), state.select(real)
 

@@ -8,7 +8,7 @@ those of DESIGN section 4; tests hold them to a brute-force search and to one wr
 R requests, K hypotheses each, V vocabulary, M token positions (prefix and generated).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, Self
 
@@ -66,23 +66,19 @@ class Search:
 
     def select(self, requests: Tensor) -> Self:
         """Some requests, in the given order."""
-        return replace(self, **{name: table.index_select(0, requests) for name, table in self._tables()})
+        return replace(self, **{f.name: getattr(self, f.name).index_select(0, requests) for f in fields(self)})
 
     def trimmed(self, room: int) -> Self:
         """Tables of tokens cut to `room` positions, since each step gathers all that they hold."""
-        return replace(self, **{name: table[..., :room] for name, table in self._tables() if table.dim() == 3})
+        tables = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: table[..., :room] for name, table in tables.items() if table.dim() == 3})
 
     def concat(self, other: Self) -> Self:
         """These requests, then the other's; room for tokens grows to the larger of the two."""
-        return replace(self, **{name: _concat(table, getattr(other, name)) for name, table in self._tables()})
+        return replace(self, **{f.name: _concat(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
 
     def to(self, device: torch.device) -> Self:
-        return replace(self, **{name: table.to(device) for name, table in self._tables()})
-
-    def _tables(self) -> Iterator[tuple[str, Tensor]]:
-        for f in fields(self):
-            if isinstance(table := getattr(self, f.name), Tensor):
-                yield f.name, table
+        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     def normalised(self, scores: Tensor) -> Tensor:
         """scores (R, X) of hypotheses that are `length` tokens long -> divided by the length penalty."""
@@ -128,7 +124,6 @@ class Beams(Search):
     pool_length: Tensor  # (R, K)
     pool_reason: Tensor  # (R, K)
     pool_met: Tensor  # (R, K) whether it holds all its forced words
-    quiet: int  # coming steps in which nobody can finish, as far as is known: no pool holds any, no limit is near
 
     @classmethod
     def begin(cls, params: Sequence[SearchParams], prefixes: Sequence[Sequence[int]], bos: int) -> "Beams":
@@ -147,11 +142,7 @@ class Beams(Search):
             pool_length=torch.zeros_like(tokens[:, :, 0]),
             pool_reason=torch.zeros_like(tokens[:, :, 0]),
             pool_met=torch.ones(scores.shape, dtype=torch.bool),
-            quiet=min(p.max_new_tokens for p in params) - 1,
         )
-
-    def concat(self, other: Self) -> Self:
-        return replace(super().concat(other), quiet=min(self.quiet, other.quiet))
 
     def advance(
         self, logprobs: Tensor, constrained: Tensor | None, eos: int, standing: Standing | None = None
@@ -221,13 +212,13 @@ class Beams(Search):
             pool_length=torch.cat([self.pool_length, length], 1).gather(1, order),
             pool_reason=torch.cat([self.pool_reason, reasons], 1).gather(1, order),
             pool_met=holds.gather(1, order),
-            quiet=0,
         )
 
     def _stopped(self, constraints: Constraints | None) -> "Beams":
         """Who is finished: by the stopping rule, for lack of life, or at the limit, where the live join the pool."""
-        if self.quiet > 0 and not (self.scores[:, 0] == NEG_INF).any():
-            return replace(self, quiet=self.quiet - 1)
+        alive, empty = self.scores[:, 0] > NEG_INF, self.pool_scores[:, 0] == NEG_INF
+        if (alive & empty & (self.length < self.max_length)).all():  # as in most steps
+            return self
         held = ((self.pool_scores > NEG_INF) & self.pool_met).sum(1)
         bound = self.scores[:, 0] / self.bound.gather(1, self.length[:, None])[:, 0]
         worst_returned = self.pool_scores.gather(1, self.num_return[:, None] - 1)[:, 0]

@@ -53,7 +53,9 @@ def test_exhaustive_width_finds_the_best_that_hold_all(seed: int) -> None:
     limit, vocab_size = 4, 6
     model = make_language_model(seed, vocab_size=vocab_size, cell=choose.choice(["lstm", "gru"]), scale=2.0)
     edges = make_edges(vocab_size, 1)
-    phrases: Phrases = choose.choice([[(4,)], [(4, 5)], [(4,), (4, 5)], [(4, 4)], [(4, 5, 4)], [(4, 5), (4, 5)]])
+    phrases: Phrases = choose.choice(
+        [[(4,)], [(4, 5)], [(4,), (4, 5)], [(4, 4)], [(4, 5, 4)], [(4, 5), (4, 5)], [(5,)], [(5, 4)], [(5, 5), (4,)]]
+    )  # 5 goes on with a word that stands before it
 
     def banned(tokens: tuple[int, ...]) -> list[int]:
         return [EOS] if missing(tokens, 0, phrases, edges) else []

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import re
 import threading
 import time
 from typing import Any
@@ -587,3 +588,11 @@ def test_a_body_that_does_not_come_expires(server: InProcess) -> None:
 
     assert server.wait(crowd(server, 1, content=endless())) == [408]
     assert server.runner.num_open == 0
+
+
+def test_the_page_of_documentation_loads_nothing_from_elsewhere(server: InProcess) -> None:
+    page = server.request("GET", "/docs")
+    assert page.status_code == 200
+    addresses = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(addresses) >= 2 and all(address.startswith("/") for address in addresses)
+    assert all(server.request("GET", address).status_code == 200 for address in addresses)
