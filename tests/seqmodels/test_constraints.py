@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 
-from seqmodels.decoding.constraints import Phrases, WordEdges, missing
+from seqmodels.decoding.constraints import Constraints, Phrases, WordEdges, missing
 from seqmodels.decoding.engine import Request
 from seqmodels.decoding.generate import generate
+from seqmodels.decoding.history import History
 from seqmodels.decoding.params import SearchParams
 from tests.seqmodels.builders import make_language_model
 from tests.seqmodels.oracles import Table, brute_force
@@ -111,6 +112,19 @@ def test_every_output_holds_what_it_can(seed: int) -> None:
         scores = [hypothesis.score for hypothesis in found]
         assert scores == sorted(scores, reverse=True)
     assert together[-1] == generate(model, [plain], edges=edges)[0]
+
+
+def test_standing_by_hand() -> None:
+    """Tokens 4 to 7 are letters, 6 and 7 go on with a word; 0 writes no letter."""
+    edges = WordEdges(continues=torch.arange(8) >= 6, open=torch.arange(8) >= 4)
+    tokens = torch.tensor([[[4, 6], [0, 6], [4, 5], [5, 4]]])
+    history = History(tokens, torch.tensor([2]), torch.tensor([2]))
+    standing = Constraints([[(6,), (4, 7), (5,)]], edges).standing(history)
+    assert standing.met[0].tolist() == [[False] * 3, [True, False, False], [False, False, True], [False, False, True]]
+    assert standing.loose[0].tolist() == [[False] * 3, [True, False, False], [False, False, True], [False] * 3]
+    assert standing.depth[0].tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 1, 0]]
+    assert standing.begin[0].tolist() == [[-1, 4, 5], [-1, 4, 5], [-1, 4, -1], [-1, 4, -1]]
+    assert standing.wanted[0].tolist() == [[-1, 4, 5], [-1, 4, 5], [-1, 4, -1], [-1, 7, -1]]
 
 
 def test_without_room_the_most_that_fits_is_answered() -> None:

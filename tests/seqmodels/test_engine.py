@@ -128,6 +128,17 @@ def test_a_busy_engine_changes_no_bit(make) -> None:  # type: ignore[no-untyped-
         run_schedule(choose, model, floor, bank, expected)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("make", [make for _, make in SMALL_MODELS], ids=[name for name, _ in SMALL_MODELS])
+def test_company_changes_no_answer(make) -> None:  # type: ignore[no-untyped-def]
+    """As above but for the last bits, so that it also holds, and never skips, where those vary with the batch."""
+    model, choose = make(), random.Random(3)
+    bank = [random_request(choose, str(i), model) for i in range(40)]
+    for request, together in zip(bank, generate(model, bank, max_rows=200), strict=True):
+        (alone,) = generate(model, [request])
+        assert [h.tokens for h in alone] == [h.tokens for h in together]
+        assert [h.score for h in alone] == pytest.approx([h.score for h in together], rel=1e-3, abs=1e-3)
+
+
 @pytest.mark.parametrize("weights", ["float32", "int8"])
 def test_a_busy_engine_changes_no_bit_at_real_size(weights: Weights) -> None:
     """LSTM 512, vocabulary 7,700, memories across buckets: 50 schedules."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from seqmodels.config import ModelConfig
 from seqmodels.errors import ConfigError
 from seqmodels.models import IGNORE, SequenceGenerator
+from seqmodels.state import State
 from seqmodels.stepper import Stepper
 from tests.seqmodels.builders import make_language_model, make_model, make_translator
 
@@ -102,6 +103,19 @@ def test_steps_equal_the_whole(attention: str, cell: str, variant: dict[str, boo
         stepped.append(logits.log_softmax(-1).gather(1, tokens[:, t + 1 : t + 2])[:, 0])
     whole = model.logprobs(tokens, torch.full((8,), 6), inputs[rows], lengths[rows])
     assert torch.allclose(torch.stack(stepped, 1), whole, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_prefixes_of_all_lengths_are_read_together() -> None:
+    """Each row's state is that of its own prefix read alone, none at all for length 0."""
+    stepper = Stepper(make_language_model(3, vocab_size=20, hidden_size=16))
+    tokens, lengths = torch.randint(0, 20, (6, 5)), torch.tensor([0, 1, 5, 3, 2, 4])
+    start = State(torch.randn(6, stepper.state_width))
+    together = stepper.read(tokens, lengths, start)
+    assert torch.equal(together.values[0], start.values[0])
+    for row, length in enumerate(lengths.tolist()):
+        alone = stepper.read(tokens[row : row + 1, :length], lengths[row : row + 1], start.select(torch.tensor([row])))
+        assert torch.allclose(together.values[row], alone.values[0], atol=1e-6)
 
 
 def test_loss_is_the_mean_per_target_by_hand() -> None:

@@ -167,3 +167,19 @@ def test_logprobs_are_the_models_own_without_rules() -> None:
         with torch.inference_mode():
             scores = model.logprobs(labels, torch.tensor([labels.shape[1]]))[0]
         assert torch.allclose(scores, torch.tensor(h.logprobs), atol=1e-5)
+
+
+def test_best_candidates_of_long_rows_wherever_they_stand() -> None:
+    """Rows long enough to be searched by blocks: the best spread over many blocks, in one, at the end, and tied."""
+    generator = torch.Generator().manual_seed(0)
+    for width in (1408, 4096, 4097, 7777):
+        for spread in (1, 64, 65, width // 12):
+            totals = torch.rand(6, width, generator=generator)
+            for k in range(12):
+                totals[:, width - 1 - k * spread % width] += 12 - k  # the best stand `spread` apart, from the end
+            totals[3:] = totals[3:].round(decimals=1)  # with many equals
+            values, index = best_candidates(totals, 10)
+            for row in range(6):
+                expected = sorted(range(width), key=lambda i: (-float(totals[row, i]), i))[:10]
+                assert index[row].tolist() == expected
+                assert torch.equal(values[row], totals[row, expected])
