@@ -175,9 +175,9 @@ def test_best_candidates_of_long_rows_wherever_they_stand() -> None:
     for width in (1408, 4096, 4097, 7777):
         for spread in (1, 64, 65, width // 12):
             totals = torch.rand(6, width, generator=generator)
-            for k in range(12):
-                totals[:, width - 1 - k * spread % width] += 12 - k  # the best stand `spread` apart, from the end
-            totals[3:] = totals[3:].round(decimals=1)  # with many equals
+            for k in range(12):  # the best stand `spread` apart, from the end; in half of the rows they are equal
+                totals[:3, width - 1 - k * spread % width] += 12 - k
+                totals[3:, width - 1 - k * spread % width] = 20.0
             values, index = best_candidates(totals, 10)
             for row in range(6):
                 expected = sorted(range(width), key=lambda i: (-float(totals[row, i]), i))[:10]
