@@ -46,8 +46,6 @@ class Stepper:
         self.device = decoder.output_bias.device
         self.attends = decoder.attention is not None
         self.state_width = decoder.recurrent.state_width
-        if weights == "int8" and self.device.type != "cpu":
-            raise ConfigError(f"decoder_weights is int8, which is for CPUs, but the device is {self.device.type}")
         self._model = model
         self._decoder = decoder
         cell = decoder.recurrent.cell

@@ -153,7 +153,7 @@ class Beams(Search):
         how the hypotheses stand to the lane's forced words, which decide what is best for those who ask for some.
         """
         width, vocab_size = self.scores.shape[1], logprobs.shape[2]
-        totals, index = best_candidates((self.scores[:, :, None] + logprobs).flatten(1), 2 * width)
+        totals, index = best_candidates(self.scores, logprobs, 2 * width)
         if standing:
             totals, index = standing.best(self.scores, logprobs, totals, index)
         found = Candidates(totals, index // vocab_size, index % vocab_size, logprobs.flatten(1).gather(1, index))
@@ -364,43 +364,57 @@ class Samples(Search):
         return [self.tokens[request, k, prefix : prefix + end].tolist() for k, end in enumerate(ends)]
 
 
-def best_candidates(totals: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The best `count` of each row (R, X), best first, and where they stand. Equals keep the order of their index.
+def best_candidates(scores: Tensor, logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The best `count` continuations of each request, best first: scores (R, K) plus logprobs (R, K, V).
 
-    `topk` keeps no order among equals, and among those equal to the last one it keeps any. One value more than
-    needed tells whether there are equals; only then are they put in order.
+    Returns their sums and where they stand in (K, V), flat: each (R, count). Equals keep the order of their index:
+    `topk` keeps none among equals, and among those equal to the last one it keeps any. One value more than needed tells
+    whether a request has equals; only its own are then put in order.
     """
-    values, index = _top(totals, count + 1)
-    if not (values[:, 1:] == values[:, :-1]).any():
-        return values[:, :count], index[:, :count]
-    last, index = values[:, count - 1], index[:, :count]
+    values, index = _top(scores, logprobs, count + 1)
+    tied = (values[:, 1:] == values[:, :-1]).any(1)
+    values, index = values[:, :count], index[:, :count]
+    if not tied.any():
+        return values, index
+    requests = tied.nonzero()[:, 0]
+    totals = (scores[requests][:, :, None] + logprobs[requests]).flatten(1)
+    ordered = _in_order(totals, values[requests], index[requests])
+    return values.index_copy(0, requests, ordered[0]), index.index_copy(0, requests, ordered[1])
+
+
+def _in_order(totals: Tensor, values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The best of totals (R, X), in any order among equals -> with the first of those equal to the last, in order."""
+    count, last = values.shape[1], values[:, -1:]
+    above, equal = totals > last, totals == last
+    room = count - above.sum(1, keepdim=True)
     # -inf at the boundary needs no care: such candidates never live.
-    if ((last == values[:, count]) & (last > NEG_INF)).any():
-        above, equal = totals > last[:, None], totals == last[:, None]
-        room = count - above.sum(1, keepdim=True)
+    if ((equal.sum(1, keepdim=True) > room) & (last > NEG_INF)).any():
         index = (above | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].view(-1, count)
     index = index.sort(dim=1).values
     values, order = totals.gather(1, index).sort(dim=1, descending=True, stable=True)
     return values, index.gather(1, order)
 
 
-def _top(totals: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`topk` of each row (R, X) by way of blocks: the best `count` values lie in the blocks with the best maxima.
+def _top(scores: Tensor, logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`topk` of each request by way of blocks: its best `count` sums lie in the blocks with the best maxima.
 
-    Maxima are cheap to compute, and few; `topk` of the whole row takes two to three times as long.
+    Maxima are cheap to compute, and few; `topk` of everything takes several times as long. A rounded sum keeps the
+    order of its parts, so the maximum of a block's sums is the sum with the block's maximum.
     """
-    rows, width = totals.shape
-    blocks = width // BLOCK
-    if blocks <= 2 * count:
-        return totals.topk(count, dim=1)
+    requests, width, vocab_size = logprobs.shape
+    blocks = vocab_size // BLOCK
+    if width * blocks <= 2 * count:
+        return (scores[:, :, None] + logprobs).flatten(1).topk(count, dim=1)
     whole = blocks * BLOCK
-    maxima = totals[:, :whole].view(rows, blocks, BLOCK).amax(2)
-    best = maxima.topk(count, dim=1, sorted=False).indices
-    index = (best[:, :, None] * BLOCK + torch.arange(BLOCK, device=totals.device)).flatten(1)
-    if whole < width:  # the rest is less than a block, and always looked at
-        rest = torch.arange(whole, width, device=totals.device)
-        index = torch.cat([index, rest.expand(rows, -1)], dim=1)
-    values, where = totals.gather(1, index).topk(count, dim=1)
+    maxima = logprobs[..., :whole].unflatten(2, (blocks, BLOCK)).amax(3) + scores[:, :, None]
+    best = maxima.flatten(1).topk(count, dim=1, sorted=False).indices
+    first = best // blocks * vocab_size + best % blocks * BLOCK
+    index = (first[:, :, None] + torch.arange(BLOCK, device=scores.device)).flatten(1)
+    if whole < vocab_size:  # the rest is less than a block, and always looked at
+        places = torch.arange(width * vocab_size, device=scores.device).view(width, vocab_size)
+        index = torch.cat([index, places[:, whole:].flatten().expand(requests, -1)], dim=1)
+    sums = logprobs.flatten(1).gather(1, index) + scores.gather(1, index // vocab_size)
+    values, where = sums.topk(count, dim=1)
     return values, index.gather(1, where)
 
 

@@ -132,12 +132,17 @@ def test_exact_stopping_returns_a_prefix_of_the_longer_list() -> None:
                 assert longer[: len(shorter)] == shorter
 
 
+def best_of(totals: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of rows that one hypothesis each has written, whose score is 0."""
+    return best_candidates(torch.zeros(len(totals), 1), totals[:, None], count)
+
+
 def test_ties_go_to_the_better_beam_then_to_the_smaller_token() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         totals = torch.randint(0, 6, (3, 40), generator=generator).float()
         totals[0, :30] = float("-inf")
-        values, index = best_candidates(totals, 8)
+        values, index = best_of(totals, 8)
         for row in range(3):
             order = sorted(range(40), key=lambda i: (-totals[row, i], i))[:8]
             assert index[row].tolist() == order
@@ -169,6 +174,24 @@ def test_logprobs_are_the_models_own_without_rules() -> None:
         assert torch.allclose(scores, torch.tensor(h.logprobs), atol=1e-5)
 
 
+def test_best_candidates_of_several_hypotheses() -> None:
+    """Sums of scores and logprobs, rounded so that many are equal, and hypotheses that do not exist."""
+    generator = torch.Generator().manual_seed(1)
+    for vocab_size in (7, 64, 200, 1000):
+        scores = torch.randint(-4, 1, (8, 5), generator=generator) / 4
+        scores[:4, 3:] = float("-inf")
+        logprobs = -torch.rand(8, 5, vocab_size, generator=generator).mul(vocab_size).round() / 4
+        logprobs[:, :, ::5] = float("-inf")
+        logprobs[7] = torch.randn(5, vocab_size, generator=generator)  # no equals beside those that have some
+        values, index = best_candidates(scores, logprobs, 10)
+        for r in range(8):
+            sums = (scores[r, :, None] + logprobs[r]).flatten().tolist()
+            expected = sorted(range(len(sums)), key=lambda i: (-sums[i], i))[:10]
+            real = [i for i in expected if sums[i] > float("-inf")]
+            assert values[r].tolist() == [sums[i] for i in expected]
+            assert index[r, : len(real)].tolist() == real
+
+
 def test_best_candidates_of_long_rows_wherever_they_stand() -> None:
     """Rows long enough to be searched by blocks: the best spread over many blocks, in one, at the end, and tied."""
     generator = torch.Generator().manual_seed(0)
@@ -178,7 +201,7 @@ def test_best_candidates_of_long_rows_wherever_they_stand() -> None:
             for k in range(12):  # the best stand `spread` apart, from the end; in half of the rows they are equal
                 totals[:3, width - 1 - k * spread % width] += 12 - k
                 totals[3:, width - 1 - k * spread % width] = 20.0
-            values, index = best_candidates(totals, 10)
+            values, index = best_of(totals, 10)
             for row in range(6):
                 expected = sorted(range(width), key=lambda i: (-float(totals[row, i]), i))[:10]
                 assert index[row].tolist() == expected
