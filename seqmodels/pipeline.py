@@ -21,6 +21,7 @@ from seqmodels.decoding.constraints import WordEdges, missing
 from seqmodels.decoding.engine import ROW_FLOOR, Engine, Event, Failed, Finished, Request
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.search import Hypothesis
+from seqmodels.encoders import ImageEncoder
 from seqmodels.errors import InputError, SeqModelsError
 from seqmodels.forward import Forward, ForwardRequest
 from seqmodels.kernels import Weights
@@ -127,6 +128,7 @@ class Pipeline:
             watch=text.has_stop if search.stop else None,
             deadline=deadline,
         )
+        self._engine.check(request)
         return Job(request, reading)
 
     def prepare_score(
@@ -235,14 +237,25 @@ class Pipeline:
     def _render_sequences(self, job: Job, request: Request, result: Sequence[Hypothesis]) -> dict[str, Any]:
         text = self._text(job, request)
         sequences = [
-            render_sequence(text.of(hypothesis.tokens), hypothesis, self._tokenizer, request.params.logprobs)
+            render_sequence(text.of(hypothesis.tokens), hypothesis, self._tokenizer, request.params)
             for hypothesis in result
         ]
         if request.force_words:
             for sequence, hypothesis in zip(sequences, result, strict=True):
                 sequence["missing_words"] = self._missing_words(request, hypothesis)
         answer: dict[str, Any] = {"sequences": sequences}
+        if request.params.output_attentions:
+            answer |= self._positions(job.reading)
         return answer | {"seed": request.seed} if request.params.do_sample else answer
+
+    def _positions(self, reading: Reading) -> dict[str, Any]:
+        """What attention's weights are over, where that is not plain: frames and steps are as they were given."""
+        assert reading.inputs is not None
+        if self.config.input == "text":
+            assert self._pretrained.source_tokenizer is not None
+            return {"source_tokens": [self._pretrained.source_tokenizer.token(i) for i in reading.inputs.tolist()]}
+        encoder = getattr(self._pretrained.model, "encoder", None)
+        return {"source_grid": list(encoder.backbone.grid)} if isinstance(encoder, ImageEncoder) else {}
 
     def _missing_words(self, request: Request, hypothesis: Hypothesis) -> list[str]:
         """Those of force_words that could not be written within max_new_tokens, or at all."""

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, repeat
 from typing import Any, TypeVar
 
 import torch
@@ -99,6 +99,9 @@ class LaneKey:
     beams: bool
     width: int
     positions: int  # of memory; 0 without attention
+    top_logprobs: bool  # these three: which tables the lane keeps
+    output_attentions: bool
+    coverage: bool
 
 
 @dataclass
@@ -172,7 +175,12 @@ class Engine:
         return sum(lane.rows.numel() for lane in self._lanes.values())
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises InputError where it could never fit."""
+        """Queue a request. Raises InputError where it could never be answered."""
+        self.check(request)
+        self._waiting.add(request)
+
+    def check(self, request: Request) -> None:
+        """Raises InputError where this engine could never answer a request. May be called from any thread."""
         if request.params.width > self.max_rows:
             name = "num_return_sequences" if request.params.do_sample else "num_beams"
             raise InputError(
@@ -186,7 +194,9 @@ class Engine:
                 param="max_new_tokens",
                 code="limit_exceeded",
             )
-        self._waiting.add(request)
+        for name in ("output_attentions", "coverage_penalty"):
+            if getattr(request.params, name) and not self._model.output_attentions:
+                raise InputError(f"{name} needs attention, which this model has not; leave it out", param=name)
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, wherever it is; its rows are free at the next step. Unknown ids are ignored."""
@@ -290,11 +300,12 @@ class Engine:
         first = self._state.num_rows
         self._state = self._state.concat(state.select(index)) if first else state.select(index)
         rows = first + torch.arange(len(requests), device=self._device)[:, None].expand(-1, key.width)
+        memory = memory.select(index).padded(key.positions) if memory and key.positions else None
         lane = Lane(
             key,
             requests,
-            self._start_search(key, requests),
-            memory.select(index).padded(key.positions) if memory and key.positions else None,
+            self._start_search(key, requests, memory and memory.mask),
+            memory,
             rows,
             self._rules(requests),
             [[0] * key.width for _ in requests],
@@ -305,12 +316,12 @@ class Engine:
         else:
             self._lanes[key] = lane
 
-    def _start_search(self, key: LaneKey, requests: Sequence[Request]) -> Beams | Samples:
+    def _start_search(self, key: LaneKey, requests: Sequence[Request], mask: Tensor | None) -> Beams | Samples:
         params = [request.params for request in requests]
         prefixes = [request.prefix for request in requests]
         if key.beams:
-            return Beams.begin(params, prefixes, self._bos).to(self._device)
-        return Samples.begin(params, prefixes, [request.seed for request in requests], self._bos).to(self._device)
+            return Beams.begin(params, prefixes, self._bos, mask).to(self._device)
+        return Samples.begin(params, prefixes, [request.seed for request in requests], self._bos, mask).to(self._device)
 
     def _rules(self, requests: Sequence[Request]) -> Rules:
         return Rules(
@@ -326,7 +337,15 @@ class Engine:
         positions = 0
         if self._model.attends and request.inputs is not None:
             positions = bucket(len(request.inputs), LANES) if has_steps(request.inputs) else 1
-        return LaneKey(request.params.num_beams > 1, request.params.width, positions)
+        params = request.params
+        return LaneKey(
+            params.num_beams > 1,
+            params.width,
+            positions,
+            params.top_logprobs > 0,
+            params.output_attentions,
+            params.coverage_penalty > 0,
+        )
 
     def _positions(self, request: Request) -> int:
         """Memory positions of a request, padding included."""
@@ -344,14 +363,15 @@ class Engine:
         if (missing := self._row_floor - len(rows)) > 0:  # padding rows copy a valid one
             rows, tokens = _repeat_first(rows, missing), _repeat_first(tokens, missing)
         memories = [(lane.memory, lane.key.width) for lane in lanes if lane.memory]
-        logits, self._state = self._model.step(tokens, self._state.select(rows), memories)
+        logits, self._state, weights = self._model.step(tokens, self._state.select(rows), memories)
         first = 0
-        for lane in lanes:
+        for lane, looked in zip(lanes, weights or repeat(None, len(lanes)), strict=True):
             count = lane.rows.numel()
             lane_logits, history = logits[first : first + count].view(*lane.rows.shape, -1), lane.search.history
             standing = lane.rules.standing(history)
             lane_logits, constrained = lane.rules.apply(lane_logits, history, standing)
-            lane.search, parents = lane.search.advance(lane_logits.log_softmax(-1), constrained, self._eos, standing)
+            logprobs = lane_logits.log_softmax(-1)
+            lane.search, parents = lane.search.advance(logprobs, constrained, self._eos, standing, looked)
             here = first + torch.arange(count, device=self._device).view_as(lane.rows)
             lane.rows = here.gather(1, parents)
             first += count

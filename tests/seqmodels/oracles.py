@@ -36,7 +36,7 @@ class Table:
         state = stepper.start(None, 4)
         with torch.inference_mode():
             for _ in range(depth):
-                logits, state = stepper.step(tokens, state, [])
+                logits, state, _ = stepper.step(tokens, state, [])
                 self._logits.update(zip(histories, logits, strict=False))
                 rows = torch.arange(len(histories)).repeat_interleave(self.vocab_size)
                 histories = [(*h, v) for h in histories for v in range(self.vocab_size)]
