@@ -21,7 +21,6 @@ from seqmodels.decoding.constraints import WordEdges, missing
 from seqmodels.decoding.engine import ROW_FLOOR, Engine, Event, Failed, Finished, Request
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.search import Hypothesis
-from seqmodels.encoders import ImageEncoder
 from seqmodels.errors import InputError, SeqModelsError
 from seqmodels.forward import Forward, ForwardRequest
 from seqmodels.kernels import Weights
@@ -229,6 +228,14 @@ class Pipeline:
             return 0
         return 1 if self.config.architecture == "classifier" else len(job.reading.positions)
 
+    def num_details(self, job: Job) -> int:
+        """The most numbers that an answer may hold beside its tokens and their log-probabilities."""
+        if not isinstance(job.request, Request):
+            return 0
+        assert self._engine is not None
+        search = job.request.params
+        return self._engine.num_details(job.request) * search.max_new_tokens * search.num_return_sequences
+
     def text_stream(self, job: Job) -> TextStream:
         """Turns the job's Progress events into text."""
         assert isinstance(job.request, Request)
@@ -254,8 +261,7 @@ class Pipeline:
         if self.config.input == "text":
             assert self._pretrained.source_tokenizer is not None
             return {"source_tokens": [self._pretrained.source_tokenizer.token(i) for i in reading.inputs.tolist()]}
-        encoder = getattr(self._pretrained.model, "encoder", None)
-        return {"source_grid": list(encoder.backbone.grid)} if isinstance(encoder, ImageEncoder) else {}
+        return {"source_grid": list(self.config.grid)} if self.config.grid else {}
 
     def _missing_words(self, request: Request, hypothesis: Hypothesis) -> list[str]:
         """Those of force_words that could not be written within max_new_tokens, or at all."""

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from seqmodels.cells import CellWeights
 from seqmodels.config import Cell, ModelConfig
-from seqmodels.encoders import ImageEncoder
 from seqmodels.errors import ConfigError
 from seqmodels.kernels import LINEAR, Linear, Weights
 from seqmodels.models import SequenceGenerator
@@ -48,7 +47,6 @@ class Stepper:
         self.vocab_size = decoder.output_bias.shape[0]
         self.device = decoder.output_bias.device
         self.attends = self.output_attentions = decoder.attention is not None
-        self.grid = model.encoder.backbone.grid if isinstance(model.encoder, ImageEncoder) else None
         self.state_width = decoder.recurrent.state_width
         if weights == "int8" and self.device.type != "cpu":
             raise ConfigError(f"decoder_weights is int8, which is for CPUs, but the device is {self.device.type}")
@@ -139,7 +137,7 @@ class Ensemble:
         self.vocab_size = members[0].vocab_size
         self.attends = any(member.attends for member in members)
         # Positions of pictures are the cells of each member's own grid; there is no mean over different ones.
-        self.output_attentions = self.attends and len({member.grid for member in members}) == 1
+        self.output_attentions = self.attends and len({member.config.grid for member in members}) == 1
         self.state_width = sum(member.state_width for member in members)
         self._members, self._average = members, average
 

@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 ROW_FLOOR = 4  # with fewer rows CPU kernels take another path, and a row gets other bits
 MAX_TOKENS = 20_000_000  # of all rows, since each may get room for as many as the longest request of its lane
+MAX_DETAILS = 200_000_000  # numbers of alternatives and attention weights, likewise
 BUCKETS = (12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # padded lengths of what an encoder reads
 # Padded lengths of what attention looks at: few, because a lane costs more per step than padding does. Over 12, from
 # where on the masked product of a CPU gives the same bits for every padding.
@@ -197,6 +198,19 @@ class Engine:
         for name in ("output_attentions", "coverage_penalty"):
             if getattr(request.params, name) and not self._model.output_attentions:
                 raise InputError(f"{name} needs attention, which this model has not; leave it out", param=name)
+        if request.room * self.num_details(request) * self.max_rows > MAX_DETAILS:
+            raise InputError(
+                f"max_new_tokens is {request.params.max_new_tokens}, which is more than this engine can hold with "
+                "top_logprobs or output_attentions; lower it",
+                param="max_new_tokens",
+                code="limit_exceeded",
+            )
+
+    def num_details(self, request: Request) -> int:
+        """Numbers that are kept of each token beside it: alternatives with their log-probabilities, and weights."""
+        grid = self._model.config.grid
+        positions = grid[0] * grid[1] if grid else 0 if request.inputs is None else len(request.inputs)
+        return 2 * request.params.top_logprobs + positions * request.params.output_attentions
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, wherever it is; its rows are free at the next step. Unknown ids are ignored."""
