@@ -52,6 +52,12 @@ class BackboneConfig(Strict):
     channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=8)] = (16, 32, 64)
     blocks_per_stage: Annotated[int, Field(ge=1, le=32)] = 1
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the features of a picture."""
+        shrink = 2 ** (len(self.channels) - 1)
+        return -(-self.image_size[0] // shrink), -(-self.image_size[1] // shrink)
+
 
 class TextEncoderConfig(Strict):
     input: Literal["text"] = "text"
@@ -177,6 +183,11 @@ class ModelConfig(Strict):
     @property
     def input(self) -> Literal["text", "image", "frames", "features", "nothing"]:
         return self.encoder.input if self.encoder else "nothing"
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of source positions, where the input is a picture."""
+        return self.encoder.backbone.grid if isinstance(self.encoder, ImageEncoderConfig) else None
 
     @property
     def task(self) -> Task:

@@ -127,6 +127,7 @@ class Pipeline:
             watch=text.has_stop if search.stop else None,
             deadline=deadline,
         )
+        self._engine.check(request)
         return Job(request, reading)
 
     def prepare_score(
@@ -227,6 +228,14 @@ class Pipeline:
             return 0
         return 1 if self.config.architecture == "classifier" else len(job.reading.positions)
 
+    def num_details(self, job: Job) -> int:
+        """The most numbers that an answer may hold beside its tokens and their log-probabilities."""
+        if not isinstance(job.request, Request):
+            return 0
+        assert self._engine is not None
+        search = job.request.params
+        return self._engine.num_details(job.request) * search.max_new_tokens * search.num_return_sequences
+
     def text_stream(self, job: Job) -> TextStream:
         """Turns the job's Progress events into text."""
         assert isinstance(job.request, Request)
@@ -235,14 +244,24 @@ class Pipeline:
     def _render_sequences(self, job: Job, request: Request, result: Sequence[Hypothesis]) -> dict[str, Any]:
         text = self._text(job, request)
         sequences = [
-            render_sequence(text.of(hypothesis.tokens), hypothesis, self._tokenizer, request.params.logprobs)
+            render_sequence(text.of(hypothesis.tokens), hypothesis, self._tokenizer, request.params)
             for hypothesis in result
         ]
         if request.force_words:
             for sequence, hypothesis in zip(sequences, result, strict=True):
                 sequence["missing_words"] = self._missing_words(request, hypothesis)
         answer: dict[str, Any] = {"sequences": sequences}
+        if request.params.output_attentions:
+            answer |= self._positions(job.reading)
         return answer | {"seed": request.seed} if request.params.do_sample else answer
+
+    def _positions(self, reading: Reading) -> dict[str, Any]:
+        """What attention's weights are over, where that is not plain: frames and steps are as they were given."""
+        assert reading.inputs is not None
+        if self.config.input == "text":
+            assert self._pretrained.source_tokenizer is not None
+            return {"source_tokens": [self._pretrained.source_tokenizer.token(i) for i in reading.inputs.tolist()]}
+        return {"source_grid": list(self.config.grid)} if self.config.grid else {}
 
     def _missing_words(self, request: Request, hypothesis: Hypothesis) -> list[str]:
         """Those of force_words that could not be written within max_new_tokens, or at all."""

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from seqmodels.decoding.engine import Progress, Request
+from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.reading import Reading
 from seqmodels.tokenizer import EOS, Tokenizer
@@ -44,11 +45,20 @@ def render_score(tokenizer: Tokenizer, reading: Reading, labels: Sequence[int], 
     return {"score": math.fsum(nats), "logprobs": nats, "tokens": [tokenizer.token(i) for i in labels[1 + first :]]}
 
 
-def render_sequence(text: str, hypothesis: Hypothesis, tokenizer: Tokenizer, with_logprobs: bool) -> dict[str, Any]:
+def render_sequence(text: str, hypothesis: Hypothesis, tokenizer: Tokenizer, params: SearchParams) -> dict[str, Any]:
+    """What was asked for of each generated token stands in lists as long as `tokens`."""
     sequence: dict[str, Any] = {"text": text, "score": hypothesis.score, "finish_reason": hypothesis.finish_reason}
-    if with_logprobs:
+    if params.logprobs or params.top_logprobs or params.output_attentions:
         sequence["tokens"] = [tokenizer.token(i) for i in hypothesis.generated]
+    if params.logprobs:
         sequence["logprobs"] = hypothesis.logprobs
+    if hypothesis.top_logprobs is not None:
+        sequence["top_logprobs"] = [
+            [{"token": tokenizer.token(i), "logprob": logprob} for i, logprob in likeliest]
+            for likeliest in hypothesis.top_logprobs
+        ]
+    if hypothesis.attentions is not None:
+        sequence["attentions"] = hypothesis.attentions
     return sequence
 
 

@@ -15,7 +15,7 @@ from seqmodels.decoding.engine import Engine, Finished, Request
 from seqmodels.decoding.params import SearchParams
 from seqmodels.forward import Forward, ForwardRequest
 from seqmodels.models import Model, SequenceGenerator
-from seqmodels.stepper import Decodes
+from seqmodels.stepper import Decodes, Stepper
 
 FLOORS = (4, 8, 16)
 LENGTHS = (1, 3, 7, 12, 14, 20)
@@ -40,8 +40,9 @@ def _answers(model: Model, stepper: Decodes | None, floor: int) -> list[tuple[ob
     worker = Forward(model, row_floor=floor)
     pairs = list(zip(_each(worker, forward), _all(worker, forward), strict=True))
     if isinstance(model, SequenceGenerator):
-        searches = _sample_searches(model.config)
-        engine = Engine(stepper or model, row_floor=floor)
+        stepper = stepper or Stepper(model)
+        searches = _sample_searches(model.config, stepper.output_attentions)
+        engine = Engine(stepper, row_floor=floor)
         pairs += list(zip(_each(engine, searches), _all(engine, searches), strict=True))
     return pairs
 
@@ -68,7 +69,8 @@ def _same(one: object, two: object) -> bool:
     return torch.equal(one, two) if isinstance(one, Tensor) and isinstance(two, Tensor) else one == two
 
 
-def _sample_searches(config: ModelConfig) -> list[Request]:
+def _sample_searches(config: ModelConfig, attends: bool) -> list[Request]:
+    """Each kind of search with and without its details."""
     searches = (
         SearchParams(max_new_tokens=4, min_new_tokens=3),
         SearchParams(max_new_tokens=4, num_beams=5, num_return_sequences=5, early_stopping=False),
@@ -76,9 +78,15 @@ def _sample_searches(config: ModelConfig) -> list[Request]:
     )
     prefixes: tuple[tuple[int, ...], ...] = ((), (3,), (3, 2, 3))
     return [
-        Request(str(i), inputs, searches[i % 3], prefix=prefixes[i % 3], seed=i)
-        for i, inputs in enumerate(_sample_inputs(config))
+        Request(str(i), inputs, search if i % 2 else _detailed(search, attends), prefix=prefixes[i % 3], seed=i)
+        for i, (inputs, search) in enumerate(zip(_sample_inputs(config), searches * 2, strict=True))
     ]
+
+
+def _detailed(search: SearchParams, attends: bool) -> SearchParams:
+    """The same with all that is told beside the tokens, and the penalty that hangs on it."""
+    penalty = 0.2 if attends and search.num_beams > 1 else 0.0
+    return search.model_copy(update={"top_logprobs": 5, "output_attentions": attends, "coverage_penalty": penalty})
 
 
 def _sample_forward(config: ModelConfig) -> list[ForwardRequest]:

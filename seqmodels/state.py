@@ -107,6 +107,11 @@ class MemoryGroup:
     def num_rows(self) -> int:
         return self.members[0].num_rows
 
+    @property
+    def mask(self) -> Tensor:
+        """(B, S), where the members' positions are the same."""
+        return self.members[0].mask
+
     def select(self, rows: Tensor) -> "MemoryGroup":
         return MemoryGroup(tuple(memory.select(rows) for memory in self.members))
 

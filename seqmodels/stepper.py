@@ -5,19 +5,21 @@ One kernel serves prefix and generation, so a token gives a state the same bits 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seqmodels.cells import CellWeights
 from seqmodels.config import Cell, ModelConfig
 from seqmodels.errors import ConfigError
-from seqmodels.kernels import LINEAR, Linear, Weights
+from seqmodels.kernels import LINEAR, Linear, PackedLinear, Weights
 from seqmodels.models import SequenceGenerator
 from seqmodels.state import Memory, MemoryGroup, State
 
 Average = Literal["probability", "logprob"]
+Stepped = tuple[Tensor, State, list[Tensor]]  # logits (N, V), State, and for each memory where it was looked (R, K, S)
 Memories = Sequence[tuple[Memory, int]]  # a lane's memory (R, S, D) and its beam width K: rows R·K, request by request
 
 
@@ -27,12 +29,13 @@ class Decodes(Protocol):
     config: ModelConfig
     device: torch.device
     attends: bool  # whether steps look at a memory
+    output_attentions: bool  # and can say where
     state_width: int
 
     def encode(self, inputs: Tensor, lengths: Tensor | None) -> Any: ...
     def start(self, memory: Any, rows: int) -> State: ...
     def read(self, tokens: Tensor, lengths: Tensor, state: State) -> State: ...
-    def step(self, tokens: Tensor, state: State, memories: Sequence[tuple[Any, int]]) -> tuple[Tensor, State]: ...
+    def step(self, tokens: Tensor, state: State, memories: Sequence[tuple[Any, int]]) -> Stepped: ...
 
 
 class Stepper:
@@ -44,7 +47,7 @@ class Stepper:
         self.config = model.config
         self.vocab_size = decoder.output_bias.shape[0]
         self.device = decoder.output_bias.device
-        self.attends = decoder.attention is not None
+        self.attends = self.output_attentions = decoder.attention is not None
         self.state_width = decoder.recurrent.state_width
         self._model = model
         self._decoder = decoder
@@ -54,14 +57,22 @@ class Stepper:
         self._residual = decoder.recurrent.residual
         self._combine = decoder.combine and linear(decoder.combine.weight, decoder.combine.bias)
         self._project = linear(decoder.output_matrix, decoder.output_bias)
+        # Packed too, though seldom called: other kernels need more rows before a row's bits are its own.
+        self._keys = _packed(getattr(decoder.attention, "project_keys", None))
+        self._query = _packed(getattr(decoder.attention, "project_query", None))
+        self._bridge = _packed(decoder.bridge)
 
     def encode(self, inputs: Tensor, lengths: Tensor | None) -> Memory:
         """inputs as the encoder takes them -> Memory with the attention's keys in place."""
-        return self._model.encode(inputs, lengths)
+        assert self._model.encoder is not None, "a language model has nothing to encode"
+        memory: Memory = self._model.encoder(inputs, lengths, None)[0]
+        return replace(memory, keys=self._keys(memory.values)) if self.attends else memory
 
     def start(self, memory: Memory | None, rows: int) -> State:
         """The state of each row before its first token."""
-        return self._model.start(memory, rows)
+        if memory is None:
+            return self._model.start(None, rows)
+        return State(self._bridge(memory.summary).tanh_())
 
     def read(self, tokens: Tensor, lengths: Tensor, state: State) -> State:
         """The state after prefixes (B, T) whose tokens are given, each of its own length (B,), 0 included."""
@@ -70,17 +81,20 @@ class Stepper:
             state = State(torch.where((t < lengths)[:, None], after.values, state.values))
         return state
 
-    def step(self, tokens: Tensor, state: State, memories: Memories) -> tuple[Tensor, State]:
-        """One token for all live rows. tokens (N,), rows lane by lane -> (logits (N, V) of float32, State).
+    def step(self, tokens: Tensor, state: State, memories: Memories) -> Stepped:
+        """One token for all live rows. tokens (N,), rows lane by lane -> (logits (N, V) of float32, State, and for each
+        memory the weights (R, K, S) of the attention; none where the model has none).
 
         Rows beyond those of the memories are padding, and what they get is nobody's.
         """
         outputs, state = self._recur(tokens, state)
+        weights: list[Tensor] = []
         if self.attends:
-            outputs = torch.cat([outputs, self._attend(outputs, memories)], dim=1)
+            context, weights = self._attend(outputs, memories)
+            outputs = torch.cat([outputs, context], dim=1)
         if self._combine is not None:
             outputs = self._combine(outputs).tanh_()
-        return self._project(outputs).float(), state
+        return self._project(outputs).float(), state, weights
 
     def _recur(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """tokens (N,) through embedding and recurrence: outputs (N, H)."""
@@ -93,25 +107,29 @@ class Stepper:
             after.append(new)
         return x, State(torch.cat([part for kind in zip(*after, strict=True) for part in kind], dim=1))
 
-    def _attend(self, outputs: Tensor, memories: Memories) -> Tensor:
-        """outputs (N, H) -> context (N, D): the K beams of a request are K queries of its one memory row."""
+    def _attend(self, outputs: Tensor, memories: Memories) -> tuple[Tensor, list[Tensor]]:
+        """outputs (N, H) -> context (N, D), weights (R, K, S) of each memory: the K beams of a request are K queries of
+        its one memory row."""
         attention = self._decoder.attention
         assert attention is not None
-        queries, contexts, first = attention.query(outputs), [], 0
+        queries, contexts, weights, first = self._query(outputs), [], [], 0
         for memory, width in memories:
             rows = memory.num_rows * width
             lane = queries[first : first + rows].view(memory.num_rows, width, -1)
-            contexts.append(attention(lane, memory)[0].flatten(0, 1))
+            context, looked = attention(lane, memory)
+            contexts.append(context.flatten(0, 1))
+            weights.append(looked)
             first += rows
         contexts.append(contexts[0][:1].expand(len(outputs) - first, -1))
-        return torch.cat(contexts)
+        return torch.cat(contexts), weights
 
 
 class Ensemble:
     """Several steppers that decode as one: their states stand side by side, and their predictions are averaged.
 
     `probability` averages probabilities; `logprob` averages log-probabilities, which counts a member's doubt for more
-    (the search normalises what it gets). Members read the same inputs and write the same vocabulary.
+    (the search normalises what it gets). Where they looked is the mean over those that attend. Members read the same
+    inputs and write the same vocabulary.
     """
 
     def __init__(self, members: Sequence[Stepper], average: Average = "probability") -> None:
@@ -125,6 +143,8 @@ class Ensemble:
         self.config, self.device = first, members[0].device
         self.vocab_size = members[0].vocab_size
         self.attends = any(member.attends for member in members)
+        # Positions of pictures are the cells of each member's own grid; there is no mean over different ones.
+        self.output_attentions = self.attends and len({member.config.grid for member in members}) == 1
         self.state_width = sum(member.state_width for member in members)
         self._members, self._average = members, average
 
@@ -140,20 +160,32 @@ class Ensemble:
             [m.read(tokens, lengths, own) for m, own in zip(self._members, self._own(state), strict=True)]
         )
 
-    def step(self, tokens: Tensor, state: State, memories: Sequence[tuple[MemoryGroup, int]]) -> tuple[Tensor, State]:
-        predictions, states = [], []
+    def step(self, tokens: Tensor, state: State, memories: Sequence[tuple[MemoryGroup, int]]) -> Stepped:
+        predictions, states, looks = [], [], []
         for index, (member, own) in enumerate(zip(self._members, self._own(state), strict=True)):
-            logits, after = member.step(tokens, own, [(group.members[index], width) for group, width in memories])
+            logits, after, weights = member.step(
+                tokens, own, [(group.members[index], width) for group, width in memories]
+            )
             predictions.append(logits.log_softmax(-1))
             states.append(after)
+            if member.attends and self.output_attentions:
+                looks.append(weights)
         stacked = torch.stack(predictions)
         mean = stacked.logsumexp(0) if self._average == "probability" else stacked.mean(0)
-        return mean, _side_by_side(states)
+        return mean, _side_by_side(states), [torch.stack(lane).mean(0) for lane in zip(*looks, strict=True)]
 
     def _own(self, state: State) -> list[State]:
         """Each member's columns."""
         widths = [member.state_width for member in self._members]
         return [State(values.contiguous()) for values in torch.split(state.values, widths, dim=1)]
+
+
+def _packed(layer: nn.Linear | None) -> Linear:
+    """The layer on packed weights, for inputs of any shape (..., D); what is given where there is none."""
+    if layer is None:
+        return lambda x: x
+    linear = PackedLinear(layer.weight, layer.bias)
+    return lambda x: linear(x.flatten(0, -2)).view(*x.shape[:-1], -1)
 
 
 def _side_by_side(states: Sequence[State]) -> State:

@@ -45,8 +45,7 @@ class Backbone(nn.Module):
             self.stages.append(nn.Sequential(*blocks))
             previous = width
         self.output_size = previous
-        shrink = 2 ** (len(config.channels) - 1)
-        self.grid = (-(-config.image_size[0] // shrink), -(-config.image_size[1] // shrink))
+        self.grid = config.grid
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(images)))

@@ -32,6 +32,7 @@ class Limits(Strict):
     num_beams: PositiveInt = 16
     num_return_sequences: PositiveInt = 16
     max_new_tokens: PositiveInt = 512
+    details: PositiveInt = 500_000  # numbers of top_logprobs and attentions in one answer, were it as long as allowed
     stop: PositiveInt = 8  # stop strings, and as many bad_words and force_words
     stop_characters: PositiveInt = 100  # in one stop string, bad or forced word
     timeout_s: PositiveFloat = 60.0  # from arrival to answer; a client may ask for less, never for more

@@ -41,10 +41,16 @@ def prepare_inputs(pipeline: "Pipeline", body: TaskRequest, limits: Limits, dead
     options = body.search() if isinstance(body, GeneratorOptions) else {}
     check_search(options, limits)
     stream = isinstance(body, GeneratorOptions) and body.stream
-    return [
+    jobs = [
         pipeline.prepare(item, options, field=field, truncate=body.truncate, stream=stream, deadline=deadline)
         for item, field in named_items(body.inputs, "inputs", limits)
     ]
+    details = sum(map(pipeline.num_details, jobs))
+    if details > limits.details:
+        name = "output_attentions" if options.get("output_attentions") else "top_logprobs"
+        message = f"{name} asks for up to {details} numbers, but this server allows at most {limits.details}"
+        raise InputError(f"{message}; lower max_new_tokens, or send fewer inputs", param=name, code="limit_exceeded")
+    return jobs
 
 
 def prepare_score(pipeline: "Pipeline", body: ScoreRequest, limits: Limits, deadline: float) -> "list[Job]":

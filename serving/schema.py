@@ -217,20 +217,33 @@ class TagResponse(Response):
     model_config = _example({"tags": [{"label": "PER", "score": 0.98, "start": 0, "end": 3, "text": "Ada"}]}, 4, 4)
 
 
+class TopLogprob(Strict):
+    token: str
+    logprob: float
+
+
 class Sequence(Strict):
+    """What was asked for of each generated token stands in lists as long as `tokens`."""
+
     text: str
     score: float
     finish_reason: Literal["eos", "stop", "length", "constraint"]
     tokens: list[str] | None = None
     logprobs: list[float] | None = None
+    top_logprobs: list[list[TopLogprob]] | None = None  # the likeliest tokens at each step, best first
+    attentions: list[list[float]] | None = None  # of output_attentions: weights over the input's positions
     missing_words: list[str] | None = None  # of force_words; there where some were asked for
 
 
 class Generation(Strict):
-    """The best sequences, best first. `seed` is there where sampling was asked for: it repeats the answer."""
+    """The best sequences, best first. `seed` is there where sampling was asked for: it repeats the answer. With
+    output_attentions, the positions of a text are its `source_tokens`, those of a picture the cells of its
+    `source_grid` (rows, columns), row by row; frames and steps are as they were given."""
 
     sequences: list[Sequence]
     seed: int | None = None
+    source_tokens: list[str] | None = None
+    source_grid: list[int] | None = None
 
 
 class GenerateResponse(Response):

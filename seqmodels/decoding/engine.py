@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, repeat
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 ROW_FLOOR = 4  # with fewer rows CPU kernels take another path, and a row gets other bits
 MAX_TOKENS = 20_000_000  # of all rows, since each may get room for as many as the longest request of its lane
+MAX_DETAILS = 200_000_000  # numbers of alternatives and attention weights, likewise
 BUCKETS = (12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # padded lengths of what an encoder reads
 # Padded lengths of what attention looks at: few, because a lane costs more per step than padding does. Over 12, from
 # where on the masked product of a CPU gives the same bits for every padding.
@@ -99,6 +100,9 @@ class LaneKey:
     beams: bool
     width: int
     positions: int  # of memory; 0 without attention
+    top_logprobs: bool  # these three: which tables the lane keeps
+    output_attentions: bool
+    coverage: bool
 
 
 @dataclass
@@ -172,7 +176,12 @@ class Engine:
         return sum(lane.rows.numel() for lane in self._lanes.values())
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises InputError where it could never fit."""
+        """Queue a request. Raises InputError where it could never be answered."""
+        self.check(request)
+        self._waiting.add(request)
+
+    def check(self, request: Request) -> None:
+        """Raises InputError where this engine could never answer a request. May be called from any thread."""
         if request.params.width > self.max_rows:
             name = "num_return_sequences" if request.params.do_sample else "num_beams"
             raise InputError(
@@ -186,7 +195,22 @@ class Engine:
                 param="max_new_tokens",
                 code="limit_exceeded",
             )
-        self._waiting.add(request)
+        for name in ("output_attentions", "coverage_penalty"):
+            if getattr(request.params, name) and not self._model.output_attentions:
+                raise InputError(f"{name} needs attention, which this model has not; leave it out", param=name)
+        if request.room * self.num_details(request) * self.max_rows > MAX_DETAILS:
+            raise InputError(
+                f"max_new_tokens is {request.params.max_new_tokens}, which is more than this engine can hold with "
+                "top_logprobs or output_attentions; lower it",
+                param="max_new_tokens",
+                code="limit_exceeded",
+            )
+
+    def num_details(self, request: Request) -> int:
+        """Numbers that are kept of each token beside it: alternatives with their log-probabilities, and weights."""
+        grid = self._model.config.grid
+        positions = grid[0] * grid[1] if grid else 0 if request.inputs is None else len(request.inputs)
+        return 2 * request.params.top_logprobs + positions * request.params.output_attentions
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, wherever it is; its rows are free at the next step. Unknown ids are ignored."""
@@ -290,11 +314,12 @@ class Engine:
         first = self._state.num_rows
         self._state = self._state.concat(state.select(index)) if first else state.select(index)
         rows = first + torch.arange(len(requests), device=self._device)[:, None].expand(-1, key.width)
+        memory = memory.select(index).padded(key.positions) if memory and key.positions else None
         lane = Lane(
             key,
             requests,
-            self._start_search(key, requests),
-            memory.select(index).padded(key.positions) if memory and key.positions else None,
+            self._start_search(key, requests, memory and memory.mask),
+            memory,
             rows,
             self._rules(requests),
             [[0] * key.width for _ in requests],
@@ -305,12 +330,12 @@ class Engine:
         else:
             self._lanes[key] = lane
 
-    def _start_search(self, key: LaneKey, requests: Sequence[Request]) -> Beams | Samples:
+    def _start_search(self, key: LaneKey, requests: Sequence[Request], mask: Tensor | None) -> Beams | Samples:
         params = [request.params for request in requests]
         prefixes = [request.prefix for request in requests]
         if key.beams:
-            return Beams.begin(params, prefixes, self._bos).to(self._device)
-        return Samples.begin(params, prefixes, [request.seed for request in requests], self._bos).to(self._device)
+            return Beams.begin(params, prefixes, self._bos, mask).to(self._device)
+        return Samples.begin(params, prefixes, [request.seed for request in requests], self._bos, mask).to(self._device)
 
     def _rules(self, requests: Sequence[Request]) -> Rules:
         return Rules(
@@ -326,7 +351,15 @@ class Engine:
         positions = 0
         if self._model.attends and request.inputs is not None:
             positions = bucket(len(request.inputs), LANES) if has_steps(request.inputs) else 1
-        return LaneKey(request.params.num_beams > 1, request.params.width, positions)
+        params = request.params
+        return LaneKey(
+            params.num_beams > 1,
+            params.width,
+            positions,
+            params.top_logprobs > 0,
+            params.output_attentions,
+            params.coverage_penalty > 0,
+        )
 
     def _positions(self, request: Request) -> int:
         """Memory positions of a request, padding included."""
@@ -344,14 +377,15 @@ class Engine:
         if (missing := self._row_floor - len(rows)) > 0:  # padding rows copy a valid one
             rows, tokens = _repeat_first(rows, missing), _repeat_first(tokens, missing)
         memories = [(lane.memory, lane.key.width) for lane in lanes if lane.memory]
-        logits, self._state = self._model.step(tokens, self._state.select(rows), memories)
+        logits, self._state, weights = self._model.step(tokens, self._state.select(rows), memories)
         first = 0
-        for lane in lanes:
+        for lane, looked in zip(lanes, weights or repeat(None, len(lanes)), strict=True):
             count = lane.rows.numel()
             lane_logits, history = logits[first : first + count].view(*lane.rows.shape, -1), lane.search.history
             standing = lane.rules.standing(history)
             lane_logits, constrained = lane.rules.apply(lane_logits, history, standing)
-            lane.search, parents = lane.search.advance(lane_logits.log_softmax(-1), constrained, self._eos, standing)
+            logprobs = lane_logits.log_softmax(-1)
+            lane.search, parents = lane.search.advance(logprobs, constrained, self._eos, standing, looked)
             here = first + torch.arange(count, device=self._device).view_as(lane.rows)
             lane.rows = here.gather(1, parents)
             first += count

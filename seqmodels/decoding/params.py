@@ -1,7 +1,7 @@
 """SearchParams: the options of one request, with the rule each one follows.
 
-Names are Hugging Face's where it has the option; `prefix`, `stop`, `seed`, `logprobs`, `bad_words` and `force_words`
-are ours.
+Names are Hugging Face's where it has the option, then OpenAI's (`stop`, `seed`, `logprobs`, `top_logprobs`); `prefix`,
+`bad_words`, `force_words` and `coverage_penalty` are ours.
 """
 
 import json
@@ -14,11 +14,13 @@ from pydantic_core import PydanticCustomError
 from seqmodels.config import Strict
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
+TOP_LOGPROBS = 20  # the most that one may ask for, as with OpenAI
 Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=64)]
 
 
 class SearchParams(Strict):
-    """A hypothesis scores the sum of its log-probabilities divided by length ** length_penalty, EOS counted."""
+    """A hypothesis scores the sum of its log-probabilities divided by length ** length_penalty, EOS counted; then the
+    coverage penalty is added, which is at most 0."""
 
     num_beams: PositiveInt = 1  # 1 is greedy, or sampling with do_sample
     num_return_sequences: PositiveInt = 1  # at most num_beams, unless do_sample
@@ -36,6 +38,11 @@ class SearchParams(Strict):
     stop: Words = ()  # the text ends before the first of these
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None  # one is chosen, and named in the answer, where None
     logprobs: bool = False  # answer with each token's log-probability in nats
+    top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] = 0  # and with so many likeliest tokens at each step
+    output_attentions: bool = False  # answer with where the model looked for each token
+    coverage_penalty: Annotated[float, Field(ge=0, le=100)] = (
+        0.0  # beta of Wu et al. 2016, eq. 14: for what it left out
+    )
     bad_words: Words = ()  # token sequences never written
     force_words: Words = ()  # words and phrases that the output holds, as whole words; needs num_beams > 1
 
@@ -62,6 +69,11 @@ class SearchParams(Strict):
         if self.force_words and self.num_beams == 1:
             raise contradiction(
                 ("force_words", "num_beams"), "force_words needs num_beams > 1: greedy search cannot make room for them"
+            )
+        if self.coverage_penalty and self.num_beams == 1:
+            raise contradiction(
+                ("coverage_penalty", "num_beams"),
+                "coverage_penalty needs num_beams > 1: it ranks finished hypotheses, and without beams there is one",
             )
         if self.min_new_tokens > self.max_new_tokens:
             raise contradiction(

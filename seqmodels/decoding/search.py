@@ -5,40 +5,46 @@ no HTTP.
 are records of tensors with the request on axis 0, so that joining is `concat` and leaving is `select`. The rules are
 those of DESIGN section 4; tests hold them to a brute-force search and to one written in plain Python.
 
-R requests, K hypotheses each, V vocabulary, M token positions (prefix and generated).
+R requests, K hypotheses each, V vocabulary, M token positions (prefix and generated), S source positions.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from seqmodels.decoding.best import best_candidates
 from seqmodels.decoding.constraints import Constraints, Standing
+from seqmodels.decoding.coverage import Coverage
+from seqmodels.decoding.details import Details
 from seqmodels.decoding.history import History
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.random import gumbel
+from seqmodels.decoding.record import Record
 
 FinishReason = Literal["eos", "length", "stop", "constraint"]
 REASONS: tuple[FinishReason, ...] = ("eos", "length", "stop", "constraint")
 EOS_REASON, LENGTH, STOP, CONSTRAINT = range(4)
 NEG_INF = float("-inf")
-BLOCK = 64  # candidates whose maximum is looked at first; measured best from 16 to 256 at 7,700 tokens
 
 
 @dataclass(frozen=True)
 class Hypothesis:
     """A finished output. tokens include the prefix and the EOS, if it ended with one.
 
-    logprobs: nats of each generated token. score: their sum divided by length ** length_penalty.
+    logprobs: nats of each generated token. score: their sum divided by length ** length_penalty, and the coverage
+    penalty, which is at most 0, where one was asked for. For each generated token, where they were asked for:
+    top_logprobs, the likeliest tokens and their nats, best first; attentions, the weights over the source's positions.
     """
 
     tokens: list[int]
     logprobs: list[float]
     score: float
     finish_reason: FinishReason
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+    attentions: list[list[float]] | None = None
 
     @property
     def generated(self) -> list[int]:
@@ -47,8 +53,8 @@ class Hypothesis:
 
 
 @dataclass(frozen=True)
-class Search:
-    """What beams and samples have in common. Tensors have the request on axis 0."""
+class Search(Record):
+    """What beams and samples have in common."""
 
     tokens: Tensor  # (R, K, M) prefix, then generated
     logprobs: Tensor  # (R, K, M) of the generated ones, at the same positions
@@ -59,26 +65,11 @@ class Search:
     max_length: Tensor  # (R,) max_new_tokens
     penalty: Tensor  # (R, L) length ** length_penalty, by length: a table, so that every device divides by the same
     finished: Tensor  # (R,) bool
+    details: Details | None  # where the lane's requests ask for some
 
     @property
     def history(self) -> History:
         return History(self.tokens, self.prefix_length + self.length, self.length)
-
-    def select(self, requests: Tensor) -> Self:
-        """Some requests, in the given order."""
-        return replace(self, **{f.name: getattr(self, f.name).index_select(0, requests) for f in fields(self)})
-
-    def trimmed(self, room: int) -> Self:
-        """Tables of tokens cut to `room` positions, since each step gathers all that they hold."""
-        tables = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: table[..., :room] for name, table in tables.items() if table.dim() == 3})
-
-    def concat(self, other: Self) -> Self:
-        """These requests, then the other's; room for tokens grows to the larger of the two."""
-        return replace(self, **{f.name: _concat(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
-
-    def to(self, device: torch.device) -> Self:
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     def normalised(self, scores: Tensor) -> Tensor:
         """scores (R, X) of hypotheses that are `length` tokens long -> divided by the length penalty."""
@@ -88,6 +79,26 @@ class Search:
         """table (R, K, M), a copy of ours, with the new column (R, K) at the next position of each."""
         position = (self.prefix_length + self.length)[:, None, None].expand(-1, new.shape[1], 1)
         return table.scatter_(2, position, new[:, :, None])
+
+    def _hypothesis(
+        self, request: int, tokens: Tensor, logprobs: Tensor, length: int, score: float, reason: Tensor, last: int
+    ) -> Hypothesis:
+        """A finished one: tokens and logprobs (M,). last: the row that gave it the last of its tokens."""
+        prefix = int(self.prefix_length[request])
+        found = Hypothesis(
+            tokens[: prefix + length].tolist(),
+            logprobs[prefix : prefix + length].tolist(),
+            score,
+            REASONS[int(reason)],
+        )
+        if self.details is None:
+            return found
+        rows = self.details.rows(request, last, length)
+        return replace(
+            found,
+            top_logprobs=self.details.top_logprobs_of(request, rows),
+            attentions=self.details.attentions_of(request, rows),
+        )
 
 
 @dataclass(frozen=True)
@@ -124,11 +135,20 @@ class Beams(Search):
     pool_length: Tensor  # (R, K)
     pool_reason: Tensor  # (R, K)
     pool_met: Tensor  # (R, K) whether it holds all its forced words
+    pool_parent: Tensor  # (R, K) the live hypothesis that it continued with its last token
+    coverage: Coverage | None  # of the live ones, where the lane's requests ask for its penalty
 
     @classmethod
-    def begin(cls, params: Sequence[SearchParams], prefixes: Sequence[Sequence[int]], bos: int) -> "Beams":
-        """Requests of one width K. One live hypothesis each: beams start at [0, -inf, ...]."""
-        common = _begin(params, prefixes, bos)
+    def begin(
+        cls,
+        params: Sequence[SearchParams],
+        prefixes: Sequence[Sequence[int]],
+        bos: int,
+        mask: Tensor | None = None,
+    ) -> "Beams":
+        """Requests of one lane, of width K. One live hypothesis each: beams start at [0, -inf, ...]. mask: (R, S), of
+        the memory."""
+        common = _begin(params, prefixes, bos, mask)
         tokens, scores = common["tokens"], common["scores"]
         scores[:, 1:] = NEG_INF
         return cls(
@@ -142,15 +162,23 @@ class Beams(Search):
             pool_length=torch.zeros_like(tokens[:, :, 0]),
             pool_reason=torch.zeros_like(tokens[:, :, 0]),
             pool_met=torch.ones(scores.shape, dtype=torch.bool),
+            pool_parent=torch.zeros_like(tokens[:, :, 0]),
+            coverage=Coverage.begin(params, mask),
         )
 
     def advance(
-        self, logprobs: Tensor, constrained: Tensor | None, eos: int, standing: Standing | None = None
+        self,
+        logprobs: Tensor,
+        constrained: Tensor | None,
+        eos: int,
+        standing: Standing | None = None,
+        weights: Tensor | None = None,
     ) -> tuple["Beams", Tensor]:
         """One token more: logprobs (R, K, V) -> (the beams after it, the row (R, K) that each one continues).
 
         Takes the best 2K candidates; an EOS among the best K goes to the pool, the best K others live on. standing:
         how the hypotheses stand to the lane's forced words, which decide what is best for those who ask for some.
+        weights: (R, K, S), where the rows looked at this step.
         """
         width, vocab_size = self.scores.shape[1], logprobs.shape[2]
         totals, index = best_candidates(self.scores, logprobs, 2 * width)
@@ -159,6 +187,8 @@ class Beams(Search):
         found = Candidates(totals, index // vocab_size, index % vocab_size, logprobs.flatten(1).gather(1, index))
         ends = found.tokens == eos
         after = replace(self, length=self.length + 1)
+        if self.coverage and weights is not None:
+            after = replace(after, coverage=self.coverage.after(weights))
         live = found.first(width)
         if ends.any():
             done = (ends & (totals > NEG_INF))[:, :width]
@@ -168,9 +198,14 @@ class Beams(Search):
             live = found.select(ends.long().argsort(dim=1, stable=True)[:, :width])  # not EOS first, order kept
         if standing:  # chosen by turns of banks, but they stand best first
             live = live.select(live.totals.argsort(dim=1, descending=True, stable=True))
+        if self.details:
+            self.details.write(self.length, live.parents, logprobs, weights)
         tokens, logprobs = self._histories(live)
         after = replace(after, tokens=tokens, logprobs=logprobs, scores=live.totals, last_tokens=live.tokens)
-        return after._stopped(standing.constraints if standing else None), live.parents
+        after = after._stopped(live.parents, standing.constraints if standing else None)
+        if after.coverage:
+            after = replace(after, coverage=after.coverage.moved(live.parents))
+        return after, live.parents
 
     def _ended(
         self, before: "Beams", found: "Candidates", done: Tensor, constrained: Tensor | None, met: Tensor | None
@@ -179,8 +214,14 @@ class Beams(Search):
         reasons = torch.full_like(found.parents, EOS_REASON)
         if constrained is not None:
             reasons = reasons.masked_fill(constrained.gather(1, found.parents), CONSTRAINT)
-        scores = self.normalised(found.totals).masked_fill(~done, NEG_INF)
-        return self._pooled(scores, *before._histories(found), reasons, met)
+        scores = self._final(found.totals, found.parents).masked_fill(~done, NEG_INF)
+        return self._pooled(scores, *before._histories(found), reasons, found.parents, met)
+
+    def _final(self, totals: Tensor, parents: Tensor) -> Tensor:
+        """The scores of hypotheses that end with this token: totals, parents (R, K). The coverage is still the
+        parents', which paid the attention of this step."""
+        scores = self.normalised(totals)
+        return scores + self.coverage.penalty().gather(1, parents) if self.coverage else scores
 
     def _histories(self, found: "Candidates") -> tuple[Tensor, Tensor]:
         """Tokens and logprobs (R, K, M) of the candidates' parents, with the new token of each."""
@@ -190,7 +231,15 @@ class Beams(Search):
             self._written(self.logprobs.gather(1, index), found.logprobs),
         )
 
-    def _pooled(self, scores: Tensor, tokens: Tensor, logprobs: Tensor, reasons: Tensor, met: Tensor | None) -> "Beams":
+    def _pooled(
+        self,
+        scores: Tensor,
+        tokens: Tensor,
+        logprobs: Tensor,
+        reasons: Tensor,
+        parents: Tensor,
+        met: Tensor | None,
+    ) -> "Beams":
         """Finished hypotheses compete for the pool: scores (R, K), -inf for none. Earlier ones win ties.
 
         met: whether each holds its forced words (all do, where None); one that does not makes way for any that does.
@@ -212,9 +261,10 @@ class Beams(Search):
             pool_length=torch.cat([self.pool_length, length], 1).gather(1, order),
             pool_reason=torch.cat([self.pool_reason, reasons], 1).gather(1, order),
             pool_met=holds.gather(1, order),
+            pool_parent=torch.cat([self.pool_parent, parents], 1).gather(1, order),
         )
 
-    def _stopped(self, constraints: Constraints | None) -> "Beams":
+    def _stopped(self, parents: Tensor, constraints: Constraints | None) -> "Beams":
         """Who is finished: by the stopping rule, for lack of life, or at the limit, where the live join the pool."""
         alive, empty = self.scores[:, 0] > NEG_INF, self.pool_scores[:, 0] == NEG_INF
         if (alive & empty & (self.length < self.max_length)).all():  # as in most steps
@@ -229,29 +279,27 @@ class Beams(Search):
         after = replace(self, finished=finished | limit)
         if not limit.any():
             return after
-        scores = self.normalised(self.scores).masked_fill(~limit[:, None], NEG_INF)
+        scores = self._final(self.scores, parents).masked_fill(~limit[:, None], NEG_INF)
         met = constraints.standing(self.history).all_met(len(scores)) if constraints else None
-        return after._pooled(scores, self.tokens, self.logprobs, torch.full_like(self.pool_reason, LENGTH), met)
+        reasons = torch.full_like(self.pool_reason, LENGTH)
+        return after._pooled(scores, self.tokens, self.logprobs, reasons, parents, met)
 
     def results(self, request: int) -> list[Hypothesis]:
         """The best `num_return_sequences` finished ones, best first; fewer where fewer finished."""
-        count = int(self.num_return[request])
-        prefix = int(self.prefix_length[request])
-        scores = self.pool_scores[request, :count].tolist()
-        found = []
-        for k, score in enumerate(scores):
-            if score == NEG_INF:
-                break
-            end = prefix + int(self.pool_length[request, k])
-            found.append(
-                Hypothesis(
-                    self.pool_tokens[request, k, :end].tolist(),
-                    self.pool_logprobs[request, k, prefix:end].tolist(),
-                    score,
-                    REASONS[int(self.pool_reason[request, k])],
-                )
+        scores = self.pool_scores[request, : int(self.num_return[request])].tolist()
+        return [
+            self._hypothesis(
+                request,
+                self.pool_tokens[request, k],
+                self.pool_logprobs[request, k],
+                int(self.pool_length[request, k]),
+                score,
+                self.pool_reason[request, k],
+                int(self.pool_parent[request, k]),
             )
-        return found
+            for k, score in enumerate(scores)
+            if score > NEG_INF
+        ]
 
     def settled(self, request: int) -> list[list[int]]:
         """The tokens that can no longer change, of the best output: what all that may become it have in common."""
@@ -281,9 +329,15 @@ class Samples(Search):
 
     @classmethod
     def begin(
-        cls, params: Sequence[SearchParams], prefixes: Sequence[Sequence[int]], seeds: Sequence[int], bos: int
+        cls,
+        params: Sequence[SearchParams],
+        prefixes: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        bos: int,
+        mask: Tensor | None = None,
     ) -> "Samples":
-        common = _begin(params, prefixes, bos)
+        """Requests of one lane, of width K. mask: (R, S), of the memory."""
+        common = _begin(params, prefixes, bos, mask)
         shape = common["scores"].shape
         return cls(
             **common,
@@ -295,10 +349,15 @@ class Samples(Search):
         )
 
     def advance(
-        self, logprobs: Tensor, constrained: Tensor | None, eos: int, standing: Standing | None = None
+        self,
+        logprobs: Tensor,
+        constrained: Tensor | None,
+        eos: int,
+        standing: Standing | None = None,
+        weights: Tensor | None = None,
     ) -> tuple["Samples", Tensor]:
         """One token more for each output that has not ended. Ties go to the smaller token id. (Forced words need beams,
-        so `standing` is None here.)"""
+        so `standing` is None here.) weights: (R, K, S), where the rows looked at this step."""
         width, vocab_size = self.scores.shape[1], logprobs.shape[2]
         preference = logprobs
         if self.do_sample.any():
@@ -306,6 +365,9 @@ class Samples(Search):
             preference = torch.where(self.do_sample[:, None, None], logprobs + noise, logprobs)
         tokens = preference.argmax(-1)  # the first of equals
         chosen = logprobs.gather(2, tokens[:, :, None])[:, :, 0]
+        here = torch.arange(width, device=tokens.device).expand_as(tokens)
+        if self.details:
+            self.details.write(self.length, here, logprobs, weights)
         after = replace(
             self,
             tokens=self._written(self.tokens.clone(), tokens),
@@ -320,7 +382,7 @@ class Samples(Search):
         after = after.end(tokens == eos, reason)
         limit = (after.length >= after.max_length)[:, None].expand_as(after.ended)
         after = after.end(limit, torch.full_like(tokens, LENGTH))
-        return after, torch.arange(width, device=tokens.device).expand_as(tokens)
+        return after, here
 
     def end(self, which: Tensor, reason: Tensor) -> "Samples":
         """End some outputs (R, K) where they stand, for a reason (R, K); those that ended before are left alone."""
@@ -343,19 +405,18 @@ class Samples(Search):
 
     def results(self, request: int) -> list[Hypothesis]:
         """All outputs in order of their index."""
-        prefix = int(self.prefix_length[request])
-        found = []
-        for k, length in enumerate(self.end_length[request].tolist()):
-            score = self.scores[request, k] / self.penalty[request, length]
-            found.append(
-                Hypothesis(
-                    self.tokens[request, k, : prefix + length].tolist(),
-                    self.logprobs[request, k, prefix : prefix + length].tolist(),
-                    float(score),
-                    REASONS[int(self.end_reason[request, k])],
-                )
+        return [
+            self._hypothesis(
+                request,
+                self.tokens[request, k],
+                self.logprobs[request, k],
+                length,
+                float(self.scores[request, k] / self.penalty[request, length]),
+                self.end_reason[request, k],
+                k,
             )
-        return found
+            for k, length in enumerate(self.end_length[request].tolist())
+        ]
 
     def settled(self, request: int) -> list[list[int]]:
         """The generated tokens of each output: none of them ever changes."""
@@ -364,62 +425,10 @@ class Samples(Search):
         return [self.tokens[request, k, prefix : prefix + end].tolist() for k, end in enumerate(ends)]
 
 
-def best_candidates(scores: Tensor, logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The best `count` continuations of each request, best first: scores (R, K) plus logprobs (R, K, V).
-
-    Returns their sums and where they stand in (K, V), flat: each (R, count). Equals keep the order of their index:
-    `topk` keeps none among equals, and among those equal to the last one it keeps any. One value more than needed tells
-    whether a request has equals; only its own are then put in order.
-    """
-    values, index = _top(scores, logprobs, count + 1)
-    tied = (values[:, 1:] == values[:, :-1]).any(1)
-    values, index = values[:, :count], index[:, :count]
-    if not tied.any():
-        return values, index
-    requests = tied.nonzero()[:, 0]
-    totals = (scores[requests][:, :, None] + logprobs[requests]).flatten(1)
-    ordered = _in_order(totals, values[requests], index[requests])
-    return values.index_copy(0, requests, ordered[0]), index.index_copy(0, requests, ordered[1])
-
-
-def _in_order(totals: Tensor, values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """The best of totals (R, X), in any order among equals -> with the first of those equal to the last, in order."""
-    count, last = values.shape[1], values[:, -1:]
-    above, equal = totals > last, totals == last
-    room = count - above.sum(1, keepdim=True)
-    # -inf at the boundary needs no care: such candidates never live.
-    if ((equal.sum(1, keepdim=True) > room) & (last > NEG_INF)).any():
-        index = (above | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].view(-1, count)
-    index = index.sort(dim=1).values
-    values, order = totals.gather(1, index).sort(dim=1, descending=True, stable=True)
-    return values, index.gather(1, order)
-
-
-def _top(scores: Tensor, logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`topk` of each request by way of blocks: its best `count` sums lie in the blocks with the best maxima.
-
-    Maxima are cheap to compute, and few; `topk` of everything takes several times as long. A rounded sum keeps the
-    order of its parts, so the maximum of a block's sums is the sum with the block's maximum.
-    """
-    requests, width, vocab_size = logprobs.shape
-    blocks = vocab_size // BLOCK
-    if width * blocks <= 2 * count:
-        return (scores[:, :, None] + logprobs).flatten(1).topk(count, dim=1)
-    whole = blocks * BLOCK
-    maxima = logprobs[..., :whole].unflatten(2, (blocks, BLOCK)).amax(3) + scores[:, :, None]
-    best = maxima.flatten(1).topk(count, dim=1, sorted=False).indices
-    first = best // blocks * vocab_size + best % blocks * BLOCK
-    index = (first[:, :, None] + torch.arange(BLOCK, device=scores.device)).flatten(1)
-    if whole < vocab_size:  # the rest is less than a block, and always looked at
-        places = torch.arange(width * vocab_size, device=scores.device).view(width, vocab_size)
-        index = torch.cat([index, places[:, whole:].flatten().expand(requests, -1)], dim=1)
-    sums = logprobs.flatten(1).gather(1, index) + scores.gather(1, index // vocab_size)
-    values, where = sums.topk(count, dim=1)
-    return values, index.gather(1, where)
-
-
-def _begin(params: Sequence[SearchParams], prefixes: Sequence[Sequence[int]], bos: int) -> dict[str, Tensor]:
-    """The common fields at the start of R requests of one width, on the CPU."""
+def _begin(
+    params: Sequence[SearchParams], prefixes: Sequence[Sequence[int]], bos: int, mask: Tensor | None
+) -> dict[str, Any]:
+    """The common fields at the start of R requests of one lane, on the CPU."""
     room = max(len(prefix) + p.max_new_tokens for prefix, p in zip(prefixes, params, strict=True))
     rows, width = len(params), params[0].width
     tokens = torch.zeros(rows, width, room, dtype=torch.int64)
@@ -435,6 +444,7 @@ def _begin(params: Sequence[SearchParams], prefixes: Sequence[Sequence[int]], bo
         "max_length": torch.tensor([p.max_new_tokens for p in params]),
         "penalty": _table([[_power(t, p.length_penalty) for t in range(p.max_new_tokens + 1)] for p in params]),
         "finished": torch.zeros(rows, dtype=torch.bool),
+        "details": Details.begin(params, mask),
     }
 
 
@@ -457,11 +467,3 @@ def _power(length: int, penalty: float) -> float:
 def _table(rows: Sequence[Sequence[float]]) -> Tensor:
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[1.0] * (longest - len(row))] for row in rows], dtype=torch.float32)
-
-
-def _concat(one: Tensor, two: Tensor) -> Tensor:
-    """Along axis 0; where the last axis differs, the shorter is filled with zeros that are never read."""
-    if one.dim() > 1 and one.shape[-1] != two.shape[-1]:
-        room = max(one.shape[-1], two.shape[-1])
-        one, two = F.pad(one, (0, room - one.shape[-1])), F.pad(two, (0, room - two.shape[-1]))
-    return torch.cat([one, two])

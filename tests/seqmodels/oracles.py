@@ -1,6 +1,7 @@
 """Searches written to be believed, not to be fast: plain Python, from the words of DESIGN section 4."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -22,22 +23,31 @@ class Found:
 
 
 class Table:
-    """A language model's logits after every history of up to `depth` tokens, by asking its `Stepper`."""
+    """A model's logits after every history of up to `depth` tokens, by asking its `Stepper`; of one that attends, also
+    where it looks."""
 
-    def __init__(self, model: SequenceGenerator, depth: int) -> None:
+    def __init__(self, model: SequenceGenerator, depth: int, source: torch.Tensor | None = None) -> None:
         assert model.config.decoder is not None
         self.eos = model.config.decoder.eos_token_id
         self.vocab_size = model.config.decoder.vocab_size
         self._logits: dict[tuple[int, ...], torch.Tensor] = {}
+        self.attention: dict[tuple[int, ...], list[float]] = {}  # by history, over the source's positions
         self._cache: dict[tuple[tuple[int, ...], frozenset[int]], list[np.float32]] = {}
         histories: list[tuple[int, ...]] = [()]
         tokens = torch.tensor([model.config.decoder.bos_token_id] * 4)
         stepper = Stepper(model)
-        state = stepper.start(None, 4)
         with torch.inference_mode():
+            memory = None
+            if source is not None:
+                memory = stepper.encode(source.expand(4, -1), torch.full((4,), len(source)))
+            state = stepper.start(memory, 4)
             for _ in range(depth):
-                logits, state = stepper.step(tokens, state, [])
+                one = memory and memory.select(torch.tensor([0]))  # all histories look at the same source
+                logits, state, weights = stepper.step(tokens, state, [(one, len(tokens))] if one else [])
                 self._logits.update(zip(histories, logits, strict=False))
+                self.attention.update(
+                    zip(histories, [row.tolist() for lane in weights for row in lane[0]], strict=False)
+                )
                 rows = torch.arange(len(histories)).repeat_interleave(self.vocab_size)
                 histories = [(*h, v) for h in histories for v in range(self.vocab_size)]
                 tokens = torch.tensor([h[-1] for h in histories])
@@ -54,6 +64,16 @@ class Table:
 
 def score(total: np.float32, length: int, penalty: float) -> np.float32:
     return F32(total / F32(float(length) ** penalty))
+
+
+def final_score(table: Table, tokens: tuple[int, ...], total: np.float32, params: SearchParams) -> np.float32:
+    """Of a finished hypothesis. Wu et al. 2016, equation 14, with our length penalty."""
+    normalised = score(total, len(tokens), params.length_penalty)
+    if not params.coverage_penalty:
+        return normalised
+    steps = [table.attention[tokens[:t]] for t in range(len(tokens))]
+    covered = [min(math.fsum(position), 1.0) for position in zip(*steps, strict=True)]
+    return F32(normalised + F32(params.coverage_penalty * math.fsum(math.log(share) for share in covered)))
 
 
 def brute_force(
@@ -74,7 +94,7 @@ def brute_force(
                 for i, v in enumerate(tokens):
                     total = F32(total + table.logprobs(tokens[:i], banned(tokens[:i]))[v])
                 reason = "eos" if token == table.eos else "length"
-                found.append(Found(tokens, score(total, length, params.length_penalty), reason))
+                found.append(Found(tokens, final_score(table, tokens, total, params), reason))
     return sorted(found, key=lambda one: -one.score)
 
 
@@ -98,7 +118,7 @@ def slow_beam_search(table: Table, params: SearchParams) -> list[Found]:
             if token != table.eos:
                 next_live.append((total, tokens))
             elif rank < width:
-                pool.append(Found(tokens, score(total, length, params.length_penalty), "eos"))
+                pool.append(Found(tokens, final_score(table, tokens, total, params), "eos"))
         live = next_live[:width]
         pool = sorted(pool, key=lambda one: -one.score)[:width]  # stable: earlier ones win ties
         if params.early_stopping:
@@ -109,7 +129,7 @@ def slow_beam_search(table: Table, params: SearchParams) -> list[Found]:
         if not live:
             break
         if length == limit:
-            pool += [Found(tokens, score(total, length, params.length_penalty), "length") for total, tokens in live]
+            pool += [Found(tokens, final_score(table, tokens, total, params), "length") for total, tokens in live]
             pool = sorted(pool, key=lambda one: -one.score)[:width]
     return pool[:wanted]
 

@@ -20,13 +20,15 @@ from seqmodels.stepper import Decodes, Stepper
 from tests.seqmodels.builders import make_language_model, make_translator
 
 
-def random_params(choose: random.Random) -> SearchParams:
+def random_params(choose: random.Random, attends: bool) -> SearchParams:
     width = choose.choice([1, 1, 2, 3, 5])
     fields = {
         "max_new_tokens": choose.randint(1, 12),
         "repetition_penalty": choose.choice([1.0, 1.0, 1.3]),
         "no_repeat_ngram_size": choose.choice([0, 0, 1, 2, 3]),
         "logprobs": True,
+        "top_logprobs": choose.choice([0, 0, 1, 5, 20]),
+        "output_attentions": attends and choose.random() < 0.4,
     }
     fields["min_new_tokens"] = choose.choice([0, 0, min(3, fields["max_new_tokens"])])
     if choose.random() < 0.35:
@@ -43,6 +45,7 @@ def random_params(choose: random.Random) -> SearchParams:
             "num_return_sequences": choose.randint(1, width),
             "early_stopping": choose.random() < 0.5,
             "length_penalty": choose.choice([-1.0, 0.0, 0.6, 1.0, 2.0]),
+            "coverage_penalty": choose.choice([0.0, 0.0, 0.2, 1.0]) if attends and width > 1 else 0.0,
         }
     return SearchParams(**fields)
 
@@ -58,7 +61,8 @@ def random_request(choose: random.Random, name: str, model: SequenceGenerator | 
         for _ in range(choose.choice([0, 0, 2]))
     )
     prefix = tuple(choose.randrange(4, vocab_size) for _ in range(choose.choice([0, 0, 1, 4])))
-    params, force_words = random_params(choose), ()
+    attends = model.decoder.attention is not None if isinstance(model, SequenceGenerator) else model.output_attentions
+    params, force_words = random_params(choose, attends), ()
     if params.num_beams > 1 and choose.random() < 0.3:
         force_words = tuple(
             tuple(choose.randrange(4, vocab_size) for _ in range(choose.randint(1, 3)))
@@ -216,7 +220,7 @@ def test_sampling_follows_the_distribution() -> None:
     requests = [Request(str(seed), None, params, seed=seed) for seed in range(40)]
     firsts = torch.tensor([h.tokens[0] for hs in generate(model, requests, max_rows=4000) for h in hs])
     with torch.inference_mode():
-        logits, _ = Stepper(model).step(torch.full((4,), 2), model.start(None, 4), [])
+        logits, _, _ = Stepper(model).step(torch.full((4,), 2), model.start(None, 4), [])
     expected = logits[0].softmax(-1) * len(firsts)
     counts = torch.bincount(firsts, minlength=8)
     assert float(((counts - expected) ** 2 / expected).sum()) < 24.3  # 7 degrees of freedom, p = 0.001

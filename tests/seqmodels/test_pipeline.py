@@ -381,10 +381,51 @@ def test_sixteen_bit_greys_keep_their_shades() -> None:
     assert len(set(shades.tolist())) == 64
 
 
-def test_an_error_leaves_nobody_behind(pipelines: dict[str, Pipeline]) -> None:
+def test_details_of_an_answer(pipelines: dict[str, Pipeline]) -> None:
+    options = {"num_beams": 3, "num_return_sequences": 2, "coverage_penalty": 0.2}
+    options |= {"top_logprobs": 4, "output_attentions": True}
+    (answer,) = pipelines["translator"](["the quick fox"], **options)
+    assert "".join(answer["source_tokens"]) == "ĠtheĠquickĠfox<eos>"
+    for sequence in answer["sequences"]:
+        assert "logprobs" not in sequence
+        assert len(sequence["tokens"]) == len(sequence["top_logprobs"]) == len(sequence["attentions"])
+        assert {len(step) for step in sequence["top_logprobs"]} == {4}
+        assert {len(weights) for weights in sequence["attentions"]} == {len(answer["source_tokens"])}
+        for likeliest in sequence["top_logprobs"]:
+            assert all(set(one) == {"token", "logprob"} for one in likeliest)
+            assert likeliest == sorted(likeliest, key=lambda one: -one["logprob"])
+    (greedy,) = pipelines["translator"](["the quick fox"], logprobs=True, top_logprobs=1)
+    (sequence,) = greedy["sequences"]
+    assert [step[0]["token"] for step in sequence["top_logprobs"]] == sequence["tokens"]
+    assert [step[0]["logprob"] for step in sequence["top_logprobs"]] == sequence["logprobs"]
+    assert "attentions" not in sequence and "source_tokens" not in greedy
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "param", "message"),
+    [
+        ("captioner", {"output_attentions": True}, "output_attentions", "needs attention, which this model has not"),
+        ("language model", {"num_beams": 2, "coverage_penalty": 1.0}, "coverage_penalty", "needs attention"),
+        ("translator", {"coverage_penalty": 1.0}, "coverage_penalty", "needs num_beams > 1"),
+        ("translator", {"coverage_penalty": -1.0}, "coverage_penalty", "coverage_penalty"),
+        ("translator", {"top_logprobs": 21}, "top_logprobs", "top_logprobs"),
+        ("classifier", {"top_logprobs": 1}, "top_logprobs", "is an option of generators"),
+    ],
+)
+def test_details_that_cannot_be_given(
+    pipelines: dict[str, Pipeline], name: str, options: dict[str, Any], param: str, message: str
+) -> None:
+    item = {"image": png()} if name == "captioner" else "the fox"
+    with pytest.raises(InputError, match=message) as error:
+        pipelines[name].prepare(item, options)
+    assert error.value.param == param
+
+
+def test_an_error_leaves_nobody_behind(pipelines: dict[str, Pipeline], directories: dict[str, Path]) -> None:
     pipeline = pipelines["language model"]
+    wider = Pipeline.from_pretrained(directories["language model"], max_rows=512)
     with pytest.raises(InputError, match="256 rows"):
-        pipeline.run([pipeline.prepare("a"), pipeline.prepare("b", {"num_beams": 300})])
+        pipeline.run([pipeline.prepare("a"), wider.prepare("b", {"num_beams": 300})])
     assert not pipeline.has_work
     assert len(pipeline(["x"])) == 1
 
@@ -427,6 +468,12 @@ def test_command_line(directories: dict[str, Path], tmp_path: Path, pipelines: d
         a["sequences"][0]["text"]
         for a in pipelines["translator"](["the fox", "the dog"], num_beams=3, max_new_tokens=5)
     ]
+    details = ("--top-logprobs", "2", "--output-attentions", "--num-beams", "2", "--coverage-penalty", "0.5")
+    code, answers, _ = command_line("generate", str(directories["translator"]), *details, lines="the fox\n")
+    assert (code, answers) == (
+        0,
+        pipelines["translator"](["the fox"], top_logprobs=2, output_attentions=True, num_beams=2, coverage_penalty=0.5),
+    )
 
 
 def test_command_line_in_process(
@@ -448,6 +495,8 @@ def test_command_line_in_process(
         ("predict", str(directories["tagger"]), str(tmp_path / "nothing")): "cannot read",
         ("generate", *captions, beams, "0"): "num_beams",
         ("generate", *captions, beams, "999"): "256 rows",
+        ("generate", *captions, "--output-attentions"): "output_attentions needs attention",
+        ("generate", *captions, "--coverage-penalty", "0.5"): "coverage_penalty needs num_beams > 1",
     }
     for arguments, message in mistakes.items():
         assert main(list(arguments)) == 2, arguments

@@ -6,10 +6,11 @@ import random
 import pytest
 import torch
 
+from seqmodels.decoding.best import best_candidates
 from seqmodels.decoding.engine import Request
 from seqmodels.decoding.generate import generate
 from seqmodels.decoding.params import SearchParams
-from seqmodels.decoding.search import Hypothesis, best_candidates
+from seqmodels.decoding.search import Hypothesis
 from seqmodels.models import SequenceGenerator
 from tests.seqmodels.builders import make_language_model
 from tests.seqmodels.oracles import Found, Table, brute_force, slow_beam_search, slow_greedy

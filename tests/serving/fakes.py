@@ -187,6 +187,9 @@ class FakePipeline:
     def load(self) -> dict[str, int]:
         return {"rows_live": len(self.live), "rows_total": 256, "waiting": 0}
 
+    def num_details(self, job: FakeJob) -> int:
+        return int(job.params.get("top_logprobs", 0)) * sum(map(len, job.outputs))
+
     def num_output_tokens(self, job: FakeJob, result: list[list[str]]) -> int:
         return sum(map(len, result))
 

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from seqmodels.pipeline import Pipeline
 from serving.app import build_app
 from serving.auth import hash_key
 from serving.config import ServeConfig
@@ -260,6 +261,29 @@ def test_completion_accepts_neutral_and_unknown_fields(server: InProcess) -> Non
     assert server.post("/v1/completions", body).status_code == 200
 
 
+def test_details_of_an_answer(models: dict[str, str]) -> None:
+    """From real models: a text's positions are its tokens, a picture's the cells of a grid; a stream tells the same."""
+    pipelines = {name: Pipeline.from_pretrained(models[name]) for name in ("en-de", "describe", "story")}
+    options = {"max_new_tokens": 5, "top_logprobs": 2, "output_attentions": True}
+    with in_process(pipelines, limits={"details": 5 * (2 * 2 + 16)}) as server:
+        answer = server.post("/v1/translate", {"inputs": "a dog", **options}).json()
+        (result,) = answer["results"]
+        assert result["source_tokens"] == ["a", "Ġ", "d", "o", "g", "<eos>"]
+        (sequence,) = result["sequences"]
+        assert len(sequence["tokens"]) == len(sequence["top_logprobs"]) == len(sequence["attentions"])
+        assert set(sequence["top_logprobs"][0][1]) == {"token", "logprob"}
+        assert all(sum(weights) == pytest.approx(1) and len(weights) == 6 for weights in sequence["attentions"])
+        stream = server.post("/v1/translate", {"inputs": "a dog", "stream": True, **options})
+        assert events_of(stream)[-1] == ("answer", answer)
+        (result,) = server.post("/v1/caption", {"inputs": {"image": PNG}, **options}).json()["results"]
+        assert result["source_grid"] == [4, 4] and len(result["sequences"][0]["attentions"][0]) == 16
+        error = error_of(server.post("/v1/translate", {"inputs": ["a dog"] * 3, **options}), 400)
+        assert (error["param"], error["code"]) == ("output_attentions", "limit_exceeded")
+        error = error_of(server.post("/v1/generate", {"inputs": "a", "output_attentions": True}), 400)
+        assert (error["param"], error["code"]) == ("output_attentions", "invalid_value")
+        assert "which this model has not" in error["message"]
+
+
 # -- errors
 
 
@@ -278,6 +302,9 @@ BAD_BODIES: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"inputs": "x", "repetition_penalty": 0.001}, 400, "invalid_value", "repetition_penalty"),
     ({"inputs": "x", "no_repeat_ngram_size": 101}, 400, "invalid_value", "no_repeat_ngram_size"),
     ({"inputs": "x", "top_k": 2**31}, 400, "invalid_value", "top_k"),
+    ({"inputs": "x", "top_logprobs": 21}, 400, "invalid_value", "top_logprobs"),
+    ({"inputs": "x", "output_attentions": 1}, 400, "invalid_value", "output_attentions"),
+    ({"inputs": "x", "coverage_penalty": -0.1}, 400, "invalid_value", "coverage_penalty"),
     ({"inputs": "x", "stop": ["a"] * 9}, 413, "too_long", "stop"),
     ({}, 400, "missing_field", "inputs"),
     ({"inputs": []}, 422, "empty", "inputs"),

@@ -96,12 +96,13 @@ def test_every_endpoint_answers_as_the_pipeline_does_offline(client: Client, off
     assert plain(client.tag(texts, model="names")) == offline["names"](texts)
     beams = {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 12, "logprobs": True}
     assert plain(client.translate(texts, **beams)) == offline["en-de"](texts, **beams)
+    beams |= {"top_logprobs": 3, "output_attentions": True, "coverage_penalty": 0.2}
+    assert plain(client.translate(texts, **beams)) == offline["en-de"](texts, **beams)
     samples: dict[str, Any] = {"do_sample": True, "seed": 5, "num_return_sequences": 3, "max_new_tokens": 12}
     assert plain(client.generate("on", **samples)) == offline["story"](["on"], **samples)
     picture = png()
-    assert plain(client.caption(picture, max_new_tokens=6)) == offline["describe"](
-        [{"image": picture}], max_new_tokens=6
-    )
+    caption = {"max_new_tokens": 6, "output_attentions": True}
+    assert plain(client.caption(picture, **caption)) == offline["describe"]([{"image": picture}], **caption)
     clip = {"frames": [png(8, 8), png(9, 9)]}
     assert plain(client.tag([clip], model="motion")) == offline["motion"]([clip])
     series = {"features": [[0.5, 1.0, -2.0]] * 4}
