@@ -21,6 +21,7 @@ from seqmodels.kernels import Weights
 from seqmodels.pipeline import Job, Pipeline
 
 CHUNK = 256  # lines read, answered and written together
+SEARCHES_WITH = ("decoder_weights", "shortlist")  # options of generate alone
 TAKES_FILES = {"image": '{"image": "FILE"}', "frames": '{"frames": ["FILE", ...]}'}  # a line names files, not bytes
 
 
@@ -30,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        weights: Weights = getattr(options, "decoder_weights", "float32")  # an option of generate alone
-        pipeline = Pipeline.from_pretrained(options.model, options.device, options.max_rows, weights)
+        given = {name: getattr(options, name) for name in SEARCHES_WITH if hasattr(options, name)}
+        pipeline = Pipeline.from_pretrained(options.model, options.device, options.max_rows, **given)
         _check_command(options.command, pipeline)
         with _opened(options.input) as lines:
             failed = _answer_all(pipeline, options, lines)
@@ -69,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=get_args(Weights),
         default="float32",
         help="what the search computes in; int8 is faster on a CPU, at a small loss (default: %(default)s)",
+    )
+    generate.add_argument(
+        "--shortlist",
+        action="store_true",
+        help="choose tokens from the model's shortlist: faster, at a small loss (see python -m training shortlist)",
     )
     predict.epilog = score.epilog = generate.epilog = (
         'A line is a plain text, or JSON: {"text": ...}, {"words": [...]}, {"image": "FILE"}, '

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from seqmodels.config import explain
-from seqmodels.decoding.constraints import WordEdges, missing
+from seqmodels.decoding.constraints import Phrases, WordEdges, missing
 from seqmodels.decoding.engine import ROW_FLOOR, Engine, Event, Failed, Finished, Request
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.search import Hypothesis
@@ -29,6 +29,7 @@ from seqmodels.pretrained import Pretrained, load_pretrained
 from seqmodels.reading import Reader, Reading
 from seqmodels.rendering import Text, TextStream, render_label, render_score, render_sequence, render_tags
 from seqmodels.selftest import find_row_floor
+from seqmodels.shortlist import Shortlist
 from seqmodels.stepper import Stepper
 from seqmodels.tokenizer import BOS, EOS, UNK, Tokenizer
 
@@ -56,12 +57,20 @@ class Job:
 class Pipeline:
     """A loaded model directory, ready to answer."""
 
-    def __init__(self, pretrained: Pretrained, max_rows: int = 256, decoder_weights: Weights = "float32") -> None:
-        """decoder_weights: in which a generator's search computes; scores of given texts stay in float32."""
+    def __init__(
+        self,
+        pretrained: Pretrained,
+        max_rows: int = 256,
+        decoder_weights: Weights = "float32",
+        shortlist: Shortlist | None = None,
+    ) -> None:
+        """decoder_weights: in which a generator's search computes. shortlist: what it chooses its tokens from.
+        Scores of given texts stay in float32, over all tokens."""
         self.config = pretrained.config
         self.revision = pretrained.revision
         self._pretrained = pretrained
         self._reader = Reader(pretrained)
+        self._shortlist = shortlist
         model = pretrained.model
         stepper = Stepper(model, decoder_weights) if isinstance(model, SequenceGenerator) else None
         floor = find_row_floor(model, stepper)
@@ -79,9 +88,12 @@ class Pipeline:
         device: str | torch.device = "cpu",
         max_rows: int = 256,
         decoder_weights: Weights = "float32",
+        shortlist: bool = False,
     ) -> "Pipeline":
-        """Raises ModelDirectoryError, ConfigError."""
-        return cls(load_pretrained(directory, device), max_rows, decoder_weights)
+        """shortlist: whether to use the directory's. Raises ModelDirectoryError, ConfigError."""
+        pretrained = load_pretrained(directory, device)
+        chosen = Shortlist.load(Path(directory), pretrained.config) if shortlist else None
+        return cls(pretrained, max_rows, decoder_weights, chosen)
 
     @property
     def task(self) -> str:
@@ -121,7 +133,8 @@ class Pipeline:
             search,
             prefix,
             bad_words=self._bad_words(search),
-            force_words=self._force_words(search),
+            force_words=(force_words := self._force_words(search)),
+            shortlist=self._shortlisted(reading, force_words),
             seed=secrets.randbits(63) if search.seed is None else search.seed,
             stream=stream,
             watch=text.has_stop if search.stop else None,
@@ -171,6 +184,11 @@ class Pipeline:
             if not spelling or UNK in spelling:
                 raise InputError(f"force_words has {word!r}, which this model has no tokens for", param="force_words")
         return tuple(spellings)
+
+    def _shortlisted(self, reading: Reading, force_words: Phrases) -> Tensor | None:
+        if self._shortlist is None or reading.inputs is None:
+            return None
+        return self._shortlist.of(reading.inputs, further=[token for phrase in force_words for token in phrase])
 
     # -- submit and step -----------------------------------------------------------------------------------------
 

@@ -5,11 +5,12 @@ One kernel serves prefix and generation, so a token gives a state the same bits 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from seqmodels.cells import CellWeights
 from seqmodels.config import Cell, ModelConfig
@@ -17,10 +18,27 @@ from seqmodels.errors import ConfigError
 from seqmodels.kernels import LINEAR, Linear, PackedLinear, Weights
 from seqmodels.models import SequenceGenerator
 from seqmodels.state import Memory, MemoryGroup, State
+from seqmodels.tokenizer import PAD
 
 Average = Literal["probability", "logprob"]
 Stepped = tuple[Tensor, State, list[Tensor]]  # logits (N, V), State, and for each memory where it was looked (R, K, S)
-Memories = Sequence[tuple[Memory, int]]  # a lane's memory (R, S, D) and its beam width K: rows R·K, request by request
+
+
+@dataclass(frozen=True)
+class Group:
+    """Requests that stand side by side in a step: R of them with K rows each, request by request.
+
+    memory: what their rows look at, a row for each request; None without attention. shortlist: (R, L) the tokens that
+    each may write, PAD where it has fewer; None where they may write all.
+    """
+
+    num_requests: int
+    width: int
+    memory: Any = None
+    shortlist: Tensor | None = None
+
+
+Groups = Sequence[Group]
 
 
 class Decodes(Protocol):
@@ -35,7 +53,7 @@ class Decodes(Protocol):
     def encode(self, inputs: Tensor, lengths: Tensor | None) -> Any: ...
     def start(self, memory: Any, rows: int) -> State: ...
     def read(self, tokens: Tensor, lengths: Tensor, state: State) -> State: ...
-    def step(self, tokens: Tensor, state: State, memories: Sequence[tuple[Any, int]]) -> Stepped: ...
+    def step(self, tokens: Tensor, state: State, groups: Groups) -> Stepped: ...
 
 
 class Stepper:
@@ -81,20 +99,20 @@ class Stepper:
             state = State(torch.where((t < lengths)[:, None], after.values, state.values))
         return state
 
-    def step(self, tokens: Tensor, state: State, memories: Memories) -> Stepped:
-        """One token for all live rows. tokens (N,), rows lane by lane -> (logits (N, V) of float32, State, and for each
-        memory the weights (R, K, S) of the attention; none where the model has none).
+    def step(self, tokens: Tensor, state: State, groups: Groups) -> Stepped:
+        """One token for all live rows. tokens (N,), rows group by group -> (logits (N, V) of float32, State, and for
+        each group the weights (R, K, S) of the attention; none where the model has none).
 
-        Rows beyond those of the memories are padding, and what they get is nobody's.
+        Rows beyond those of the groups are padding, and what they get is nobody's.
         """
         outputs, state = self._recur(tokens, state)
         weights: list[Tensor] = []
         if self.attends:
-            context, weights = self._attend(outputs, memories)
+            context, weights = self._attend(outputs, groups)
             outputs = torch.cat([outputs, context], dim=1)
         if self._combine is not None:
             outputs = self._combine(outputs).tanh_()
-        return self._project(outputs).float(), state, weights
+        return self._logits(outputs, groups), state, weights
 
     def _recur(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """tokens (N,) through embedding and recurrence: outputs (N, H)."""
@@ -107,16 +125,38 @@ class Stepper:
             after.append(new)
         return x, State(torch.cat([part for kind in zip(*after, strict=True) for part in kind], dim=1))
 
-    def _attend(self, outputs: Tensor, memories: Memories) -> tuple[Tensor, list[Tensor]]:
-        """outputs (N, H) -> context (N, D), weights (R, K, S) of each memory: the K beams of a request are K queries of
+    def _logits(self, outputs: Tensor, groups: Groups) -> Tensor:
+        """outputs (N, E) -> (N, V); -inf for tokens that are not on a request's shortlist."""
+        if all(group.shortlist is None for group in groups):
+            return self._project(outputs).float()
+        everyone = all(group.shortlist is not None for group in groups)
+        logits = outputs.new_empty(len(outputs), self.vocab_size) if everyone else self._project(outputs)
+        first = 0
+        for group in groups:
+            rows = slice(first, first + group.num_requests * group.width)
+            if group.shortlist is not None:
+                own = self._shortlisted(outputs[rows].view(group.num_requests, group.width, -1), group.shortlist)
+                lane = logits[rows].fill_(float("-inf")).view(group.num_requests, group.width, -1)
+                lane.scatter_(2, group.shortlist[:, None].expand_as(own), own)
+            first = rows.stop
+        return logits.float()
+
+    def _shortlisted(self, outputs: Tensor, shortlist: Tensor) -> Tensor:
+        """outputs (R, K, E), shortlist (R, L) -> logits (R, K, L), each request's on the weights of its own list."""
+        weight = F.embedding(shortlist, self._decoder.output_matrix)  # (R, L, E)
+        logits = torch.baddbmm(self._decoder.output_bias[shortlist][:, None], outputs, weight.mT)
+        return logits.masked_fill((shortlist == PAD)[:, None], float("-inf"))
+
+    def _attend(self, outputs: Tensor, groups: Groups) -> tuple[Tensor, list[Tensor]]:
+        """outputs (N, H) -> context (N, D), weights (R, K, S) of each group: the K beams of a request are K queries of
         its one memory row."""
         attention = self._decoder.attention
         assert attention is not None
         queries, contexts, weights, first = self._query(outputs), [], [], 0
-        for memory, width in memories:
-            rows = memory.num_rows * width
-            lane = queries[first : first + rows].view(memory.num_rows, width, -1)
-            context, looked = attention(lane, memory)
+        for group in groups:
+            rows = group.num_requests * group.width
+            lane = queries[first : first + rows].view(group.num_requests, group.width, -1)
+            context, looked = attention(lane, group.memory)
             contexts.append(context.flatten(0, 1))
             weights.append(looked)
             first += rows
@@ -160,12 +200,11 @@ class Ensemble:
             [m.read(tokens, lengths, own) for m, own in zip(self._members, self._own(state), strict=True)]
         )
 
-    def step(self, tokens: Tensor, state: State, memories: Sequence[tuple[MemoryGroup, int]]) -> Stepped:
+    def step(self, tokens: Tensor, state: State, groups: Groups) -> Stepped:
         predictions, states, looks = [], [], []
         for index, (member, own) in enumerate(zip(self._members, self._own(state), strict=True)):
-            logits, after, weights = member.step(
-                tokens, own, [(group.members[index], width) for group, width in memories]
-            )
+            groups_of = [replace(group, memory=group.memory and group.memory.members[index]) for group in groups]
+            logits, after, weights = member.step(tokens, own, groups_of)
             predictions.append(logits.log_softmax(-1))
             states.append(after)
             if member.attends and self.output_attentions:

@@ -95,12 +95,17 @@ def _check(config: ServeConfig) -> None:
     import torch
 
     from seqmodels.pretrained import load_pretrained
+    from seqmodels.shortlist import has_shortlist
 
     load_key_hashes(config.api_keys_file)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', which torch cannot use here; use cpu")
     if config.decoder_weights == "int8" and config.device != "cpu" and torch.cuda.is_available():
         raise ConfigError("decoder_weights is 'int8', which is for CPUs, and there is a GPU; set device to cpu")
+    if config.shortlist and not any(map(has_shortlist, config.models.values())):
+        raise ConfigError(
+            "shortlist is true, but no model has one; learn it with `python -m training shortlist MODEL_DIR`"
+        )
     for directory in config.models.values():
         load_pretrained(directory)  # on the CPU: a GPU is the replicas'
     _check_port(config)

@@ -61,6 +61,7 @@ class ServeConfig(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPU when there is one, CPU otherwise
     num_threads: PositiveInt = 1  # torch threads, and CPUs reserved, in each replica
     decoder_weights: Literal["float32", "int8"] = "float32"  # of generators; int8 is faster on a CPU, at a small loss
+    shortlist: bool = False  # translators that have one use it: faster, at a small loss (python -m training shortlist)
     max_rows: PositiveInt = 256  # decoder rows of one model that live at once
     max_requests: PositiveInt = 1024  # inputs accepted and not yet answered, in each replica; more get 429
     api_keys_file: str | None = None  # one key per line; without it SEQMODELS_API_KEYS is read, comma-separated

@@ -12,6 +12,7 @@ from ray import serve
 from ray.serve import Application
 
 from seqmodels.pipeline import Pipeline
+from seqmodels.shortlist import has_shortlist
 from serving.app import build_app
 from serving.auth import load_key_hashes
 from serving.config import ServeConfig
@@ -57,7 +58,9 @@ def load_pipelines(config: ServeConfig) -> dict[str, Pipeline]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
-        name: Pipeline.from_pretrained(directory, device, config.max_rows, config.decoder_weights)
+        name: Pipeline.from_pretrained(
+            directory, device, config.max_rows, config.decoder_weights, config.shortlist and has_shortlist(directory)
+        )
         for name, directory in config.models.items()
     }
 

@@ -1,4 +1,5 @@
-"""python -m training train RECIPE.yaml [key=value ...] · evaluate MODEL_DIR [--split test] [key=value ...]"""
+"""python -m training train RECIPE.yaml [key=value ...] · evaluate MODEL_DIR [--split test] [key=value ...] · shortlist
+MODEL_DIR"""
 
 import argparse
 import json
@@ -25,6 +26,14 @@ examples:
   python -m training evaluate models/multi30k-en-de --split test generation.num_beams=5 run.device=cuda
 
 The last line of the output is JSON; it is also written to evaluation-SPLIT.json in the model directory.
+"""
+SHORTLIST_HELP = """\
+A step of the search then looks at a few hundred target tokens in place of the whole vocabulary: those that the source's
+tokens were translated into in the training split, and the most frequent ones. Measure what it costs before use:
+
+  python -m training shortlist models/multi30k-en-de
+  python -m training evaluate models/multi30k-en-de --split validation --shortlist
+  python -m seqmodels generate models/multi30k-en-de --shortlist sentences.txt
 """
 EVALUATION_KEYS = (
     *("data.id", "data.name", "data.revision", "data.path", "data.generated", "data.columns", "data.splits"),
@@ -69,7 +78,19 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("overrides", nargs="*", metavar="key=value", help="settings that go before those of its recipe")
     score.add_argument("--split", default="test", choices=("train", "validation", "test"), help="default: test")
     score.add_argument("--baseline", action="store_true", help="also score a baseline that cannot see order or motion")
+    score.add_argument("--decoder-weights", default="float32", choices=("float32", "int8"), help="default: float32")
+    score.add_argument("--shortlist", action="store_true", help="search with the model's shortlist")
     score.set_defaults(run=_evaluate)
+    shorten = commands.add_parser(
+        "shortlist", help="learn a shortlist for a translator", epilog=SHORTLIST_HELP, formatter_class=raw
+    )
+    shorten.add_argument("directory", type=Path, metavar="MODEL_DIR", help="a finished run")
+    shorten.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that go before those of its recipe"
+    )
+    shorten.add_argument("--translations", type=int, default=50, help="of each source token (default: %(default)s)")
+    shorten.add_argument("--frequent", type=int, default=100, help="on every list (default: %(default)s)")
+    shorten.set_defaults(run=_shortlist)
     return parser
 
 
@@ -84,10 +105,21 @@ def _evaluate(options: argparse.Namespace) -> None:
     recipe, params = _recipe_of(options.directory, options.overrides)
     from training.run import evaluate_directory
 
-    result = evaluate_directory(options.directory, recipe, options.split, params, options.baseline)
+    loading = {"decoder_weights": options.decoder_weights, "shortlist": options.shortlist}
+    result = evaluate_directory(options.directory, recipe, options.split, params, options.baseline, loading)
     for name, value in result["scores"].items():
         print(f"{name:>24}  {value:.4f}  {result['signatures'].get(name, '')}".rstrip())
     print(json.dumps(result))
+
+
+def _shortlist(options: argparse.Namespace) -> None:
+    recipe, _ = _recipe_of(options.directory, options.overrides)
+    from training.shortlist import add_shortlist
+
+    for name in ("translations", "frequent"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+    print(f"wrote {add_shortlist(options.directory, recipe, options.translations, options.frequent)}")
 
 
 def _recipe_of(directory: Path, overrides: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:

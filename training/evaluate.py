@@ -4,7 +4,7 @@ Generated text is generated freely, with the directory's own search defaults. A 
 likelihood, forward only, the state carried from chunk to chunk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,20 @@ class Evaluation:
 
 
 def evaluate(
-    directory: Path, rows: Sequence[Row], codec: Codec, device: str = "cpu", params: dict[str, Any] | None = None
+    directory: Path,
+    rows: Sequence[Row],
+    codec: Codec,
+    device: str = "cpu",
+    params: dict[str, Any] | None = None,
+    loading: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """All scores of the directory's task. params: search parameters that go before the directory's own."""
+    """All scores of the directory's task. params: search parameters that go before the directory's own. loading:
+    options of `Pipeline.from_pretrained`, for what is generated."""
     if not rows:
         raise DataError("there are no rows to evaluate on")
     if codec.config.task == "generate":
         return _score_language_model(directory, rows, codec, device)
-    pipeline = Pipeline.from_pretrained(directory, device)
+    pipeline = Pipeline.from_pretrained(directory, device, **loading or {})
     # A classifier reads the beginning of what is too long, in training as here; let the others do what they can.
     answers = pipeline.run([pipeline.prepare(row.item, params, truncate=True) for row in rows])
     nll = _mean_nll(directory, rows, codec, device)

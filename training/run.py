@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -307,7 +308,12 @@ def _finish(recipe: Recipe, trainer: Trainer, codec: Codec, num_examples: int) -
 
 
 def evaluate_directory(
-    directory: Path, recipe: Recipe, split: str, params: Mapping[str, Any], with_baseline: bool
+    directory: Path,
+    recipe: Recipe,
+    split: str,
+    params: Mapping[str, Any],
+    with_baseline: bool = False,
+    loading: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Score a finished model on one split of its data, or of other data, and write the result beside it.
 
@@ -320,7 +326,7 @@ def evaluate_directory(
         saved.config, saved.source_tokenizer, saved.target_tokenizer, saved.preprocessor, recipe.data.max_target_length
     )
     rows = _rows_to_score(directory, recipe, split, with_baseline)
-    result = evaluate(directory, rows[split], codec, recipe.run.device, dict(params))
+    result = evaluate(directory, rows[split], codec, recipe.run.device, dict(params), loading)
     scores = dict(result.scores)
     if with_baseline:
         name, score = _baseline(recipe, rows["train"], rows[split])
@@ -334,6 +340,7 @@ def evaluate_directory(
         "scores": scores,
         "signatures": result.signatures,
         "search": {**saved.generation.model_dump(mode="json", exclude_defaults=True), **params},
+        "loading": dict(loading),
     }
     checkpoint.write_whole(directory / f"evaluation-{split}.json", json.dumps(report, indent=1) + "\n")
     return report

@@ -9,10 +9,12 @@ ids of our vocabulary, so no other tokenizer takes part and BLEU is that of one 
 with early_stopping=false, num_return_sequences=1, length_penalty=0: the peers' objective, searched to the end.
 
 Each system gets the test set in the order of the file and batches it as its own program does: ours lets the next
-sentence join as one leaves, OpenNMT-py sorts by length first, JoeyNMT takes the order as it is. Loading and a first few
-sentences are not timed. Two settings: batch 32 on two threads, and batch 1 on one thread for the first sentences only.
-Each round runs every system once, in processes of their own, so that a noisy machine slows all; figures are medians
-over rounds. One JSON line per setting and system, output tokens counted with their end mark, then one with the ratios.
+sentence join as one leaves, OpenNMT-py sorts by length first, JoeyNMT takes the order as it is. Ours stands in it up to
+four times: in float32, with 8-bit weights, with a shortlist (`python -m training shortlist MODEL_DIR` learns it), and
+with both. Loading and a first few sentences are not timed. Two settings: batch 32 on two threads, and batch 1 on one
+thread for the first sentences only. Each round runs every system once, in processes of their own, so that a noisy
+machine slows all; figures are medians over rounds. One JSON line per setting and system, output tokens counted with
+their end mark, then one with the ratios.
 """
 
 import argparse
@@ -33,7 +35,8 @@ from benchmarks.peers.install import TOOLKITS, python_of
 from benchmarks.peers.ours import exported_weights
 from benchmarks.workload import load_generator, read_column, read_sources
 
-SYSTEMS = ("ours", *TOOLKITS)
+OURS = ("ours", "ours-int8", "ours-shortlist", "ours-int8-shortlist")
+SYSTEMS = (*OURS, *TOOLKITS)
 
 
 @dataclass(frozen=True)
@@ -79,16 +82,15 @@ def main() -> None:
             if "ours" in options.systems:
                 line["same_as_ours"] = agreement(rounds[0]["ours"].answers, outcomes[0].answers)
             print_line(setting, system=system, **line)
-        if "ours" in options.systems:
-            print_line(setting, **ratios(rounds))
+        print_line(setting, **ratios(rounds))
 
 
 def measure(scratch: Path, system: str, setting: Setting, num_beams: int) -> Outcome:
     """One system once, in a process and an environment of its own."""
     output = scratch / f"{system}.json"
-    python = sys.executable if system == "ours" else str(python_of(scratch, system))
+    python, module = (sys.executable, "ours") if system in OURS else (str(python_of(scratch, system)), system)
     given = {**vars(setting), "num-beams": num_beams, "exported": scratch / "exported", "output": output}
-    command = [python, "-m", f"benchmarks.peers.{system}"]
+    command = [python, "-m", f"benchmarks.peers.{module}", "--system", system]
     command += [text for name, value in given.items() for text in (f"--{name}", str(value))]
     environment = {**os.environ, "OMP_NUM_THREADS": str(setting.threads)}
     subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
@@ -118,11 +120,12 @@ def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) ->
 def ratios(rounds: Sequence[dict[str, Outcome]]) -> dict[str, Any]:
     """Our output tokens per second over each peer's: the median over rounds of the ratio within a round."""
     return {
-        f"ours_over_{peer}": round(
-            statistics.median(one["ours"].tokens_per_second / one[peer].tokens_per_second for one in rounds), 2
+        f"{own}_over_{peer}": round(
+            statistics.median(one[own].tokens_per_second / one[peer].tokens_per_second for one in rounds), 2
         )
-        for peer in rounds[0]
-        if peer != "ours"
+        for peer in TOOLKITS
+        for own in OURS
+        if {own, peer} <= rounds[0].keys()
     }
 
 

@@ -1,7 +1,7 @@
 """What passes between the systems: one set of weights, one list of sentences, and how each system is timed.
 
-Runs in every environment, so it imports torch and nothing of ours. Sentences are token ids of our vocabulary, the
-source's end mark included; answers come back as token ids up to and with the end mark.
+Runs in every environment, so it imports torch and safetensors, and nothing of ours. Sentences are token ids of our
+vocabulary, the source's end mark included; answers come back as token ids up to and with the end mark.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,7 +25,7 @@ WARM_UP = 8  # sentences
 
 Sentences = Sequence[Sequence[int]]
 Decode = Callable[[Sentences, int, int], list[list[int]]]  # (sources, batch, num_beams) -> answers in order
-Load = Callable[["Exported"], Decode]
+Load = Callable[["Exported", str], Decode]  # the system's name, where a module is several
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,20 @@ class Exported:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self.weights, folder / "weights.pt")
+        save_file(self.weights, folder / "weights.safetensors")
         plain = {"model_directory": self.model_directory, "sources": self.sources}
         (folder / "sentences.json").write_text(json.dumps(plain), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "Exported":
         plain = json.loads((folder / "sentences.json").read_text(encoding="utf-8"))
-        return cls(plain["model_directory"], torch.load(folder / "weights.pt", weights_only=True), plain["sources"])
+        return cls(plain["model_directory"], load_file(folder / "weights.safetensors"), plain["sources"])
 
 
 def main(load: Load) -> None:
     """The command line of one system: decode the first --limit sentences once warm, write what came and how long."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("--system", required=True)
     parser.add_argument("--exported", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--limit", type=int, required=True)
@@ -65,14 +67,14 @@ def main(load: Load) -> None:
     torch.set_num_threads(options.threads)
     exported = Exported.load(options.exported)
     sources = exported.sources[: options.limit]
-    decode = load(exported)
+    decode = load(exported, options.system)
     decode(sources[:WARM_UP], options.batch, options.num_beams)
     started = time.perf_counter()
     answers = decode(sources, options.batch, options.num_beams)
     seconds = time.perf_counter() - started
     result = {"seconds": seconds, "answers": answers, "peak_memory_mib": peak_memory_mib()}
     options.output.write_text(json.dumps(result), encoding="utf-8")
-    print(f"{sys.argv[0]}: {len(sources) / seconds:.1f} sentences/s", file=sys.stderr)
+    print(f"{options.system}: {len(sources) / seconds:.1f} sentences/s", file=sys.stderr)
 
 
 def until_end(tokens: Sequence[int]) -> list[int]:

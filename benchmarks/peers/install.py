@@ -32,7 +32,7 @@ def install(scratch: Path, peer: str) -> None:
     python = python_of(scratch, peer)
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(scratch / peer)], check=True)
-    for packages in ([TORCH], NEEDS[peer].split(), ["--no-deps", TOOLKITS[peer]]):
+    for packages in ([TORCH], ["safetensors", *NEEDS[peer].split()], ["--no-deps", TOOLKITS[peer]]):
         subprocess.run([str(python), "-m", "pip", "install", "-q", *packages], check=True)
 
 

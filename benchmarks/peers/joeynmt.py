@@ -32,7 +32,7 @@ from benchmarks.peers.exchange import (
 )
 
 
-def load(exported: Exported) -> Decode:
+def load(exported: Exported, system: str) -> Decode:
     model = make_model(exported)
 
     def decode(sources: Sentences, batch: int, num_beams: int) -> list[list[int]]:

@@ -40,7 +40,7 @@ from benchmarks.peers.exchange import (  # noqa: E402
 SPECIAL_TOKENS = ["<blank>", "<unk>", "<s>", "</s>"]  # its names for our first four
 
 
-def load(exported: Exported) -> Decode:
+def load(exported: Exported, system: str) -> Decode:
     model, vocabularies = make_model(exported), make_vocabularies(exported)
 
     def decode(sources: Sentences, batch: int, num_beams: int) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """Our engine under the peers' clock: all sentences submitted at once, `batch` of them running at a time."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,14 +10,26 @@ from benchmarks.peers.exchange import MAX_NEW_TOKENS, Decode, Exported, Sentence
 from benchmarks.workload import load_generator, make_requests
 from seqmodels.decoding.generate import generate
 from seqmodels.decoding.params import SearchParams
+from seqmodels.shortlist import Shortlist
+from seqmodels.stepper import Stepper
 
 
-def load(exported: Exported) -> Decode:
-    model, _ = load_generator(Path(exported.model_directory))
+def load(exported: Exported, system: str) -> Decode:
+    """system: `ours`, with `-int8` and `-shortlist` behind it where the step is to use them."""
+    model, pretrained = load_generator(Path(exported.model_directory))
+    stepper = Stepper(model, "int8" if "int8" in system else "float32")
+    shortlist = None
+    if "shortlist" in system:
+        shortlist = Shortlist.load(Path(exported.model_directory), pretrained.config)
 
     def decode(sources: Sentences, batch: int, num_beams: int) -> list[list[int]]:
         requests = make_requests([torch.tensor(source) for source in sources], search_params(num_beams))
-        return [best[0].tokens for best in generate(model, requests, max_rows=batch * num_beams)]
+        if shortlist:
+            lists = [shortlist.of(torch.tensor(source)) for source in sources]
+            requests = [replace(request, shortlist=own) for request, own in zip(requests, lists, strict=True)]
+        # One at a time is just that: nobody waits whose source could be read together with another's.
+        together = [requests] if batch > 1 else [[request] for request in requests]
+        return [best[0].tokens for some in together for best in generate(stepper, some, max_rows=batch * num_beams)]
 
     return decode
 

@@ -25,7 +25,8 @@ from seqmodels.decoding.waiting import Waiting
 from seqmodels.errors import DeadlineError, InputError, SeqModelsError
 from seqmodels.models import SequenceGenerator
 from seqmodels.state import State
-from seqmodels.stepper import Decodes, Stepper
+from seqmodels.stepper import Decodes, Group, Stepper
+from seqmodels.tokenizer import PAD
 
 T = TypeVar("T")
 
@@ -36,6 +37,7 @@ BUCKETS = (12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # pa
 # Padded lengths of what attention looks at: few, because a lane costs more per step than padding does. Over 12, from
 # where on the masked product of a CPU gives the same bits for every padding.
 LANES = (32, 128, 512, 1024)
+SHORTLISTS = (128, 256, 512, 1024)  # padded lengths of the requests' shortlists
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,7 @@ class Request:
 
     inputs: (S,) token ids, (S, D) features, (C, H, W) image or (S, C, H, W) frames; None for a language model.
     watch: called with (output index, its generated tokens so far) after each step; true ends that output ("stop").
+    shortlist: (L,) the tokens that it may write; None for all.
     deadline: a time.monotonic() after which the answer is of no use. priority: higher goes first. client: for whom;
     of equal priority, those with the fewest rows in use go first.
     """
@@ -54,6 +57,7 @@ class Request:
     prefix: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
     force_words: tuple[tuple[int, ...], ...] = ()
+    shortlist: Tensor | None = None
     seed: int = 0
     stream: bool = False
     watch: Callable[[int, Sequence[int]], bool] | None = None
@@ -100,6 +104,7 @@ class LaneKey:
     beams: bool
     width: int
     positions: int  # of memory; 0 without attention
+    shortlist: int  # its padded length; 0 without one
     top_logprobs: bool  # these three: which tables the lane keeps
     output_attentions: bool
     coverage: bool
@@ -113,6 +118,7 @@ class Lane:
     requests: list[Request]
     search: Beams | Samples
     memory: Any  # a Memory, or a MemoryGroup of an ensemble; None without attention
+    shortlist: Tensor | None  # (R, L)
     rows: Tensor  # (R, K) where each hypothesis's state stands in the engine's State
     rules: Rules
     sent: list[list[int]] = field(default_factory=list)  # tokens already streamed, by output
@@ -124,6 +130,7 @@ class Lane:
         self.sent = [self.sent[r] for r in keep]
         self.search = self.search.select(index).trimmed(max(request.room for request in self.requests))
         self.memory = self.memory and self.memory.select(index)
+        self.shortlist = None if self.shortlist is None else self.shortlist.index_select(0, index)
         self.rows = self.rows.index_select(0, index)
 
     def join(self, other: "Lane") -> None:
@@ -132,6 +139,8 @@ class Lane:
         self.sent += other.sent
         self.search = self.search.concat(other.search)  # type: ignore[arg-type]  # same key, so the same kind
         self.memory = self.memory and other.memory and self.memory.concat(other.memory)
+        if self.shortlist is not None and other.shortlist is not None:
+            self.shortlist = torch.cat([self.shortlist, other.shortlist])
         self.rows = torch.cat([self.rows, other.rows])
 
 
@@ -320,6 +329,7 @@ class Engine:
             requests,
             self._start_search(key, requests, memory and memory.mask),
             memory,
+            self._shortlists(requests, key.shortlist),
             rows,
             self._rules(requests),
             [[0] * key.width for _ in requests],
@@ -336,6 +346,15 @@ class Engine:
         if key.beams:
             return Beams.begin(params, prefixes, self._bos, mask).to(self._device)
         return Samples.begin(params, prefixes, [request.seed for request in requests], self._bos, mask).to(self._device)
+
+    def _shortlists(self, requests: Sequence[Request], length: int) -> Tensor | None:
+        if not length:
+            return None
+        lists = torch.full((len(requests), length), PAD)
+        for row, request in zip(lists, requests, strict=True):
+            assert request.shortlist is not None, "requests of a lane have one all, or none has"
+            row[: len(request.shortlist)] = request.shortlist
+        return lists.to(self._device)
 
     def _rules(self, requests: Sequence[Request]) -> Rules:
         return Rules(
@@ -356,6 +375,7 @@ class Engine:
             params.num_beams > 1,
             params.width,
             positions,
+            0 if request.shortlist is None else bucket(len(request.shortlist), SHORTLISTS),
             params.top_logprobs > 0,
             params.output_attentions,
             params.coverage_penalty > 0,
@@ -376,8 +396,8 @@ class Engine:
         tokens = torch.cat([lane.search.last_tokens.flatten() for lane in lanes])
         if (missing := self._row_floor - len(rows)) > 0:  # padding rows copy a valid one
             rows, tokens = _repeat_first(rows, missing), _repeat_first(tokens, missing)
-        memories = [(lane.memory, lane.key.width) for lane in lanes if lane.memory]
-        logits, self._state, weights = self._model.step(tokens, self._state.select(rows), memories)
+        groups = [Group(len(lane.requests), lane.key.width, lane.memory, lane.shortlist) for lane in lanes]
+        logits, self._state, weights = self._model.step(tokens, self._state.select(rows), groups)
         first = 0
         for lane, looked in zip(lanes, weights or repeat(None, len(lanes)), strict=True):
             count = lane.rows.numel()

@@ -10,7 +10,7 @@ import torch
 
 from seqmodels.decoding.params import SearchParams
 from seqmodels.models import SequenceGenerator
-from seqmodels.stepper import Stepper
+from seqmodels.stepper import Group, Stepper
 
 F32 = np.float32
 
@@ -43,7 +43,7 @@ class Table:
             state = stepper.start(memory, 4)
             for _ in range(depth):
                 one = memory and memory.select(torch.tensor([0]))  # all histories look at the same source
-                logits, state, weights = stepper.step(tokens, state, [(one, len(tokens))] if one else [])
+                logits, state, weights = stepper.step(tokens, state, [Group(1, len(tokens), one)] if one else [])
                 self._logits.update(zip(histories, logits, strict=False))
                 self.attention.update(
                     zip(histories, [row.tolist() for lane in weights for row in lane[0]], strict=False)

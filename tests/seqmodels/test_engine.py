@@ -17,6 +17,7 @@ from seqmodels.kernels import Weights
 from seqmodels.models import SequenceGenerator
 from seqmodels.selftest import find_row_floor
 from seqmodels.stepper import Decodes, Stepper
+from seqmodels.tokenizer import EOS
 from tests.seqmodels.builders import make_language_model, make_translator
 
 
@@ -68,6 +69,10 @@ def random_request(choose: random.Random, name: str, model: SequenceGenerator | 
             tuple(choose.randrange(4, vocab_size) for _ in range(choose.randint(1, 3)))
             for _ in range(choose.randint(1, 3))
         )
+    shortlist = None
+    if inputs is not None and choose.random() < 0.3:
+        forced = {token for phrase in force_words for token in phrase}
+        shortlist = torch.tensor(sorted({EOS, *forced, *choose.sample(range(4, vocab_size), choose.randint(3, 20))}))
     return Request(
         name,
         inputs,
@@ -75,6 +80,7 @@ def random_request(choose: random.Random, name: str, model: SequenceGenerator | 
         prefix,
         bad_words=words,
         force_words=force_words,
+        shortlist=shortlist,
         seed=choose.randrange(2**62),
         stream=choose.random() < 0.3,
     )
@@ -177,7 +183,7 @@ def test_what_was_streamed_is_a_prefix_of_the_result() -> None:
     model = make_translator(1, scale=2.0)
     choose = random.Random(2)
     streamed_early = 0
-    for i in range(60):
+    for i in range(80):
         request = random_request(choose, "a", model)
         request = replace(request, id="a", stream=True)
         events = run(Engine(model), request)

@@ -10,7 +10,7 @@ from seqmodels.config import ModelConfig
 from seqmodels.errors import ConfigError
 from seqmodels.models import IGNORE, SequenceGenerator
 from seqmodels.state import State
-from seqmodels.stepper import Stepper
+from seqmodels.stepper import Group, Stepper
 from tests.seqmodels.builders import make_language_model, make_model, make_translator
 
 STACK = {"hidden_size": 16, "num_layers": 2}
@@ -99,7 +99,7 @@ def test_steps_equal_the_whole(attention: str, cell: str, variant: dict[str, boo
     state = stepper.start(memory, 4).select(rows)
     stepped = []
     for t in range(5):
-        logits, state, _ = stepper.step(tokens[:, t], state, [(memory, 2)])
+        logits, state, _ = stepper.step(tokens[:, t], state, [Group(4, 2, memory)])
         stepped.append(logits.log_softmax(-1).gather(1, tokens[:, t + 1 : t + 2])[:, 0])
     whole = model.logprobs(tokens, torch.full((8,), 6), inputs[rows], lengths[rows])
     assert torch.allclose(torch.stack(stepped, 1), whole, atol=1e-5)

@@ -105,6 +105,18 @@ def test_evaluate_takes_search_options_and_a_baseline(tmp_path: Path, capsys: py
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["search"] == {"max_new_tokens": 3, "num_beams": 3}
     assert "tok:13a" in result["signatures"]["bleu"]
+    assert main(["evaluate", str(tmp_path / "translator"), "--shortlist"]) == 2
+    assert "python -m training shortlist" in capsys.readouterr().err
+    assert main(["shortlist", str(tmp_path / "translator"), "--translations", "0"]) == 2
+    assert main(["shortlist", str(tmp_path / "translator"), "--translations", "5", "--frequent", "5"]) == 0
+    assert "tokens in the median" in capsys.readouterr().out
+    assert main(["evaluate", str(tmp_path / "translator"), "--shortlist", "--decoder-weights", "int8"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["loading"] == {
+        "decoder_weights": "int8",
+        "shortlist": True,
+    }
+    assert main(["shortlist", str(tmp_path / "model")]) == 2
+    assert "does not translate" in capsys.readouterr().err
 
 
 @pytest.fixture
