@@ -32,7 +32,8 @@ class Shortlist:
         """The list of one source (S,): token ids (L,), each once, in order. further: others that it must hold."""
         likely = self.translations[source].flatten()
         listed = torch.cat([likely[likely != NONE], self.always, torch.tensor([*further], dtype=torch.int32)])
-        return torch.unique(listed)  # sorted
+        ids: Tensor = torch.unique(listed)  # sorted
+        return ids
 
     def save(self, directory: Path) -> None:
         (directory / FILE).write_bytes(save({"translations": self.translations, "always": self.always}))
