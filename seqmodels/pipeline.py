@@ -198,10 +198,13 @@ class Pipeline:
         return self._forward.has_work or bool(self._engine and self._engine.has_work)
 
     def load(self) -> dict[str, int]:
-        """How busy it is: requests waiting, decoder rows in use and in all."""
+        """How busy it is: requests waiting, decoder rows in use and in all; and of the tokens in front of outputs, how
+        many were read so far, and how many were not since another output began alike."""
         waiting = self._forward.num_waiting + (self._engine.num_waiting if self._engine else 0)
         rows = (self._engine.num_rows, self._engine.max_rows) if self._engine else (0, 0)
-        return {"waiting": waiting, "rows_live": rows[0], "rows_total": rows[1]}
+        read, saved = self._engine.prefix_tokens if self._engine else (0, 0)
+        counts = {"prefix_tokens_read": read, "prefix_tokens_saved": saved}
+        return {"waiting": waiting, "rows_live": rows[0], "rows_total": rows[1], **counts}
 
     # -- render --------------------------------------------------------------------------------------------------
 

@@ -2,24 +2,25 @@
 
 Synchronous; knows no thread, no text and no HTTP. Live requests stand in lanes, one per (search, width, memory
 length), all functions of the request alone. What is row-wise runs over all rows at once; attention and selection run
-lane by lane. One turn is: expire, admit, advance, retire. The move of rows is one gather at the head of `advance`,
-which follows beams to their parents, closes the gaps of those that left and takes in those that joined.
+lane by lane. One turn is: expire, admit, read, advance, retire. The move of rows is one gather at the head of
+`advance`, which follows beams to their parents, closes the gaps of those that left and takes in those that joined.
 """
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from seqmodels.decoding.constraints import WordEdges
 from seqmodels.decoding.logits import Rules
 from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.prefill import Prefill, Unread
 from seqmodels.decoding.search import Beams, Hypothesis, Samples
 from seqmodels.decoding.waiting import Waiting
 from seqmodels.errors import DeadlineError, InputError, SeqModelsError
@@ -131,6 +132,15 @@ class Lane:
         self.rows = torch.cat([self.rows, other.rows])
 
 
+@dataclass(eq=False)
+class Newcomer:
+    """A request that has its rows but still reads its prefix. memory: its own row of one."""
+
+    request: Request
+    memory: Any
+    unread: Unread
+
+
 class Engine:
     """Decodes for many requests at once. Not thread-safe: one thread owns it."""
 
@@ -141,11 +151,13 @@ class Engine:
         max_positions_per_step: int = 4096,
         row_floor: int = ROW_FLOOR,
         edges: WordEdges | None = None,
+        prefix_cache_states: int = 1024,
     ) -> None:
         """model: in evaluation mode; or a Stepper made from it before, or an Ensemble.
         edges: of the vocabulary's words, for `force_words`; None where every token is a word.
-        max_rows: decoder rows (beams of all live requests). max_positions_per_step: positions of sources and
-        prefixes read in one step, padding included, so that a burst of arrivals does not hold up those that run."""
+        max_rows: decoder rows (beams of all live requests). max_positions_per_step: positions of sources encoded in
+        one step, padding included, so that a burst of arrivals does not hold up those that run.
+        prefix_cache_states: how many states of a language model to keep, by the prompt that led to them; 0 for none."""
         assert model.config.decoder is not None
         self.max_rows = max_rows
         self._model: Decodes = Stepper(model) if isinstance(model, SequenceGenerator) else model
@@ -154,13 +166,15 @@ class Engine:
         self._max_positions_per_step = max_positions_per_step
         self._row_floor = row_floor
         self._waiting: Waiting[Request] = Waiting()
+        self._newcomers: list[Newcomer] = []
+        self._prefill = Prefill(self._model, row_floor, prefix_cache_states)
         self._lanes: dict[LaneKey, Lane] = {}
         self._device = self._model.device
         self._state = State(torch.zeros(0, self._model.state_width, device=self._device))
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._lanes)
+        return bool(self._waiting or self._newcomers or self._lanes)
 
     @property
     def num_waiting(self) -> int:
@@ -168,8 +182,19 @@ class Engine:
 
     @property
     def num_rows(self) -> int:
-        """Decoder rows in use."""
-        return sum(lane.rows.numel() for lane in self._lanes.values())
+        """Decoder rows in use, or held for those that read their prefixes."""
+        return sum(request.params.width for request in self._live())
+
+    @property
+    def prefix_tokens(self) -> tuple[int, int]:
+        """Tokens of prefixes read so far, and those that did not have to be read since others began alike."""
+        return self._prefill.tokens_read, self._prefill.tokens_saved
+
+    def _live(self) -> Iterator[Request]:
+        """The requests that have rows."""
+        yield from (newcomer.request for newcomer in self._newcomers)
+        for lane in self._lanes.values():
+            yield from lane.requests
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises InputError where it could never fit."""
@@ -198,6 +223,7 @@ class Engine:
         """One token for all live requests."""
         events: list[Event] = self._expire()
         self._admit()
+        self._read()
         if self._lanes:
             self._advance()
             events += self._retire()
@@ -206,18 +232,17 @@ class Engine:
     def _expire(self) -> list[Event]:
         now = time.monotonic()
         late = [request.id for request in self._waiting.expired(now)]
-        live = (request for lane in self._lanes.values() for request in lane.requests)
-        passed = {request.id for request in live if request.deadline is not None and request.deadline <= now}
+        passed = {request.id for request in self._live() if request.deadline is not None and request.deadline <= now}
         late += self._drop(passed) if passed else []
         return [Failed(name, DeadlineError("the deadline passed before the answer was ready")) for name in late]
 
     def _drop(self, ids: Set[str]) -> list[str]:
         """Remove live requests; returns the ids of those that were there."""
-        dropped = []
+        dropped = [request.id for request in self._live() if request.id in ids]
+        self._newcomers = [newcomer for newcomer in self._newcomers if newcomer.request.id not in ids]
         for lane in list(self._lanes.values()):
             keep = [r for r, request in enumerate(lane.requests) if request.id not in ids]
             if len(keep) < len(lane.requests):
-                dropped += [request.id for request in lane.requests if request.id in ids]
                 self._keep(lane, keep)
         return dropped
 
@@ -242,7 +267,7 @@ class Engine:
         rows, positions = self.max_rows - self.num_rows, self._max_positions_per_step
         rows_of = self._rows_by_client()
         while (request := self._waiting.head(rows_of)) and request.params.width <= rows:
-            cost = self._positions(request) + len(request.prefix)
+            cost = self._positions(request)
             if taken and cost > positions:
                 break
             self._waiting.take(request)
@@ -254,20 +279,25 @@ class Engine:
 
     def _rows_by_client(self) -> Counter[str]:
         rows: Counter[str] = Counter()
-        for lane in self._lanes.values():
-            for request in lane.requests:
-                rows[request.client] += lane.key.width
+        for request in self._live():
+            rows[request.client] += request.params.width
         return rows
 
     def _admit_group(self, group: Sequence[Request]) -> None:
-        """Requests of one padded length: begin together, then each into its lane."""
+        """Requests of one padded length: begin together, then each into its lane, or first to read its prefix."""
         memory, state = self._begin(group)
-        keys = [self._key(request) for request in group]
-        for index in grouped(range(len(group)), keys.__getitem__):
-            self._join([group[r] for r in index], memory, state, torch.tensor(index, device=self._device))
+        for r, request in enumerate(group):
+            if request.prefix:
+                row = torch.tensor([r], device=self._device)
+                # The last token of a prefix is not read here: it is what the first step reads.
+                tokens = (self._bos, *request.prefix[:-1])
+                unread = Unread(tokens, state.select(row), shared=request.inputs is None)
+                self._newcomers.append(Newcomer(request, memory and memory.select(row), unread))
+        ready = [r for r, request in enumerate(group) if not request.prefix]
+        self._join([group[r] for r in ready], memory, state, ready)
 
     def _begin(self, group: Sequence[Request]) -> tuple[Any, State]:
-        """Encode requests of one padded length and read their prefixes: a row each.
+        """Encode requests of one padded length: memory and start state, a row each.
 
         Rows are padded to the floor with copies of the first, so that none gets other bits when it comes alone.
         """
@@ -275,16 +305,27 @@ class Engine:
         memory = None
         if padded[0].inputs is not None:
             memory = self._model.encode(*pad_inputs([r.inputs for r in padded if r.inputs is not None], self._device))
-        state = self._model.start(memory, len(padded))
-        if any(request.prefix for request in group):
-            # The last token of a prefix is not read here: it is what the first step reads.
-            read = [torch.tensor([self._bos, *request.prefix[:-1]]) for request in padded]
-            lengths = torch.tensor([len(request.prefix) for request in padded], device=self._device)
-            state = self._model.read(pad_sequence(read, batch_first=True).to(self._device), lengths, state)
-        real = torch.arange(len(group), device=self._device)
-        return memory and memory.select(real), state.select(real)
+        return memory, self._model.start(memory, len(padded))
 
-    def _join(self, requests: list[Request], memory: Any, state: State, index: Tensor) -> None:
+    def _read(self) -> None:
+        """Some tokens more of the prefixes; those who have read theirs join their lanes."""
+        self._prefill.read([newcomer.unread for newcomer in self._newcomers])
+        ready = [newcomer for newcomer in self._newcomers if newcomer.unread.done]
+        self._newcomers = [newcomer for newcomer in self._newcomers if not newcomer.unread.done]
+        for group in grouped(ready, lambda newcomer: self._positions(newcomer.request)):
+            memories = [newcomer.memory for newcomer in group if newcomer.memory]
+            memory = reduce(lambda one, two: one.concat(two), memories) if memories else None
+            state = State(torch.cat([newcomer.unread.state.values for newcomer in group]))
+            self._join([newcomer.request for newcomer in group], memory, state, range(len(group)))
+
+    def _join(self, requests: Sequence[Request], memory: Any, state: State, rows: Sequence[int]) -> None:
+        """Put requests of one padded length, which stand at `rows` in memory and state, into their lanes."""
+        keys = [self._key(request) for request in requests]
+        for group in grouped(range(len(requests)), keys.__getitem__):
+            index = torch.tensor([rows[i] for i in group], device=self._device)
+            self._join_lane([requests[i] for i in group], memory, state, index)
+
+    def _join_lane(self, requests: list[Request], memory: Any, state: State, index: Tensor) -> None:
         """Put requests of one lane key, which stand at `index` in memory and state, into their lane."""
         key = self._key(requests[0])
         first = self._state.num_rows

@@ -57,7 +57,7 @@ def random_request(choose: random.Random, name: str, model: SequenceGenerator | 
         tuple(choose.randrange(4, vocab_size) for _ in range(choose.choice([1, 1, 2])))
         for _ in range(choose.choice([0, 0, 2]))
     )
-    prefix = tuple(choose.randrange(4, vocab_size) for _ in range(choose.choice([0, 0, 1, 4])))
+    prefix = random_prefix(choose, vocab_size)
     params, force_words = random_params(choose), ()
     if params.num_beams > 1 and choose.random() < 0.3:
         force_words = tuple(
@@ -76,12 +76,21 @@ def random_request(choose: random.Random, name: str, model: SequenceGenerator | 
     )
 
 
+def random_prefix(choose: random.Random, vocab_size: int) -> tuple[int, ...]:
+    """None, a short one, or one read over several turns, which often begins as others do."""
+    length = choose.choice([0, 0, 0, 1, 4, choose.randint(9, 80)])
+    if length > 4 and choose.random() < 0.7:
+        common = [4 + i % (vocab_size - 4) for i in range(choose.randint(1, length))]
+        return (*common, *(choose.randrange(4, vocab_size) for _ in range(length - len(common))))
+    return tuple(choose.randrange(4, vocab_size) for _ in range(length))
+
+
 def run_schedule(
     choose: random.Random, model: SequenceGenerator | Decodes, floor: int, bank: list[Request], expected: list[object]
 ) -> None:
     """Requests arrive at random steps at an engine with random room; some leave before they are done."""
-    rows, positions = choose.randint(6, 40), choose.choice([12, 100, 4096])
-    engine = Engine(model, max_rows=rows, max_positions_per_step=positions, row_floor=floor)
+    rows, positions, states = choose.randint(6, 40), choose.choice([12, 100, 4096]), choose.choice([0, 2, 1024])
+    engine = Engine(model, max_rows=rows, max_positions_per_step=positions, row_floor=floor, prefix_cache_states=states)
     picked = choose.sample(range(len(bank)), choose.randint(3, 9))
     arrivals = sorted((choose.randint(0, 12), i) for i in picked)
     cancelled = {bank[i].id: choose.randint(0, 15) for i in picked if choose.random() < 0.15}
@@ -328,14 +337,6 @@ def test_a_lane_forgets_a_long_request() -> None:
     engine.cancel("long")
     assert lane.search.tokens.shape[2] == 9
     assert len(result(run(engine), "short")[0].tokens) == 9
-
-
-def test_prefixes_count_in_the_budget_of_a_step() -> None:
-    engine = Engine(make_language_model(14, vocab_size=30), max_positions_per_step=100)
-    for name in "abc":
-        engine.submit(Request(name, None, SearchParams(max_new_tokens=2, min_new_tokens=2), prefix=(5,) * 60))
-    engine.step()
-    assert (engine.num_rows, engine.num_waiting) == (1, 2)
 
 
 def test_buckets_cover_every_length() -> None:
