@@ -9,7 +9,7 @@ lane by lane. One turn is: expire, admit, read, advance, retire. The move of row
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import groupby
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from seqmodels.decoding.constraints import WordEdges
 from seqmodels.decoding.logits import Rules
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.prefill import Prefill, Unread
+from seqmodels.decoding.saved import Position, SavedState, fingerprint
 from seqmodels.decoding.search import Beams, Hypothesis, Samples
 from seqmodels.decoding.waiting import Waiting
 from seqmodels.errors import DeadlineError, InputError, SeqModelsError
@@ -46,6 +47,8 @@ class Request:
     watch: called with (output index, its generated tokens so far) after each step; true ends that output ("stop").
     deadline: a time.monotonic() after which the answer is of no use. priority: higher goes first. client: for whom;
     of equal priority, those with the fewest rows in use go first.
+    state: what it goes on from, with the same inputs; the prefix then begins with all tokens of that state.
+    return_state: whether its hypotheses come with theirs.
     """
 
     id: str
@@ -60,6 +63,14 @@ class Request:
     deadline: float | None = None
     priority: int = 0
     client: str = ""
+    state: SavedState | None = None
+    return_state: bool = False
+
+    @property
+    def num_continued(self) -> int:
+        """How many of the prefix's last tokens are output of what it goes on from, with no text given since."""
+        at_end = self.state is not None and len(self.state.tokens) == len(self.prefix)
+        return self.state.position.num_generated if self.state and at_end else 0
 
     @property
     def room(self) -> int:
@@ -113,12 +124,14 @@ class Lane:
     rows: Tensor  # (R, K) where each hypothesis's state stands in the engine's State
     rules: Rules
     sent: list[list[int]] = field(default_factory=list)  # tokens already streamed, by output
+    begun: list[State | None] = field(default_factory=list)  # after the prefix, of those who want their states back
 
     def select(self, keep: Sequence[int]) -> None:
         """Keep some requests, in order."""
         index = torch.tensor(keep, dtype=torch.int64, device=self.rows.device)
         self.requests = [self.requests[r] for r in keep]
         self.sent = [self.sent[r] for r in keep]
+        self.begun = [self.begun[r] for r in keep]
         self.search = self.search.select(index).trimmed(max(request.room for request in self.requests))
         self.memory = self.memory and self.memory.select(index)
         self.rows = self.rows.index_select(0, index)
@@ -127,6 +140,7 @@ class Lane:
         """Take in the requests of another lane of the same key."""
         self.requests += other.requests
         self.sent += other.sent
+        self.begun += other.begun
         self.search = self.search.concat(other.search)  # type: ignore[arg-type]  # same key, so the same kind
         self.memory = self.memory and other.memory and self.memory.concat(other.memory)
         self.rows = torch.cat([self.rows, other.rows])
@@ -139,6 +153,22 @@ class Newcomer:
     request: Request
     memory: Any
     unread: Unread
+
+
+@dataclass(eq=False)
+class Leaver:
+    """A request whose search is over, and whose outputs are read once more for their states.
+
+    Reading them gives the same bits as writing them did, so that no search has to keep the states of what it finished.
+    """
+
+    request: Request
+    outputs: list[Hypothesis]
+    unread: list[Unread]  # one for each output
+
+    @property
+    def done(self) -> bool:
+        return all(unread.done for unread in self.unread)
 
 
 class Engine:
@@ -167,6 +197,7 @@ class Engine:
         self._row_floor = row_floor
         self._waiting: Waiting[Request] = Waiting()
         self._newcomers: list[Newcomer] = []
+        self._leavers: list[Leaver] = []
         self._prefill = Prefill(self._model, row_floor, prefix_cache_states)
         self._lanes: dict[LaneKey, Lane] = {}
         self._device = self._model.device
@@ -174,7 +205,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._newcomers or self._lanes)
+        return bool(self._waiting or self._newcomers or self._lanes or self._leavers)
 
     @property
     def num_waiting(self) -> int:
@@ -182,17 +213,18 @@ class Engine:
 
     @property
     def num_rows(self) -> int:
-        """Decoder rows in use, or held for those that read their prefixes."""
+        """Decoder rows in use, or held for those that read their prefixes, or their outputs again."""
         return sum(request.params.width for request in self._live())
 
     @property
-    def prefix_tokens(self) -> tuple[int, int]:
-        """Tokens of prefixes read so far, and those that did not have to be read since others began alike."""
+    def prefill_tokens(self) -> tuple[int, int]:
+        """Tokens read outside the search so far, and those that were not since others began alike."""
         return self._prefill.tokens_read, self._prefill.tokens_saved
 
     def _live(self) -> Iterator[Request]:
         """The requests that have rows."""
         yield from (newcomer.request for newcomer in self._newcomers)
+        yield from (leaver.request for leaver in self._leavers)
         for lane in self._lanes.values():
             yield from lane.requests
 
@@ -211,7 +243,18 @@ class Engine:
                 param="max_new_tokens",
                 code="limit_exceeded",
             )
+        if request.state:
+            self._check_state(request, request.state)
         self._waiting.add(request)
+
+    def _check_state(self, request: Request, state: SavedState) -> None:
+        given = len(state.tokens)
+        if state.position.inputs != fingerprint(request.inputs):
+            raise InputError("state was made with other inputs; send the same ones again", param="state")
+        if len(state.values) != 4 * self._model.state_width or request.prefix[:given] != state.tokens:
+            raise InputError(
+                "state does not fit the model, or the prefix does not begin with its tokens", param="state"
+            )
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, wherever it is; its rows are free at the next step. Unknown ids are ignored."""
@@ -224,6 +267,7 @@ class Engine:
         events: list[Event] = self._expire()
         self._admit()
         self._read()
+        events += self._leave()
         if self._lanes:
             self._advance()
             events += self._retire()
@@ -240,6 +284,7 @@ class Engine:
         """Remove live requests; returns the ids of those that were there."""
         dropped = [request.id for request in self._live() if request.id in ids]
         self._newcomers = [newcomer for newcomer in self._newcomers if newcomer.request.id not in ids]
+        self._leavers = [leaver for leaver in self._leavers if leaver.request.id not in ids]
         for lane in list(self._lanes.values()):
             keep = [r for r, request in enumerate(lane.requests) if request.id not in ids]
             if len(keep) < len(lane.requests):
@@ -291,7 +336,10 @@ class Engine:
                 row = torch.tensor([r], device=self._device)
                 # The last token of a prefix is not read here: it is what the first step reads.
                 tokens = (self._bos, *request.prefix[:-1])
-                unread = Unread(tokens, state.select(row), shared=request.inputs is None)
+                if saved := request.state:
+                    unread = Unread(tokens, saved.state(state.width).to(self._device), len(saved.tokens))
+                else:
+                    unread = Unread(tokens, state.select(row), shared=request.inputs is None)
                 self._newcomers.append(Newcomer(request, memory and memory.select(row), unread))
         ready = [r for r, request in enumerate(group) if not request.prefix]
         self._join([group[r] for r in ready], memory, state, ready)
@@ -308,8 +356,9 @@ class Engine:
         return memory, self._model.start(memory, len(padded))
 
     def _read(self) -> None:
-        """Some tokens more of the prefixes; those who have read theirs join their lanes."""
-        self._prefill.read([newcomer.unread for newcomer in self._newcomers])
+        """Some tokens more of what is to be read; those who have read their prefixes join their lanes."""
+        leaving = [unread for leaver in self._leavers for unread in leaver.unread]
+        self._prefill.read([*leaving, *(newcomer.unread for newcomer in self._newcomers)])
         ready = [newcomer for newcomer in self._newcomers if newcomer.unread.done]
         self._newcomers = [newcomer for newcomer in self._newcomers if not newcomer.unread.done]
         for group in grouped(ready, lambda newcomer: self._positions(newcomer.request)):
@@ -339,6 +388,7 @@ class Engine:
             rows,
             self._rules(requests),
             [[0] * key.width for _ in requests],
+            [state.select(row) if r.return_state else None for r, row in zip(requests, index[:, None], strict=True)],
         )
         if key in self._lanes:
             self._lanes[key].join(lane)
@@ -351,7 +401,15 @@ class Engine:
         prefixes = [request.prefix for request in requests]
         if key.beams:
             return Beams.begin(params, prefixes, self._bos).to(self._device)
-        return Samples.begin(params, prefixes, [request.seed for request in requests], self._bos).to(self._device)
+        at = [request.state.position if request.state else None for request in requests]
+        return Samples.begin(
+            params,
+            prefixes,
+            self._bos,
+            [request.seed for request in requests],
+            [position.step if position else 0 for position in at],
+            [position.output if position else 0 for position in at],
+        ).to(self._device)
 
     def _rules(self, requests: Sequence[Request]) -> Rules:
         return Rules(
@@ -407,9 +465,50 @@ class Engine:
             finished = lane.search.finished.tolist()
             if any(finished):
                 ended = [r for r, done in enumerate(finished) if done]
-                events += [Finished(lane.requests[r].id, lane.search.results(r)) for r in ended]
+                events += [event for r in ended if (event := self._finish(lane, r))]
                 self._keep(lane, [r for r, done in enumerate(finished) if not done])
         return events
+
+    def _finish(self, lane: Lane, r: int) -> Finished | None:
+        """The answer of a request of a lane; none yet where the states of its outputs are to be read."""
+        request, outputs, begun = lane.requests[r], lane.search.results(r), lane.begun[r]
+        if begun is None:
+            return Finished(request.id, outputs)
+        unread = []
+        for output in outputs:
+            kept = self._kept(output)
+            unread.append(Unread((self._bos, *kept)[: len(kept)], begun, len(request.prefix)))
+        self._leavers.append(Leaver(request, outputs, unread))
+        return None
+
+    def _leave(self) -> list[Event]:
+        """The answers of those whose outputs have been read again."""
+        done = [leaver for leaver in self._leavers if leaver.done]
+        self._leavers = [leaver for leaver in self._leavers if not leaver.done]
+        return [Finished(leaver.request.id, self._with_states(leaver)) for leaver in done]
+
+    def _with_states(self, leaver: Leaver) -> list[Hypothesis]:
+        request = leaver.request
+        before = request.state.position if request.state else None
+        inputs = fingerprint(request.inputs)
+        states = []
+        for k, (output, unread) in enumerate(zip(leaver.outputs, leaver.unread, strict=True)):
+            kept = self._kept(output)
+            new = len(kept) - len(request.prefix)
+            step, index = (before.step, before.output) if before else (0, 0)
+            position = Position(
+                num_generated=request.num_continued + new,
+                step=step + new,
+                output=index + k,
+                seed=request.seed,
+                inputs=inputs,
+            )
+            states.append(SavedState(tuple(kept), unread.state.to_bytes(), position))
+        return [replace(output, state=state) for output, state in zip(leaver.outputs, states, strict=True)]
+
+    def _kept(self, output: Hypothesis) -> list[int]:
+        """The tokens that what goes on from it begins with: an EOS is left out, so that more text may follow."""
+        return output.tokens[:-1] if output.tokens[-1:] == [self._eos] and output.logprobs else output.tokens
 
     def _report(self, lane: Lane, r: int, request: Request) -> Iterable[Event]:
         for index, tokens in enumerate(lane.search.settled(r)):

@@ -46,10 +46,10 @@ def test_reading_holds_nobody_up(model: SequenceGenerator) -> None:
     for turn in range(1, 5):
         events = engine.step()
         assert [event.request_id for event in events] == ["short"] + ["short"] * (turn == 4)
-        assert engine.prefix_tokens == (turn * TOKENS, 0)
+        assert engine.prefill_tokens == (turn * TOKENS, 0)
         assert engine.num_rows == (5 if turn < 4 else 4)
     assert answers(engine)["long"] == generate(model, [make_request("long", make_prefix(10 * TOKENS), num_beams=4)])[0]
-    assert engine.prefix_tokens == (10 * TOKENS, 0)
+    assert engine.prefill_tokens == (10 * TOKENS, 0)
 
 
 def test_many_read_in_their_turn(model: SequenceGenerator) -> None:
@@ -57,7 +57,7 @@ def test_many_read_in_their_turn(model: SequenceGenerator) -> None:
     for i in range(2 * ROWS):
         engine.submit(make_request(str(i), make_prefix(TOKENS, i)))
     finished = [name for name, _ in answers(engine).items()]
-    assert engine.prefix_tokens == (2 * ROWS * TOKENS, 0)
+    assert engine.prefill_tokens == (2 * ROWS * TOKENS, 0)
     assert set(finished[:ROWS]) == {str(i) for i in range(ROWS)}
 
 
@@ -89,7 +89,7 @@ def test_a_shared_prompt_is_read_once(model: SequenceGenerator) -> None:
     for request in requests:
         engine.submit(request)
     assert answers(engine) == alone
-    read, saved = engine.prefix_tokens
+    read, saved = engine.prefill_tokens
     assert read + saved == 8 * 510
     assert 500 <= read <= 500 + 8 * (10 + TOKENS)
 
@@ -97,17 +97,17 @@ def test_a_shared_prompt_is_read_once(model: SequenceGenerator) -> None:
     for request in requests:
         engine.submit(request)
         assert answers(engine) == {request.id: alone[request.id]}
-    assert engine.prefix_tokens[0] <= 510 + 7 * (10 + BLOCK)
-    read, _ = engine.prefix_tokens
+    assert engine.prefill_tokens[0] <= 510 + 7 * (10 + BLOCK)
+    read, _ = engine.prefill_tokens
     engine.submit(requests[3])  # all of it was read before
     assert answers(engine) == {"3": alone["3"]}
-    assert engine.prefix_tokens[0] == read
+    assert engine.prefill_tokens[0] == read
 
     engine = Engine(model, row_floor=floor, prefix_cache_states=0)
     for request in requests:
         engine.submit(request)
     assert answers(engine) == alone
-    assert engine.prefix_tokens == (8 * 510, 0)
+    assert engine.prefill_tokens == (8 * 510, 0)
 
 
 def test_a_state_that_depends_on_inputs_is_not_shared() -> None:
@@ -117,7 +117,7 @@ def test_a_state_that_depends_on_inputs_is_not_shared() -> None:
     for i in range(2):
         engine.submit(Request(str(i), torch.tensor([5 + i, 6]), SearchParams(max_new_tokens=4), prefix))
         answers(engine)
-    assert engine.prefix_tokens == (4 * BLOCK, 0)
+    assert engine.prefill_tokens == (4 * BLOCK, 0)
 
 
 def test_the_cache_is_bounded_and_forgets_what_was_not_asked_for() -> None:
