@@ -565,14 +565,16 @@ def test_a_stop_string_is_found_across_the_cut(tmp_path: Path) -> None:
     for seed in range(4):
         options = {"do_sample": True, "seed": seed}
         free = ask(pipeline, "the", **options, max_new_tokens=12)
-        for start in range(1, min(10, len(free["text"]) - 3)):
-            stop = [free["text"][start : start + 3], "no such text"]
+        for start in range(1, min(8, len(free["text"]) - 5)):
+            stop = [free["text"][start : start + 5], "no such text"]
             whole = ask(pipeline, "the", **options, max_new_tokens=12, stop=stop)
             for cut in range(1, 6):
                 first = ask(pipeline, "the", **options, max_new_tokens=cut, stop=stop)
                 if first["finish_reason"] != "length":
                     continue
                 second = ask(pipeline, None, first["state"], do_sample=True, max_new_tokens=12 - cut, stop=stop)
+                streamed, _ = stream(pipeline, None, first["state"], do_sample=True, max_new_tokens=12 - cut, stop=stop)
+                assert "".join(streamed) == second["text"]
                 assert (second["finish_reason"], second["state"]) == (whole["finish_reason"], whole["state"])
                 if whole["finish_reason"] == "stop" and len(first["text"]) > len(whole["text"]):
                     assert second["text"] == "" and first["text"].startswith(whole["text"])

@@ -161,6 +161,18 @@ def test_forks_draw_differently() -> None:
     assert len({tuple(output.tokens) for output in several}) == 3
 
 
+def test_who_leaves_while_its_outputs_are_read_again() -> None:
+    model = make_language_model(5, vocab_size=40, hidden_size=16)
+    beams = SearchParams(num_beams=3, num_return_sequences=3, max_new_tokens=40, min_new_tokens=40)
+    engine = Engine(model)
+    engine.submit(Request("a", None, beams, return_state=True))
+    while engine._lanes or not engine._leavers:
+        assert engine.step() == []
+    assert engine.num_rows == 3
+    engine.cancel("a")
+    assert not engine.has_work and engine.num_rows == 0
+
+
 def test_the_engine_refuses_what_does_not_fit() -> None:
     model = make_translator(1)
     params, inputs = SearchParams(max_new_tokens=3, min_new_tokens=3), torch.tensor([5, 6])
