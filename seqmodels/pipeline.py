@@ -57,8 +57,15 @@ class Job:
 class Pipeline:
     """A loaded model directory, ready to answer."""
 
-    def __init__(self, pretrained: Pretrained, max_rows: int = 256, decoder_weights: Weights = "float32") -> None:
-        """decoder_weights: in which a generator's search computes; scores of given texts stay in float32."""
+    def __init__(
+        self,
+        pretrained: Pretrained,
+        max_rows: int = 256,
+        decoder_weights: Weights = "float32",
+        prefix_cache_states: int = 1024,
+    ) -> None:
+        """decoder_weights: in which a generator's search computes; scores of given texts stay in float32.
+        max_rows, prefix_cache_states: of the engine."""
         self.config = pretrained.config
         self.revision = pretrained.revision
         self.decoder_weights = decoder_weights
@@ -72,7 +79,13 @@ class Pipeline:
         self._engine, self._stepper = None, stepper
         if stepper:
             self._edges = WordEdges(*(torch.tensor(f, device=stepper.device) for f in self._tokenizer.word_edges()))
-            self._engine = Engine(stepper, max_rows, row_floor=floor or ROW_FLOOR, edges=self._edges)
+            self._engine = Engine(
+                stepper,
+                max_rows,
+                row_floor=floor or ROW_FLOOR,
+                edges=self._edges,
+                prefix_cache_states=prefix_cache_states,
+            )
 
     @classmethod
     def from_pretrained(
@@ -81,9 +94,10 @@ class Pipeline:
         device: str | torch.device = "cpu",
         max_rows: int = 256,
         decoder_weights: Weights = "float32",
+        prefix_cache_states: int = 1024,
     ) -> "Pipeline":
         """Raises ModelDirectoryError, ConfigError."""
-        return cls(load_pretrained(directory, device), max_rows, decoder_weights)
+        return cls(load_pretrained(directory, device), max_rows, decoder_weights, prefix_cache_states)
 
     @property
     def task(self) -> str:

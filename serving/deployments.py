@@ -57,7 +57,9 @@ def load_pipelines(config: ServeConfig) -> dict[str, Pipeline]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
-        name: Pipeline.from_pretrained(directory, device, config.max_rows, config.decoder_weights)
+        name: Pipeline.from_pretrained(
+            directory, device, config.max_rows, config.decoder_weights, config.prefix_cache_states
+        )
         for name, directory in config.models.items()
     }
 

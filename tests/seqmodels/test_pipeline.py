@@ -515,8 +515,9 @@ def test_a_number_of_threads_that_is_none(threads: str, capsys: pytest.CaptureFi
 
 
 def test_load_tells_how_busy_it_is(pipelines: dict[str, Pipeline]) -> None:
-    load = pipelines["translator"].load()
-    assert (load["waiting"], load["rows_live"], load["rows_total"]) == (0, 0, 256)
+    counts = {"prefill_tokens_read": 0, "prefill_tokens_saved": 0}
+    idle = {"waiting": 0, "rows_live": 0, "rows_total": 256}
+    assert Pipeline(pipelines["translator"]._pretrained).load() == idle | counts
     job = pipelines["translator"].prepare("the fox", {"num_beams": 3})
     pipelines["translator"].submit(job)
     assert pipelines["translator"].load()["waiting"] == 1
@@ -524,6 +525,14 @@ def test_load_tells_how_busy_it_is(pipelines: dict[str, Pipeline]) -> None:
     assert pipelines["translator"].load()["rows_live"] == 3
     pipelines["translator"].cancel(job.id)
     assert pipelines["translator"].load()["rows_live"] == 0
+    prompt = "the quick brown fox"
+    read = len(TOKENIZER.encode(prompt))
+    for states, counted in ((1024, (read, read)), (0, (2 * read, 0))):
+        pipeline = Pipeline(pipelines["language model"]._pretrained, prefix_cache_states=states)
+        for _ in range(2):
+            pipeline([prompt])
+        load = pipeline.load()
+        assert (load["prefill_tokens_read"], load["prefill_tokens_saved"]) == counted
     assert torch.is_inference_mode_enabled() is False
 
 
