@@ -69,8 +69,14 @@ class Request:
     @property
     def num_continued(self) -> int:
         """How many of the prefix's last tokens are output of what it goes on from, with no text given since."""
-        at_end = self.state is not None and len(self.state.tokens) == len(self.prefix)
-        return self.state.position.num_generated if self.state and at_end else 0
+        if self.state is None or len(self.prefix) > len(self.state.tokens):
+            return 0
+        return self.state.position.num_generated
+
+    @property
+    def first_draw(self) -> tuple[int, int]:
+        """The step and the output index at which its draws begin."""
+        return (self.state.position.step, self.state.position.output) if self.state else (0, 0)
 
     @property
     def room(self) -> int:
@@ -401,15 +407,8 @@ class Engine:
         prefixes = [request.prefix for request in requests]
         if key.beams:
             return Beams.begin(params, prefixes, self._bos).to(self._device)
-        at = [request.state.position if request.state else None for request in requests]
-        return Samples.begin(
-            params,
-            prefixes,
-            self._bos,
-            [request.seed for request in requests],
-            [position.step if position else 0 for position in at],
-            [position.output if position else 0 for position in at],
-        ).to(self._device)
+        seeds, (steps, outputs) = [r.seed for r in requests], zip(*(r.first_draw for r in requests), strict=True)
+        return Samples.begin(params, prefixes, self._bos, seeds, steps, outputs).to(self._device)
 
     def _rules(self, requests: Sequence[Request]) -> Rules:
         return Rules(
@@ -485,26 +484,25 @@ class Engine:
         """The answers of those whose outputs have been read again."""
         done = [leaver for leaver in self._leavers if leaver.done]
         self._leavers = [leaver for leaver in self._leavers if not leaver.done]
-        return [Finished(leaver.request.id, self._with_states(leaver)) for leaver in done]
+        return [
+            Finished(leaver.request.id, [self._with_state(leaver, k) for k in range(len(leaver.outputs))])
+            for leaver in done
+        ]
 
-    def _with_states(self, leaver: Leaver) -> list[Hypothesis]:
-        request = leaver.request
-        before = request.state.position if request.state else None
-        inputs = fingerprint(request.inputs)
-        states = []
-        for k, (output, unread) in enumerate(zip(leaver.outputs, leaver.unread, strict=True)):
-            kept = self._kept(output)
-            new = len(kept) - len(request.prefix)
-            step, index = (before.step, before.output) if before else (0, 0)
-            position = Position(
-                num_generated=request.num_continued + new,
-                step=step + new,
-                output=index + k,
-                seed=request.seed,
-                inputs=inputs,
-            )
-            states.append(SavedState(tuple(kept), unread.state.to_bytes(), position))
-        return [replace(output, state=state) for output, state in zip(leaver.outputs, states, strict=True)]
+    def _with_state(self, leaver: Leaver, k: int) -> Hypothesis:
+        """An output that has been read again, with its state."""
+        request, output = leaver.request, leaver.outputs[k]
+        kept = self._kept(output)
+        new = len(kept) - len(request.prefix)
+        step, index = request.first_draw
+        position = Position(
+            num_generated=request.num_continued + new,
+            step=step + new,
+            output=index + k,
+            seed=request.seed,
+            inputs=fingerprint(request.inputs),
+        )
+        return replace(output, state=SavedState(tuple(kept), leaver.unread[k].state.to_bytes(), position))
 
     def _kept(self, output: Hypothesis) -> list[int]:
         """The tokens that what goes on from it begins with: an EOS is left out, so that more text may follow."""
