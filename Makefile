@@ -39,6 +39,7 @@ serve: $(INSTALLED)  ## serve model directories: make serve MODELS="models/senti
 bench: $(INSTALLED)  ## run the benchmarks; each prints one JSON line per result
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.continuous
+	$(BIN)/python -m benchmarks.prefixes
 	$(BIN)/python -m benchmarks.train_step
 
 kill-storm: $(INSTALLED)  ## kill a training run 100 times, at every phase, and compare with an uninterrupted one

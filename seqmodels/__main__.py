@@ -5,6 +5,7 @@ cannot be answered gets {"error": ...} in the place of its answer, and the exit 
 """
 
 import argparse
+import base64
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -65,6 +66,11 @@ def _parser() -> argparse.ArgumentParser:
             "--max-rows", type=_positive, default=256, help="decoder rows at once (default: %(default)s)"
         )
         command.add_argument("--truncate", action="store_true", help="shorten inputs that are too long")
+    generate.add_argument(
+        "--return-state",
+        action="store_true",
+        help='with each sequence a "state" in base64; a line {"state": ..., "text": ...} goes on from it',
+    )
     generate.add_argument(
         "--decoder-weights",
         choices=get_args(Weights),
@@ -143,17 +149,20 @@ def _answer_all(pipeline: Pipeline, options: argparse.Namespace, lines: Iterable
 
 
 def _as_json(answer: Any) -> str:
-    """One line. Half of a surrogate pair, which no UTF-8 can hold, is written as JSON's own escape."""
-    return json.dumps(answer, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+    """One line, bytes in base64. Half of a surrogate pair, which no UTF-8 can hold, is written as JSON's own escape."""
+    text = json.dumps(answer, ensure_ascii=False, default=lambda data: base64.b64encode(data).decode())
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _prepared(
     pipeline: Pipeline, options: argparse.Namespace, params: dict[str, Any], line: bytes
 ) -> Job | SeqModelsError:
     try:
-        item, target = _item(line), None
+        item, target, state = _item(line), None, None
         if options.command == "score":
             item, target = _with_target(item)
+        if options.command == "generate":
+            item, state = _with_state(item)
         kind = pipeline.config.input
         if kind in TAKES_FILES and not (isinstance(item, dict) and kind in item):
             raise InputError(f"this model takes {TAKES_FILES[kind]}", code="unsupported_input")
@@ -161,7 +170,10 @@ def _prepared(
             return pipeline.prepare_score(
                 item, target, truncate=options.truncate, field="the input", target_field="the target"
             )
-        return pipeline.prepare(item, params, truncate=options.truncate, field="the input")
+        wants_state = getattr(options, "return_state", False)  # an option of generate alone
+        return pipeline.prepare(
+            item, params, truncate=options.truncate, field="the input", state=state, return_state=wants_state
+        )
     except InputError as error:
         if error.param in params:  # it would be wrong for every line
             raise
@@ -195,6 +207,17 @@ def _with_target(item: Any) -> tuple[Any, Any]:
         raise InputError('the line must be JSON with a "target", such as {"text": "A dog.", "target": "Ein Hund."}')
     target = item.pop("target")
     return item or None, target
+
+
+def _with_state(item: Any) -> tuple[Any, bytes | None]:
+    """The input and the state to go on from; for a language model, which may get no more text, that may be all."""
+    if not isinstance(item, dict) or "state" not in item:
+        return item, None
+    try:
+        state = base64.b64decode(item.pop("state"), validate=True)
+    except (TypeError, ValueError):
+        raise InputError("state is no base64; send what --return-state gave", param="state") from None
+    return item or None, state
 
 
 def _read(name: Any) -> bytes:

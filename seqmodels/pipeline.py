@@ -8,7 +8,7 @@ is served. `prepare` and `render` may be called from any thread; the others belo
 import secrets
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from seqmodels.config import explain
 from seqmodels.decoding.constraints import Phrases, WordEdges, missing
 from seqmodels.decoding.engine import ROW_FLOOR, Engine, Event, Failed, Finished, Request
 from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.saved import SavedState, fingerprint
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.errors import InputError, SeqModelsError
 from seqmodels.forward import Forward, ForwardRequest
@@ -63,11 +64,13 @@ class Pipeline:
         max_rows: int = 256,
         decoder_weights: Weights = "float32",
         shortlist: Shortlist | None = None,
+        prefix_cache_states: int = 1024,
     ) -> None:
         """decoder_weights: in which a generator's search computes. shortlist: what it chooses its tokens from.
-        Scores of given texts stay in float32, over all tokens."""
+        Scores of given texts stay in float32, over all tokens. max_rows, prefix_cache_states: of the engine."""
         self.config = pretrained.config
         self.revision = pretrained.revision
+        self.decoder_weights = decoder_weights
         self._pretrained = pretrained
         self._reader = Reader(pretrained)
         self._shortlist = shortlist
@@ -76,10 +79,16 @@ class Pipeline:
         floor = find_row_floor(model, stepper)
         self.batch_invariant = floor is not None
         self._forward = Forward(model, row_floor=floor or ROW_FLOOR)
-        self._engine = None
+        self._engine, self._stepper = None, stepper
         if stepper:
             self._edges = WordEdges(*(torch.tensor(f, device=stepper.device) for f in self._tokenizer.word_edges()))
-            self._engine = Engine(stepper, max_rows, row_floor=floor or ROW_FLOOR, edges=self._edges)
+            self._engine = Engine(
+                stepper,
+                max_rows,
+                row_floor=floor or ROW_FLOOR,
+                edges=self._edges,
+                prefix_cache_states=prefix_cache_states,
+            )
 
     @classmethod
     def from_pretrained(
@@ -89,11 +98,12 @@ class Pipeline:
         max_rows: int = 256,
         decoder_weights: Weights = "float32",
         shortlist: bool = False,
+        prefix_cache_states: int = 1024,
     ) -> "Pipeline":
         """shortlist: whether to use the directory's. Raises ModelDirectoryError, ConfigError."""
         pretrained = load_pretrained(directory, device)
         chosen = Shortlist.load(Path(directory), pretrained.config) if shortlist else None
-        return cls(pretrained, max_rows, decoder_weights, chosen)
+        return cls(pretrained, max_rows, decoder_weights, chosen, prefix_cache_states)
 
     @property
     def task(self) -> str:
@@ -110,36 +120,47 @@ class Pipeline:
         truncate: bool = False,
         stream: bool = False,
         deadline: float | None = None,
+        state: bytes | None = None,
+        return_state: bool = False,
     ) -> Job:
         """Check one input and turn it into tensors.
 
         item: a string, {"text"}, {"words"}, {"image": bytes}, {"frames": [bytes]} or {"features": [[...]]}, as the
         model takes; None or a prompt for a language model. params: options of SearchParams over the model's defaults.
-        deadline: a time.monotonic(). Raises InputError, whose `param` is `field` or the option at fault.
+        deadline: a time.monotonic(). return_state: whether each sequence of the answer comes with a `state`.
+        state: one of those, to go on from it: after all tokens that it holds a language model reads the item as more
+        text, and another model is given the same item again. The answer, its limits and its score are of what is new;
+        greedy and sampled, it is what one longer run would have written. From a sequence that ended with EOS it goes on
+        before that. Beams begin a new search there. Raises InputError, whose `param` is `field` or the option at fault.
         """
         if self._engine is None:
-            if params:
-                name = next(iter(params))
+            options = {**(params or {}), "state": state, "return_state": return_state or None}
+            if name := next((name for name, value in options.items() if value is not None), None):
                 raise InputError(f"{name} is an option of generators, and this model answers with labels", param=name)
             reading = self._reader.read(item, field, truncate)
             return Job(ForwardRequest(_new_id(), reading.inputs, (), deadline), reading)
         search = self._search_params(params or {})
-        reading = self._reader.read(item, field, truncate)
-        prefix = reading.prompt + self._reader.prefix(search.prefix, reading.prompt)
-        text = Text(self._tokenizer, reading.prompt, prefix, search.stop)
+        saved = None if state is None else self._saved(state)
+        reading = self._reader.read(item, field, truncate, inside=bool(saved and saved.tokens))
+        if saved and saved.position.inputs != fingerprint(reading.inputs):
+            raise InputError("state was made with other inputs; send the same ones again", param="state")
+        prompt = (saved.tokens if saved else ()) + reading.prompt
         request = Request(
             _new_id(),
             reading.inputs,
             search,
-            prefix,
+            prompt + self._reader.prefix(search.prefix, prompt),
             bad_words=self._bad_words(search),
             force_words=(force_words := self._force_words(search)),
             shortlist=self._shortlisted(reading, force_words),
-            seed=secrets.randbits(63) if search.seed is None else search.seed,
+            seed=self._seed(search, params or {}, saved),
             stream=stream,
-            watch=text.has_stop if search.stop else None,
             deadline=deadline,
+            state=saved,
+            return_state=return_state,
         )
+        if search.stop:
+            request = replace(request, watch=self._text(request, reading).has_stop)
         self._engine.check(request)
         return Job(request, reading)
 
@@ -167,6 +188,17 @@ class Pipeline:
             fault = error.errors(include_url=False)[0]
             fields = fault["loc"] or fault.get("ctx", {}).get("fields", ())
             raise InputError(explain(error), param=str(fields[0]) if fields else None) from None
+
+    def _saved(self, state: bytes) -> SavedState:
+        assert self._stepper is not None
+        width, vocab_size = self._stepper.state_width, self._stepper.vocab_size
+        return SavedState.from_bytes(state, self.revision, self.decoder_weights, width, vocab_size)
+
+    def _seed(self, search: SearchParams, given: Mapping[str, Any], saved: SavedState | None) -> int:
+        """The one given with the request, that of what it goes on from, the model's own, or a new one."""
+        if saved and given.get("seed") is None:
+            return saved.position.seed
+        return secrets.randbits(63) if search.seed is None else search.seed
 
     def _bad_words(self, search: SearchParams) -> tuple[tuple[int, ...], ...]:
         """Each as it is spelt at the start of a word, and inside one."""
@@ -217,10 +249,13 @@ class Pipeline:
         return self._forward.has_work or bool(self._engine and self._engine.has_work)
 
     def load(self) -> dict[str, int]:
-        """How busy it is: requests waiting, decoder rows in use and in all."""
+        """How busy it is: requests waiting, decoder rows in use and in all; and of the tokens in front of outputs, how
+        many were read so far, and how many were not since another output began alike."""
         waiting = self._forward.num_waiting + (self._engine.num_waiting if self._engine else 0)
         rows = (self._engine.num_rows, self._engine.max_rows) if self._engine else (0, 0)
-        return {"waiting": waiting, "rows_live": rows[0], "rows_total": rows[1]}
+        read, saved = self._engine.prefill_tokens if self._engine else (0, 0)
+        counts = {"prefill_tokens_read": read, "prefill_tokens_saved": saved}
+        return {"waiting": waiting, "rows_live": rows[0], "rows_total": rows[1], **counts}
 
     # -- render --------------------------------------------------------------------------------------------------
 
@@ -257,14 +292,17 @@ class Pipeline:
     def text_stream(self, job: Job) -> TextStream:
         """Turns the job's Progress events into text."""
         assert isinstance(job.request, Request)
-        return TextStream(self._text(job, job.request), job.request)
+        return TextStream(self._text(job.request, job.reading), job.request)
 
     def _render_sequences(self, job: Job, request: Request, result: Sequence[Hypothesis]) -> dict[str, Any]:
-        text = self._text(job, request)
+        text = self._text(request, job.reading)
         sequences = [
             render_sequence(text.of(hypothesis.tokens), hypothesis, self._tokenizer, request.params)
             for hypothesis in result
         ]
+        for sequence, hypothesis in zip(sequences, result, strict=True):
+            if hypothesis.state:
+                sequence["state"] = hypothesis.state.to_bytes(self.revision, self.decoder_weights)
         if request.force_words:
             for sequence, hypothesis in zip(sequences, result, strict=True):
                 sequence["missing_words"] = self._missing_words(request, hypothesis)
@@ -286,8 +324,9 @@ class Pipeline:
         absent = missing(hypothesis.tokens, len(request.prefix), request.force_words, self._edges)
         return [request.params.force_words[c] for c in absent]
 
-    def _text(self, job: Job, request: Request) -> Text:
-        return Text(self._tokenizer, job.reading.prompt, request.prefix, request.params.stop)
+    def _text(self, request: Request, reading: Reading) -> Text:
+        prompt = (request.state.tokens if request.state else ()) + reading.prompt
+        return Text(self._tokenizer, prompt, request.prefix, request.params.stop, request.num_continued)
 
     # -- offline -------------------------------------------------------------------------------------------------
 

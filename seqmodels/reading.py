@@ -61,13 +61,14 @@ class Reader:
         self._config = pretrained.config
         self._pretrained = pretrained
 
-    def read(self, item: Any, field: str, truncate: bool) -> Reading:
-        """item: as `TAKES` says for this model. Too long is an error unless `truncate`, which keeps the beginning."""
+    def read(self, item: Any, field: str, truncate: bool, inside: bool = False) -> Reading:
+        """item: as `TAKES` says for this model. Too long is an error unless `truncate`, which keeps the beginning.
+        inside: whether a prompt goes on from another text, so that no space is implied before it."""
         if isinstance(item, Mapping) and len(item) > 1:
             kinds = ", ".join(map(str, item))[:200]
             raise InputError(f"{field} has {kinds}; an input is exactly one of {', '.join(KINDS)}", param=field)
         if self._config.input == "nothing":
-            return Reading(prompt=self._prompt(item, field, truncate))
+            return Reading(prompt=self._prompt(item, field, truncate, inside))
         if self._config.input == "text" and self._config.architecture == "tagger":
             return self._words(item, field, truncate)
         inputs = self._inputs(item, field, truncate)
@@ -149,9 +150,10 @@ class Reader:
         positions = [position for position in positions if position < len(ids)]
         return Reading(torch.tensor(ids), (), text, tuple(spans[: len(positions)]), tuple(positions))
 
-    def _prompt(self, item: Any, field: str, truncate: bool) -> tuple[int, ...]:
+    def _prompt(self, item: Any, field: str, truncate: bool, inside: bool) -> tuple[int, ...]:
         text = checked_text(_prompt_text(item), f"this model takes {TAKES['nothing']}", field)
-        ids = tuple(self._target_tokenizer.encode(text))
+        tokenizer = self._target_tokenizer
+        ids = tuple(tokenizer.encode_inside(text) if inside else tokenizer.encode(text))
         # What is nearest to the continuation matters most, so a prompt loses its beginning, not its end.
         return ids[-self._config.max_source_length :] if truncate else self._bounded(ids, field, truncate)
 

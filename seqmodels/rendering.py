@@ -62,38 +62,58 @@ def render_sequence(text: str, hypothesis: Hypothesis, tokenizer: Tokenizer, par
     return sequence
 
 
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
 class Text:
     """Tokens of a request's outputs -> text: without the prompt, with the forced prefix, up to a stop string."""
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int], prefix: Sequence[int], stops: Sequence[str] = ()
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        prefix: Sequence[int],
+        stops: Sequence[str] = (),
+        num_continued: int = 0,
     ) -> None:
-        """prefix: prompt and forced prefix."""
+        """prefix: prompt and forced prefix. num_continued: how many of the prompt's last tokens are output of a request
+        that this one goes on from: a stop string, or a character, may begin in them and end here."""
         self._tokenizer, self._prefix, self._stops = tokenizer, prefix, stops
-        self._prompt_length = len(tokenizer.decode(prompt))
-        self._given = len(tokenizer.decode(prefix)) - self._prompt_length  # characters of the forced prefix
+        before, given = tokenizer.decode(prompt), tokenizer.decode(prefix)
+        if num_continued:  # a character that was cut in half is written by who completes it
+            before = given = before.rstrip(REPLACEMENT)
+        self._prompt_length = len(before)
+        self._given = len(given) - len(before)  # characters of the forced prefix
+        self._earlier = before[len(tokenizer.decode(prompt[: len(prompt) - num_continued])) :]
         # A token writes a byte or more, so a stop string that was just completed lies within so many tokens.
         self._tail = 4 * max(map(len, stops), default=0) + 4
 
     def of(self, tokens: Sequence[int]) -> str:
         """tokens: prompt, forced prefix and generated ones."""
         text = self._tokenizer.decode(tokens)[self._prompt_length :]
-        return text[: self._given + first_stop(text[self._given :], self._stops)]
+        return text[: self._given + self._first_stop(text[self._given :])]
 
     def settled(self, tokens: Sequence[int]) -> str:
         """The beginning of `of` that more tokens cannot change: no half character, nothing that may begin a stop."""
-        text = self.of(tokens).rstrip("\N{REPLACEMENT CHARACTER}")
-        generated = text[self._given :]
-        return text[: len(text) - max((_overlap(generated, stop) for stop in self._stops), default=0)]
+        text = self.of(tokens).rstrip(REPLACEMENT)
+        generated = self._earlier + text[self._given :]
+        held = max((_overlap(generated, stop) for stop in self._stops), default=0)
+        return text[: max(self._given, len(text) - held)]
 
     def has_stop(self, index: int, generated: Sequence[int]) -> bool:
         """Whether an output holds a stop string; asked after each token, by an engine that knows no text."""
         tail = generated[-self._tail :]
         if len(tail) == len(generated) or min(tail) <= EOS:  # special tokens write nothing
             text = self._tokenizer.decode([*self._prefix, *generated])[self._prompt_length + self._given :]
-        else:
-            text = self._tokenizer.decode(tail)
+            return self._first_stop(text) < len(text)
+        text = self._tokenizer.decode(tail)
         return any(stop in text for stop in self._stops)
+
+    def _first_stop(self, generated: str) -> int:
+        """Where the first stop string begins, or the length of what was generated; 0 where it began before that."""
+        whole, earlier = self._earlier + generated, len(self._earlier)
+        found = (whole.find(stop, max(0, earlier - len(stop) + 1)) for stop in self._stops)
+        return min((max(0, start - earlier) for start in found if start >= 0), default=len(generated))
 
 
 class TextStream:
@@ -139,11 +159,6 @@ def bio_spans(labels: Sequence[str]) -> list[tuple[str, int, int]]:
         else:
             spans.append((name, i, i + 1))
     return spans
-
-
-def first_stop(text: str, stops: Sequence[str]) -> int:
-    """Where the first stop string begins, or the length of the text."""
-    return min([found for stop in stops if (found := text.find(stop)) >= 0], default=len(text))
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -42,7 +42,7 @@ def _answers(model: Model, stepper: Decodes | None, floor: int) -> list[tuple[ob
     if isinstance(model, SequenceGenerator):
         stepper = stepper or Stepper(model)
         searches = _sample_searches(model.config, stepper.output_attentions)
-        engine = Engine(stepper, row_floor=floor)
+        engine = Engine(stepper, row_floor=floor, prefix_cache_states=0)  # a shared state would hide bits
         pairs += list(zip(_each(engine, searches), _all(engine, searches), strict=True))
     return pairs
 

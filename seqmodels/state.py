@@ -42,6 +42,9 @@ class State:
     def detach(self) -> "State":
         return State(self.values.detach())
 
+    def to(self, device: torch.device) -> "State":
+        return State(self.values.to(device))
+
     def to_bytes(self) -> bytes:
         """Little-endian float32, row after row."""
         return self.values.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4").tobytes()

@@ -63,6 +63,9 @@ class ServeConfig(Strict):
     decoder_weights: Literal["float32", "int8"] = "float32"  # of generators; int8 is faster on a CPU, at a small loss
     shortlist: bool = False  # translators that have one use it: faster, at a small loss (python -m training shortlist)
     max_rows: PositiveInt = 256  # decoder rows of one model that live at once
+    # States of each language model kept by the prompts that led to them, so that prompts that begin alike are read
+    # once. An answer then comes sooner where another client's prompt began like it; 0 keeps none.
+    prefix_cache_states: Annotated[int, Field(ge=0, le=2**20)] = 1024
     max_requests: PositiveInt = 1024  # inputs accepted and not yet answered, in each replica; more get 429
     api_keys_file: str | None = None  # one key per line; without it SEQMODELS_API_KEYS is read, comma-separated
     replicas: PositiveInt = 1

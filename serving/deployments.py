@@ -59,7 +59,12 @@ def load_pipelines(config: ServeConfig) -> dict[str, Pipeline]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
         name: Pipeline.from_pretrained(
-            directory, device, config.max_rows, config.decoder_weights, config.shortlist and has_shortlist(directory)
+            directory,
+            device,
+            config.max_rows,
+            config.decoder_weights,
+            config.shortlist and has_shortlist(directory),
+            config.prefix_cache_states,
         )
         for name, directory in config.models.items()
     }

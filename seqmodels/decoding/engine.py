@@ -2,24 +2,26 @@
 
 Synchronous; knows no thread, no text and no HTTP. Live requests stand in lanes, one per (search, width, memory
 length), all functions of the request alone. What is row-wise runs over all rows at once; attention and selection run
-lane by lane. One turn is: expire, admit, advance, retire. The move of rows is one gather at the head of `advance`,
-which follows beams to their parents, closes the gaps of those that left and takes in those that joined.
+lane by lane. One turn is: expire, admit, read, advance, retire. The move of rows is one gather at the head of
+`advance`, which follows beams to their parents, closes the gaps of those that left and takes in those that joined.
 """
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from itertools import groupby, repeat
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from seqmodels.decoding.constraints import WordEdges
 from seqmodels.decoding.logits import Rules
 from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.prefill import Prefill, Unread
+from seqmodels.decoding.saved import Position, SavedState, fingerprint
 from seqmodels.decoding.search import Beams, Hypothesis, Samples
 from seqmodels.decoding.waiting import Waiting
 from seqmodels.errors import DeadlineError, InputError, SeqModelsError
@@ -49,6 +51,8 @@ class Request:
     shortlist: (L,) the tokens that it may write; None for all.
     deadline: a time.monotonic() after which the answer is of no use. priority: higher goes first. client: for whom;
     of equal priority, those with the fewest rows in use go first.
+    state: what it goes on from, with the same inputs; the prefix then begins with all tokens of that state.
+    return_state: whether its hypotheses come with theirs.
     """
 
     id: str
@@ -64,6 +68,20 @@ class Request:
     deadline: float | None = None
     priority: int = 0
     client: str = ""
+    state: SavedState | None = None
+    return_state: bool = False
+
+    @property
+    def num_continued(self) -> int:
+        """How many of the prefix's last tokens are output of what it goes on from, with no text given since."""
+        if self.state is None or len(self.prefix) > len(self.state.tokens):
+            return 0
+        return self.state.position.num_generated
+
+    @property
+    def first_draw(self) -> tuple[int, int]:
+        """The step and the output index at which its draws begin."""
+        return (self.state.position.step, self.state.position.output) if self.state else (0, 0)
 
     @property
     def room(self) -> int:
@@ -122,12 +140,14 @@ class Lane:
     rows: Tensor  # (R, K) where each hypothesis's state stands in the engine's State
     rules: Rules
     sent: list[list[int]] = field(default_factory=list)  # tokens already streamed, by output
+    begun: list[State | None] = field(default_factory=list)  # after the prefix, of those who want their states back
 
     def select(self, keep: Sequence[int]) -> None:
         """Keep some requests, in order."""
         index = torch.tensor(keep, dtype=torch.int64, device=self.rows.device)
         self.requests = [self.requests[r] for r in keep]
         self.sent = [self.sent[r] for r in keep]
+        self.begun = [self.begun[r] for r in keep]
         self.search = self.search.select(index).trimmed(max(request.room for request in self.requests))
         self.memory = self.memory and self.memory.select(index)
         self.shortlist = None if self.shortlist is None else self.shortlist.index_select(0, index)
@@ -137,11 +157,37 @@ class Lane:
         """Take in the requests of another lane of the same key."""
         self.requests += other.requests
         self.sent += other.sent
+        self.begun += other.begun
         self.search = self.search.concat(other.search)  # type: ignore[arg-type]  # same key, so the same kind
         self.memory = self.memory and other.memory and self.memory.concat(other.memory)
         if self.shortlist is not None and other.shortlist is not None:
             self.shortlist = torch.cat([self.shortlist, other.shortlist])
         self.rows = torch.cat([self.rows, other.rows])
+
+
+@dataclass(eq=False)
+class Newcomer:
+    """A request that has its rows but still reads its prefix. memory: its own row of one."""
+
+    request: Request
+    memory: Any
+    unread: Unread
+
+
+@dataclass(eq=False)
+class Leaver:
+    """A request whose search is over, and whose outputs are read once more for their states.
+
+    Reading them gives the same bits as writing them did, so that no search has to keep the states of what it finished.
+    """
+
+    request: Request
+    outputs: list[Hypothesis]
+    unread: list[Unread]  # one for each output
+
+    @property
+    def done(self) -> bool:
+        return all(unread.done for unread in self.unread)
 
 
 class Engine:
@@ -154,11 +200,13 @@ class Engine:
         max_positions_per_step: int = 4096,
         row_floor: int = ROW_FLOOR,
         edges: WordEdges | None = None,
+        prefix_cache_states: int = 1024,
     ) -> None:
         """model: in evaluation mode; or a Stepper made from it before, or an Ensemble.
         edges: of the vocabulary's words, for `force_words`; None where every token is a word.
-        max_rows: decoder rows (beams of all live requests). max_positions_per_step: positions of sources and
-        prefixes read in one step, padding included, so that a burst of arrivals does not hold up those that run."""
+        max_rows: decoder rows (beams of all live requests). max_positions_per_step: positions of sources encoded in
+        one step, padding included, so that a burst of arrivals does not hold up those that run.
+        prefix_cache_states: how many states of a language model to keep, by the prompt that led to them; 0 for none."""
         assert model.config.decoder is not None
         self.max_rows = max_rows
         self._model: Decodes = Stepper(model) if isinstance(model, SequenceGenerator) else model
@@ -167,13 +215,16 @@ class Engine:
         self._max_positions_per_step = max_positions_per_step
         self._row_floor = row_floor
         self._waiting: Waiting[Request] = Waiting()
+        self._newcomers: list[Newcomer] = []
+        self._leavers: list[Leaver] = []
+        self._prefill = Prefill(self._model, row_floor, prefix_cache_states)
         self._lanes: dict[LaneKey, Lane] = {}
         self._device = self._model.device
         self._state = State(torch.zeros(0, self._model.state_width, device=self._device))
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._lanes)
+        return bool(self._waiting or self._newcomers or self._lanes or self._leavers)
 
     @property
     def num_waiting(self) -> int:
@@ -181,8 +232,20 @@ class Engine:
 
     @property
     def num_rows(self) -> int:
-        """Decoder rows in use."""
-        return sum(lane.rows.numel() for lane in self._lanes.values())
+        """Decoder rows in use, or held for those that read their prefixes, or their outputs again."""
+        return sum(request.params.width for request in self._live())
+
+    @property
+    def prefill_tokens(self) -> tuple[int, int]:
+        """Tokens read outside the search so far, and those that were not since others began alike."""
+        return self._prefill.tokens_read, self._prefill.tokens_saved
+
+    def _live(self) -> Iterator[Request]:
+        """The requests that have rows."""
+        yield from (newcomer.request for newcomer in self._newcomers)
+        yield from (leaver.request for leaver in self._leavers)
+        for lane in self._lanes.values():
+            yield from lane.requests
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises InputError where it could never be answered."""
@@ -214,12 +277,23 @@ class Engine:
                 param="max_new_tokens",
                 code="limit_exceeded",
             )
+        if request.state:
+            self._check_state(request, request.state)
 
     def num_details(self, request: Request) -> int:
         """Numbers that are kept of each token beside it: alternatives with their log-probabilities, and weights."""
         grid = self._model.config.grid
         positions = grid[0] * grid[1] if grid else 0 if request.inputs is None else len(request.inputs)
         return 2 * request.params.top_logprobs + positions * request.params.output_attentions
+
+    def _check_state(self, request: Request, state: SavedState) -> None:
+        given = len(state.tokens)
+        if state.position.inputs != fingerprint(request.inputs):
+            raise InputError("state was made with other inputs; send the same ones again", param="state")
+        if len(state.values) != 4 * self._model.state_width or request.prefix[:given] != state.tokens:
+            raise InputError(
+                "state does not fit the model, or the prefix does not begin with its tokens", param="state"
+            )
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, wherever it is; its rows are free at the next step. Unknown ids are ignored."""
@@ -231,6 +305,8 @@ class Engine:
         """One token for all live requests."""
         events: list[Event] = self._expire()
         self._admit()
+        self._read()
+        events += self._leave()
         if self._lanes:
             self._advance()
             events += self._retire()
@@ -239,18 +315,18 @@ class Engine:
     def _expire(self) -> list[Event]:
         now = time.monotonic()
         late = [request.id for request in self._waiting.expired(now)]
-        live = (request for lane in self._lanes.values() for request in lane.requests)
-        passed = {request.id for request in live if request.deadline is not None and request.deadline <= now}
+        passed = {request.id for request in self._live() if request.deadline is not None and request.deadline <= now}
         late += self._drop(passed) if passed else []
         return [Failed(name, DeadlineError("the deadline passed before the answer was ready")) for name in late]
 
     def _drop(self, ids: Set[str]) -> list[str]:
         """Remove live requests; returns the ids of those that were there."""
-        dropped = []
+        dropped = [request.id for request in self._live() if request.id in ids]
+        self._newcomers = [newcomer for newcomer in self._newcomers if newcomer.request.id not in ids]
+        self._leavers = [leaver for leaver in self._leavers if leaver.request.id not in ids]
         for lane in list(self._lanes.values()):
             keep = [r for r, request in enumerate(lane.requests) if request.id not in ids]
             if len(keep) < len(lane.requests):
-                dropped += [request.id for request in lane.requests if request.id in ids]
                 self._keep(lane, keep)
         return dropped
 
@@ -275,7 +351,7 @@ class Engine:
         rows, positions = self.max_rows - self.num_rows, self._max_positions_per_step
         rows_of = self._rows_by_client()
         while (request := self._waiting.head(rows_of)) and request.params.width <= rows:
-            cost = self._positions(request) + len(request.prefix)
+            cost = self._positions(request)
             if taken and cost > positions:
                 break
             self._waiting.take(request)
@@ -287,20 +363,28 @@ class Engine:
 
     def _rows_by_client(self) -> Counter[str]:
         rows: Counter[str] = Counter()
-        for lane in self._lanes.values():
-            for request in lane.requests:
-                rows[request.client] += lane.key.width
+        for request in self._live():
+            rows[request.client] += request.params.width
         return rows
 
     def _admit_group(self, group: Sequence[Request]) -> None:
-        """Requests of one padded length: begin together, then each into its lane."""
+        """Requests of one padded length: begin together, then each into its lane, or first to read its prefix."""
         memory, state = self._begin(group)
-        keys = [self._key(request) for request in group]
-        for index in grouped(range(len(group)), keys.__getitem__):
-            self._join([group[r] for r in index], memory, state, torch.tensor(index, device=self._device))
+        for r, request in enumerate(group):
+            if request.prefix:
+                row = torch.tensor([r], device=self._device)
+                # The last token of a prefix is not read here: it is what the first step reads.
+                tokens = (self._bos, *request.prefix[:-1])
+                if saved := request.state:
+                    unread = Unread(tokens, saved.state(state.width).to(self._device), len(saved.tokens))
+                else:
+                    unread = Unread(tokens, state.select(row), shared=request.inputs is None)
+                self._newcomers.append(Newcomer(request, memory and memory.select(row), unread))
+        ready = [r for r, request in enumerate(group) if not request.prefix]
+        self._join([group[r] for r in ready], memory, state, ready)
 
     def _begin(self, group: Sequence[Request]) -> tuple[Any, State]:
-        """Encode requests of one padded length and read their prefixes: a row each.
+        """Encode requests of one padded length: memory and start state, a row each.
 
         Rows are padded to the floor with copies of the first, so that none gets other bits when it comes alone.
         """
@@ -308,16 +392,28 @@ class Engine:
         memory = None
         if padded[0].inputs is not None:
             memory = self._model.encode(*pad_inputs([r.inputs for r in padded if r.inputs is not None], self._device))
-        state = self._model.start(memory, len(padded))
-        if any(request.prefix for request in group):
-            # The last token of a prefix is not read here: it is what the first step reads.
-            read = [torch.tensor([self._bos, *request.prefix[:-1]]) for request in padded]
-            lengths = torch.tensor([len(request.prefix) for request in padded], device=self._device)
-            state = self._model.read(pad_sequence(read, batch_first=True).to(self._device), lengths, state)
-        real = torch.arange(len(group), device=self._device)
-        return memory and memory.select(real), state.select(real)
+        return memory, self._model.start(memory, len(padded))
 
-    def _join(self, requests: list[Request], memory: Any, state: State, index: Tensor) -> None:
+    def _read(self) -> None:
+        """Some tokens more of what is to be read; those who have read their prefixes join their lanes."""
+        leaving = [unread for leaver in self._leavers for unread in leaver.unread]
+        self._prefill.read([*leaving, *(newcomer.unread for newcomer in self._newcomers)])
+        ready = [newcomer for newcomer in self._newcomers if newcomer.unread.done]
+        self._newcomers = [newcomer for newcomer in self._newcomers if not newcomer.unread.done]
+        for group in grouped(ready, lambda newcomer: self._positions(newcomer.request)):
+            memories = [newcomer.memory for newcomer in group if newcomer.memory]
+            memory = reduce(lambda one, two: one.concat(two), memories) if memories else None
+            state = State(torch.cat([newcomer.unread.state.values for newcomer in group]))
+            self._join([newcomer.request for newcomer in group], memory, state, range(len(group)))
+
+    def _join(self, requests: Sequence[Request], memory: Any, state: State, rows: Sequence[int]) -> None:
+        """Put requests of one padded length, which stand at `rows` in memory and state, into their lanes."""
+        keys = [self._key(request) for request in requests]
+        for group in grouped(range(len(requests)), keys.__getitem__):
+            index = torch.tensor([rows[i] for i in group], device=self._device)
+            self._join_lane([requests[i] for i in group], memory, state, index)
+
+    def _join_lane(self, requests: list[Request], memory: Any, state: State, index: Tensor) -> None:
         """Put requests of one lane key, which stand at `index` in memory and state, into their lane."""
         key = self._key(requests[0])
         first = self._state.num_rows
@@ -333,6 +429,7 @@ class Engine:
             rows,
             self._rules(requests),
             [[0] * key.width for _ in requests],
+            [state.select(row) if r.return_state else None for r, row in zip(requests, index[:, None], strict=True)],
         )
         if key in self._lanes:
             self._lanes[key].join(lane)
@@ -345,7 +442,8 @@ class Engine:
         prefixes = [request.prefix for request in requests]
         if key.beams:
             return Beams.begin(params, prefixes, self._bos, mask).to(self._device)
-        return Samples.begin(params, prefixes, [request.seed for request in requests], self._bos, mask).to(self._device)
+        seeds, (steps, outputs) = [r.seed for r in requests], zip(*(r.first_draw for r in requests), strict=True)
+        return Samples.begin(params, prefixes, self._bos, seeds, steps, outputs, mask).to(self._device)
 
     def _shortlists(self, requests: Sequence[Request], length: int) -> Tensor | None:
         if not length:
@@ -420,9 +518,49 @@ class Engine:
             finished = lane.search.finished.tolist()
             if any(finished):
                 ended = [r for r, done in enumerate(finished) if done]
-                events += [Finished(lane.requests[r].id, lane.search.results(r)) for r in ended]
+                events += [event for r in ended if (event := self._finish(lane, r))]
                 self._keep(lane, [r for r, done in enumerate(finished) if not done])
         return events
+
+    def _finish(self, lane: Lane, r: int) -> Finished | None:
+        """The answer of a request of a lane; none yet where the states of its outputs are to be read."""
+        request, outputs, begun = lane.requests[r], lane.search.results(r), lane.begun[r]
+        if begun is None:
+            return Finished(request.id, outputs)
+        unread = []
+        for output in outputs:
+            kept = self._kept(output)
+            unread.append(Unread((self._bos, *kept)[: len(kept)], begun, len(request.prefix)))
+        self._leavers.append(Leaver(request, outputs, unread))
+        return None
+
+    def _leave(self) -> list[Event]:
+        """The answers of those whose outputs have been read again."""
+        done = [leaver for leaver in self._leavers if leaver.done]
+        self._leavers = [leaver for leaver in self._leavers if not leaver.done]
+        return [
+            Finished(leaver.request.id, [self._with_state(leaver, k) for k in range(len(leaver.outputs))])
+            for leaver in done
+        ]
+
+    def _with_state(self, leaver: Leaver, k: int) -> Hypothesis:
+        """An output that has been read again, with its state."""
+        request, output = leaver.request, leaver.outputs[k]
+        kept = self._kept(output)
+        new = len(kept) - len(request.prefix)
+        step, index = request.first_draw
+        position = Position(
+            num_generated=request.num_continued + new,
+            step=step + new,
+            output=index + k,
+            seed=request.seed,
+            inputs=fingerprint(request.inputs),
+        )
+        return replace(output, state=SavedState(tuple(kept), leaver.unread[k].state.to_bytes(), position))
+
+    def _kept(self, output: Hypothesis) -> list[int]:
+        """The tokens that what goes on from it begins with: an EOS is left out, so that more text may follow."""
+        return output.tokens[:-1] if output.tokens[-1:] == [self._eos] and output.logprobs else output.tokens
 
     def _report(self, lane: Lane, r: int, request: Request) -> Iterable[Event]:
         for index, tokens in enumerate(lane.search.settled(r)):

@@ -13,13 +13,13 @@ _MIX_1 = -4658895280553007687
 _MIX_2 = -7723592293110705685
 
 
-def gumbel(seeds: Tensor, outputs: int, steps: Tensor, vocab_size: int) -> Tensor:
+def gumbel(seeds: Tensor, outputs: Tensor, steps: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise (R, K, V) of float32: the arg-max of log-probabilities plus noise is a fair draw.
 
-    seeds: (R,) of int64; outputs: K, the number of independent outputs; steps: (R,), tokens generated so far.
+    seeds: (R,) of int64; outputs: (R, K), the index of each; steps: (R,), tokens generated so far.
     """
     device = seeds.device
-    key = _mix(_mix(seeds)[:, None] + torch.arange(outputs, device=device))  # (R, K)
+    key = _mix(_mix(seeds)[:, None] + outputs)  # (R, K)
     key = _mix(key + steps[:, None])
     bits = _mix(key[:, :, None] + torch.arange(vocab_size, device=device))  # (R, K, V)
     # 23 bits and a half: every value is exact in float32, so it is never 0 or 1 and the noise is finite.

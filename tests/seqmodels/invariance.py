@@ -16,10 +16,9 @@ import torch
 from rich.progress import track
 
 from seqmodels.decoding.engine import Engine
-from seqmodels.decoding.generate import generate
 from seqmodels.selftest import find_row_floor
 from tests.seqmodels.builders import make_translator
-from tests.seqmodels.test_engine import SMALL_MODELS, random_request, run_schedule
+from tests.seqmodels.test_engine import SMALL_MODELS, random_bank, random_request, run_schedule
 
 SCHEDULES_PER_BANK = 200
 
@@ -38,8 +37,7 @@ def main() -> int:
         if floor is None:
             print(f"{name}: on this machine these shapes are not batch invariant; /readyz would say so")
             return 1
-        requests = [random_request(choose, str(i), model) for i in range(60)]
-        expected = [generate(model, [request], row_floor=floor)[0] for request in requests]
+        requests, expected = random_bank(choose, model, floor, 60)
         for _ in range(min(SCHEDULES_PER_BANK, options.schedules - bank * SCHEDULES_PER_BANK)):
             run_schedule(choose, model, floor, requests, expected)  # type: ignore[arg-type]
     print(f"{options.schedules} schedules: no bit differs")

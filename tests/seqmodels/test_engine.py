@@ -61,7 +61,7 @@ def random_request(choose: random.Random, name: str, model: SequenceGenerator | 
         tuple(choose.randrange(4, vocab_size) for _ in range(choose.choice([1, 1, 2])))
         for _ in range(choose.choice([0, 0, 2]))
     )
-    prefix = tuple(choose.randrange(4, vocab_size) for _ in range(choose.choice([0, 0, 1, 4])))
+    prefix = random_prefix(choose, vocab_size)
     attends = model.decoder.attention is not None if isinstance(model, SequenceGenerator) else model.output_attentions
     params, force_words = random_params(choose, attends), ()
     if params.num_beams > 1 and choose.random() < 0.3:
@@ -83,15 +83,40 @@ def random_request(choose: random.Random, name: str, model: SequenceGenerator | 
         shortlist=shortlist,
         seed=choose.randrange(2**62),
         stream=choose.random() < 0.3,
+        return_state=choose.random() < 0.25,
     )
+
+
+def random_bank(
+    choose: random.Random, model: SequenceGenerator | Decodes, floor: int, count: int, longest: int = 40
+) -> tuple[list[Request], list[list[Hypothesis]]]:
+    """Requests, some of which go on from outputs of others, and the answer of each when it comes alone."""
+    bank = [random_request(choose, str(i), model, longest) for i in range(count)]
+    expected = [generate(model, [request], row_floor=floor)[0] for request in bank]
+    ends = [(request, h.state) for request, hs in zip(bank, expected, strict=True) for h in hs if h.state]
+    for request, state in choose.sample(ends, min(len(ends), count // 5)):
+        other = random_request(choose, f"{request.id}, continued {len(bank)}", model)
+        prefix = state.tokens + choose.choice([(), other.prefix])
+        bank.append(replace(other, inputs=request.inputs, prefix=prefix, state=state))
+        expected.append(generate(model, bank[-1:], row_floor=floor)[0])
+    return bank, expected
+
+
+def random_prefix(choose: random.Random, vocab_size: int) -> tuple[int, ...]:
+    """None, a short one, or one read over several turns, which often begins as others do."""
+    length = choose.choice([0, 0, 0, 1, 4, choose.randint(9, 80)])
+    if length > 4 and choose.random() < 0.7:
+        common = [4 + i % (vocab_size - 4) for i in range(choose.randint(1, length))]
+        return (*common, *(choose.randrange(4, vocab_size) for _ in range(length - len(common))))
+    return tuple(choose.randrange(4, vocab_size) for _ in range(length))
 
 
 def run_schedule(
     choose: random.Random, model: SequenceGenerator | Decodes, floor: int, bank: list[Request], expected: list[object]
 ) -> None:
     """Requests arrive at random steps at an engine with random room; some leave before they are done."""
-    rows, positions = choose.randint(6, 40), choose.choice([12, 100, 4096])
-    engine = Engine(model, max_rows=rows, max_positions_per_step=positions, row_floor=floor)
+    rows, positions, states = choose.randint(6, 40), choose.choice([12, 100, 4096]), choose.choice([0, 2, 1024])
+    engine = Engine(model, max_rows=rows, max_positions_per_step=positions, row_floor=floor, prefix_cache_states=states)
     picked = choose.sample(range(len(bank)), choose.randint(3, 9))
     arrivals = sorted((choose.randint(0, 12), i) for i in picked)
     cancelled = {bank[i].id: choose.randint(0, 15) for i in picked if choose.random() < 0.15}
@@ -131,8 +156,7 @@ def test_a_busy_engine_changes_no_bit(make) -> None:  # type: ignore[no-untyped-
     if floor is None:
         pytest.skip("on this machine these shapes are not batch invariant; /readyz would say so")
     choose = random.Random(0)
-    bank = [random_request(choose, str(i), model) for i in range(60)]
-    expected = [generate(model, [request], row_floor=floor)[0] for request in bank]
+    bank, expected = random_bank(choose, model, floor, 60)
     assert len({str(answer) for answer in expected}) > 50  # the bank is no collection of equal answers
     for _ in range(200):
         run_schedule(choose, model, floor, bank, expected)  # type: ignore[arg-type]
@@ -158,8 +182,7 @@ def test_a_busy_engine_changes_no_bit_at_real_size(weights: Weights) -> None:
     if floor is None:
         pytest.skip("on this machine these shapes are not batch invariant; /readyz would say so")
     choose = random.Random(1)
-    bank = [random_request(choose, str(i), model, longest=70) for i in range(24)]
-    expected = [generate(model, [request], row_floor=floor)[0] for request in bank]
+    bank, expected = random_bank(choose, model, floor, 24, longest=70)
     for _ in range(50):
         run_schedule(choose, model, floor, bank, expected)  # type: ignore[arg-type]
 
@@ -312,16 +335,17 @@ def test_a_wide_request_at_the_head_is_not_overtaken() -> None:
 def test_draws_are_finite() -> None:
     """A float32 rounds up: with 24 bits and a half, one draw in 2 ** 24 was 1.0, and its noise infinite."""
     seeds, steps = torch.tensor([15, 2749]), torch.tensor([183, 0])
-    assert gumbel(seeds, 4, steps, 8000).isfinite().all()
+    assert gumbel(seeds, torch.arange(4).expand(2, -1), steps, 8000).isfinite().all()
     top = (torch.tensor(2**23 - 1).float() + 0.5) * 2.0**-23
     assert 0 < float(top) < 1
 
 
 def test_draws_differ_by_seed_output_step_and_token() -> None:
-    noise = gumbel(torch.tensor([1, 1, 2]), 3, torch.tensor([5, 6, 5]), 50)
+    three = torch.arange(3).expand(3, -1)
+    noise = gumbel(torch.tensor([1, 1, 2]), three, torch.tensor([5, 6, 5]), 50)
     assert len(set(noise.flatten().tolist())) == noise.numel()
-    assert torch.equal(noise[0], gumbel(torch.tensor([1]), 3, torch.tensor([5]), 50)[0])  # and by nothing else
-    many = gumbel(torch.arange(400), 2, torch.zeros(400, dtype=torch.int64), 50)
+    assert torch.equal(noise[0], gumbel(torch.tensor([1]), three[:1], torch.tensor([5]), 50)[0])  # by nothing else
+    many = gumbel(torch.arange(400), torch.arange(2).expand(400, -1), torch.zeros(400, dtype=torch.int64), 50)
     assert abs(float(many.mean()) - 0.5772) < 0.02  # Euler's constant, the mean of a Gumbel variable
     assert abs(float(torch.corrcoef(many[:, 0].T.flatten(1))[0, 1:].mean())) < 0.05
 
@@ -338,14 +362,6 @@ def test_a_lane_forgets_a_long_request() -> None:
     engine.cancel("long")
     assert lane.search.tokens.shape[2] == 9
     assert len(result(run(engine), "short")[0].tokens) == 9
-
-
-def test_prefixes_count_in_the_budget_of_a_step() -> None:
-    engine = Engine(make_language_model(14, vocab_size=30), max_positions_per_step=100)
-    for name in "abc":
-        engine.submit(Request(name, None, SearchParams(max_new_tokens=2, min_new_tokens=2), prefix=(5,) * 60))
-    engine.step()
-    assert (engine.num_rows, engine.num_waiting) == (1, 2)
 
 
 def test_buckets_cover_every_length() -> None:
@@ -367,4 +383,5 @@ def test_memory_stays_flat_and_rows_return() -> None:
     while engine.has_work:
         engine.step()
     assert (engine.num_rows, engine.num_waiting, len(engine._lanes)) == (0, 0, 0)
+    assert not engine._newcomers and not engine._leavers
     assert engine._state.num_rows <= 24

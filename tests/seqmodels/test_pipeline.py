@@ -7,6 +7,8 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ import torch
 from PIL import Image
 
 from seqmodels.__main__ import main
-from seqmodels.decoding.engine import Finished, Progress
+from seqmodels.decoding.engine import Finished, Progress, Request
 from seqmodels.decoding.params import SearchParams
 from seqmodels.errors import InputError, TooLongError, UnsupportedError
-from seqmodels.pipeline import Pipeline
+from seqmodels.pipeline import Job, Pipeline
 from seqmodels.preprocessing import Preprocessor
 from seqmodels.pretrained import save_pretrained
 from seqmodels.rendering import bio_spans, is_bio
@@ -148,8 +150,10 @@ def test_a_prompt_is_left_out_and_a_prefix_is_kept(pipelines: dict[str, Pipeline
     assert answer["sequences"][0]["text"].startswith("Ein Hund")
 
 
-def stream(pipeline: Pipeline, item: Any, **params: Any) -> tuple[list[str], dict[str, Any]]:
-    job = pipeline.prepare(item, params, stream=True)
+def stream(
+    pipeline: Pipeline, item: Any, state: bytes | None = None, **params: Any
+) -> tuple[list[str], dict[str, Any]]:
+    job = pipeline.prepare(item, params, stream=True, state=state)
     streamed: dict[int, str] = {}
     text = pipeline.text_stream(job)
     pipeline.submit(job)
@@ -560,7 +564,9 @@ def test_a_number_of_threads_that_is_none(threads: str, capsys: pytest.CaptureFi
 
 
 def test_load_tells_how_busy_it_is(pipelines: dict[str, Pipeline]) -> None:
-    assert pipelines["translator"].load() == {"waiting": 0, "rows_live": 0, "rows_total": 256}
+    counts = {"prefill_tokens_read": 0, "prefill_tokens_saved": 0}
+    idle = {"waiting": 0, "rows_live": 0, "rows_total": 256}
+    assert Pipeline(pipelines["translator"]._pretrained).load() == idle | counts
     job = pipelines["translator"].prepare("the fox", {"num_beams": 3})
     pipelines["translator"].submit(job)
     assert pipelines["translator"].load()["waiting"] == 1
@@ -568,4 +574,136 @@ def test_load_tells_how_busy_it_is(pipelines: dict[str, Pipeline]) -> None:
     assert pipelines["translator"].load()["rows_live"] == 3
     pipelines["translator"].cancel(job.id)
     assert pipelines["translator"].load()["rows_live"] == 0
+    prompt = "the quick brown fox"
+    read = len(TOKENIZER.encode(prompt))
+    for states, counted in ((1024, (read, read)), (0, (2 * read, 0))):
+        pipeline = Pipeline(pipelines["language model"]._pretrained, prefix_cache_states=states)
+        for _ in range(2):
+            pipeline([prompt])
+        load = pipeline.load()
+        assert (load["prefill_tokens_read"], load["prefill_tokens_saved"]) == counted
     assert torch.is_inference_mode_enabled() is False
+
+
+# -- going on from a state
+
+
+def ask(pipeline: Pipeline, item: Any, state: bytes | None = None, **params: Any) -> dict[str, Any]:
+    """The first sequence, which has its state with it."""
+    job = pipeline.prepare(item, params, state=state, return_state=True)
+    sequence: dict[str, Any] = pipeline.run([job])[0]["sequences"][0]
+    return sequence
+
+
+@pytest.mark.parametrize("item", ["the quick", None])
+def test_texts_in_two_calls_are_the_text_of_one(pipelines: dict[str, Pipeline], item: str | None) -> None:
+    """Characters cut in half too, of which a model with random weights writes many; streamed as well."""
+    pipeline, halves = pipelines["language model"], 0
+    for seed in range(30):
+        whole = ask(pipeline, item, do_sample=True, max_new_tokens=12, seed=seed)
+        for cut in range(1, 12, 3):
+            first = ask(pipeline, item, do_sample=True, max_new_tokens=cut, seed=seed)
+            if first["finish_reason"] == "eos":
+                continue
+            halves += first["text"].endswith("\N{REPLACEMENT CHARACTER}")
+            rest = {"do_sample": True, "max_new_tokens": 12 - cut}  # the seed comes with the state
+            second = ask(pipeline, None, first["state"], **rest)
+            assert first["text"].rstrip("\N{REPLACEMENT CHARACTER}") + second["text"] == whole["text"]
+            assert second["state"] == whole["state"]
+            assert "".join(stream(pipeline, None, first["state"], **rest)[0]) == second["text"]
+    assert halves > 5
+
+
+def test_a_stop_string_is_found_across_the_cut(tmp_path: Path) -> None:
+    """The first call may have written its beginning already; no token after its end is written."""
+    characters = Tokenizer.train(CORPUS, "character")
+    model = make_model(1, 2.0, architecture="generator", decoder={**DECODER, "vocab_size": characters.vocab_size})
+    save_pretrained(model, tmp_path / "model", target_tokenizer=characters)
+    pipeline, found = Pipeline.from_pretrained(tmp_path / "model"), 0
+    for seed in range(4):
+        options = {"do_sample": True, "seed": seed}
+        free = ask(pipeline, "the", **options, max_new_tokens=12)
+        for start in range(1, min(8, len(free["text"]) - 5)):
+            stop = [free["text"][start : start + 5], "no such text"]
+            whole = ask(pipeline, "the", **options, max_new_tokens=12, stop=stop)
+            for cut in range(1, 6):
+                first = ask(pipeline, "the", **options, max_new_tokens=cut, stop=stop)
+                if first["finish_reason"] != "length":
+                    continue
+                second = ask(pipeline, None, first["state"], do_sample=True, max_new_tokens=12 - cut, stop=stop)
+                streamed, _ = stream(pipeline, None, first["state"], do_sample=True, max_new_tokens=12 - cut, stop=stop)
+                assert "".join(streamed) == second["text"]
+                assert (second["finish_reason"], second["state"]) == (whole["finish_reason"], whole["state"])
+                if whole["finish_reason"] == "stop" and len(first["text"]) > len(whole["text"]):
+                    assert second["text"] == "" and first["text"].startswith(whole["text"])
+                    found += 1
+                else:
+                    assert first["text"] + second["text"] == whole["text"]
+            # From a stop string on: it was met before, and is not met again.
+            again = ask(pipeline, None, whole["state"], bad_words=stop, max_new_tokens=1, stop=[*stop, "a longer one"])
+            assert again["finish_reason"] == "length"
+    assert found > 5
+
+
+def test_more_text_after_a_state_is_read_as_if_all_had_been_one_prompt(pipelines: dict[str, Pipeline]) -> None:
+    pipeline = pipelines["language model"]
+    first = ask(pipeline, "the quick", max_new_tokens=5, bad_words=["\N{REPLACEMENT CHARACTER}"])
+    more = pipeline.prepare(" fox", {"prefix": " jumps", "max_new_tokens": 6}, state=first["state"])
+    assert isinstance(more.request, Request) and more.request.state
+    assert more.request.prefix[len(more.request.state.tokens) :] == tuple(TOKENIZER.encode_inside(" fox")) + tuple(
+        TOKENIZER.encode_inside(" jumps")
+    )
+    assert more.num_input_tokens == len(TOKENIZER.encode_inside(" fox"))
+    afresh = Job(
+        replace(more.request, state=None), replace(more.reading, prompt=more.request.state.tokens + more.reading.prompt)
+    )
+    assert pipeline.run([more]) == pipeline.run([afresh])
+    assert pipeline.run([more])[0]["sequences"][0]["text"].startswith(" jumps")
+
+
+def test_a_model_with_inputs_goes_on_with_the_same_ones(pipelines: dict[str, Pipeline]) -> None:
+    picture, other = png(), png(size=(40, 40))
+    for name, item, wrong in (("translator", "the fox", "a fox"), ("captioner", {"image": picture}, {"image": other})):
+        pipeline = pipelines[name]
+        whole = ask(pipeline, item, max_new_tokens=10, seed=5)
+        first = ask(pipeline, item, max_new_tokens=4, seed=5)
+        second = ask(pipeline, item, first["state"], max_new_tokens=6)
+        assert first["text"].rstrip("\N{REPLACEMENT CHARACTER}") + second["text"] == whole["text"]
+        assert second["state"] == whole["state"]
+        with pytest.raises(InputError, match="made with other inputs") as error:
+            pipeline.prepare(wrong, state=first["state"])
+        assert error.value.param == "state"
+    with pytest.raises(InputError, match="made by a model"):
+        pipelines["language model"].prepare("a", state=first["state"])
+    with pytest.raises(InputError, match="damaged or no state"):
+        pipelines["language model"].prepare("a", state=b"")
+    for option in ({"state": b""}, {"return_state": True}):
+        with pytest.raises(InputError, match="is an option of generators"):
+            pipelines["classifier"].prepare("a", **option)  # type: ignore[arg-type]
+
+
+def test_the_command_line_goes_on_from_a_state(
+    directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sequences(*lines: Any, options: Sequence[str] = ()) -> list[Any]:
+        (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        main(["generate", str(directories["language model"]), str(tmp_path / "lines.jsonl"), *options])
+        answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        return [answer["sequences"][0] if "sequences" in answer else answer["error"]["message"] for answer in answers]
+
+    line = {"text": "the quick"}
+    (whole,) = sequences(line, options=["--max-new-tokens", "7"])
+    assert "state" not in whole
+    (first,) = sequences(line, options=["--max-new-tokens", "3", "--return-state"])
+    second, more, damaged, no_base64, number = sequences(
+        {"state": first["state"]},
+        {"state": first["state"], "text": " fox"},
+        {"state": first["state"][:40]},
+        {"state": "?"},
+        {"state": 7},
+        options=["--max-new-tokens", "4"],
+    )
+    assert first["text"].rstrip("\N{REPLACEMENT CHARACTER}") + second["text"] == whole["text"]
+    assert more["text"] != second["text"]
+    assert "damaged" in damaged
+    assert "state is no base64" in no_base64 and "state is no base64" in number

@@ -1,0 +1,139 @@
+"""SavedState: where an output stands, so that a later request can go on from it as if it had never stopped.
+
+Knows tokens, numbers and bytes; knows no model, no text and no search. As bytes it is a safetensors file of two tensors
+with JSON in its metadata, and it fits the very model that made it and no other. A checksum tells damage, not forgery.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import safetensors
+import torch
+from pydantic import Field, ValidationError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from seqmodels.config import Strict
+from seqmodels.errors import InputError
+from seqmodels.kernels import Weights
+from seqmodels.state import State
+
+FORMAT_VERSION: Literal[1] = 1
+DTYPES = {"values": torch.float32, "tokens": torch.int64}
+Count = Annotated[int, Field(ge=0, lt=2**62)]
+
+
+class Position(Strict):
+    """Where in its draws an output stands.
+
+    num_generated: how many of the last tokens were generated since a text was last given. step: tokens generated since
+    the first start, output: its index then; with the seed, what a draw depends on. inputs: `fingerprint` of them.
+    """
+
+    num_generated: Count
+    step: Count
+    output: Count
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    inputs: str
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """tokens: all so far, given and generated, without a final EOS. values: the recurrent state, one row, after all of
+    them but the last, which is read when it goes on."""
+
+    tokens: tuple[int, ...]
+    values: bytes  # of State.to_bytes
+    position: Position
+
+    def state(self, width: int) -> State:
+        return State.from_bytes(self.values, width)
+
+    def to_bytes(self, revision: str, decoder_weights: Weights) -> bytes:
+        """revision, decoder_weights: of the model that made it."""
+        about = _About(version=FORMAT_VERSION, revision=revision, decoder_weights=decoder_weights, at=self.position)
+        tensors = {
+            "values": torch.frombuffer(bytearray(self.values), dtype=torch.float32),
+            "tokens": torch.tensor(self.tokens, dtype=torch.int64),
+        }
+        about = about.model_copy(update={"checksum": _checksum(about, tensors)})
+        return save(tensors, {"state": about.model_dump_json()})
+
+    @classmethod
+    def from_bytes(
+        cls, data: bytes, revision: str, decoder_weights: Weights, width: int, vocab_size: int
+    ) -> "SavedState":
+        """Raises InputError for anything but what `to_bytes` gave, for the model that is described here."""
+        tensors, about = _parsed(data)
+        made_by, here = (about.revision, about.decoder_weights), (revision, decoder_weights)
+        if made_by != here:
+            raise _error(f"was made by a model {' in '.join(made_by)}, but this one is {' in '.join(here)}")
+        if {name: tensor.dtype for name, tensor in tensors.items()} != DTYPES:
+            raise _damaged()
+        if about.checksum != _checksum(about, tensors):
+            raise _damaged()
+        values, tokens = tensors["values"], tensors["tokens"]
+        if values.shape != (width,) or not values.isfinite().all():
+            raise _error(f"does not hold the {width} finite numbers of this model's state")
+        if tokens.dim() != 1 or ((tokens < 0) | (tokens >= vocab_size)).any():
+            raise _error(f"holds something that is none of this model's {vocab_size} tokens")
+        if about.at.num_generated > len(tokens):
+            raise _error(f"says that {about.at.num_generated} of its {len(tokens)} tokens were generated")
+        return cls(tuple(tokens.tolist()), State(values[None]).to_bytes(), about.at)
+
+
+class _About(Strict):
+    version: Literal[1]
+    revision: str
+    decoder_weights: Weights
+    at: Position
+    checksum: str = ""  # sha256 hex over all of the above and the tensors
+
+
+def fingerprint(inputs: Tensor | None) -> str:
+    """What tells inputs apart; "" where there are none."""
+    if inputs is None:
+        return ""
+    about = f"{inputs.dtype} {tuple(inputs.shape)} ".encode()
+    return hashlib.sha256(about + _bytes(inputs)).hexdigest()
+
+
+def _parsed(data: bytes) -> tuple[dict[str, Tensor], _About]:
+    try:
+        tensors = load(data)  # has checked the header that is read next
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        version = json.loads(header["__metadata__"]["state"])["version"]
+        if version != FORMAT_VERSION:
+            raise _error(f"is of version {str(version)[:20]}, but this program knows version {FORMAT_VERSION}")
+        return tensors, _About.model_validate_json(header["__metadata__"]["state"])
+    except (
+        safetensors.SafetensorError,
+        ValidationError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AssertionError,
+        RecursionError,
+    ):
+        raise _damaged() from None
+
+
+def _checksum(about: _About, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(about.model_dump_json(exclude={"checksum"}).encode())
+    for name in sorted(tensors):
+        digest.update(_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return bytes(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+
+
+def _damaged() -> InputError:
+    return _error("is damaged or no state; send the bytes that return_state gave")
+
+
+def _error(what: str) -> InputError:
+    return InputError(f"state {what}", param="state")
