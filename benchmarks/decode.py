@@ -40,8 +40,9 @@ from benchmarks.workload import (
     read_sources,
     run,
 )
-from seqmodels.decoding.engine import Engine, Request
+from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.request import Request
 from seqmodels.models import SequenceGenerator
 
 ORDERS = ("unsorted", "sorted")

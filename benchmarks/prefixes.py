@@ -21,8 +21,9 @@ import torch
 
 from benchmarks.workload import VOCAB_SIZE
 from seqmodels.config import ModelConfig
-from seqmodels.decoding.engine import Engine, Finished, Request
+from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.request import Finished, Request
 from seqmodels.models import SequenceGenerator
 from seqmodels.stepper import Stepper
 

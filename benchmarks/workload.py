@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from seqmodels.config import ModelConfig
-from seqmodels.decoding.engine import Engine, Event, Failed, Finished, Request
+from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.request import Event, Failed, Finished, Request
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.models import SequenceGenerator
 from seqmodels.pretrained import Pretrained, load_pretrained

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seqmodels.decoding.engine import ROW_FLOOR, Event, Failed, Finished, bucket, grouped, has_steps, pad_inputs
+from seqmodels.decoding.padding import ROW_FLOOR, bucket, grouped, has_steps, pad_inputs
+from seqmodels.decoding.request import Event, Failed, Finished
 from seqmodels.errors import DeadlineError
 from seqmodels.models import Model, SequenceClassifier, SequenceGenerator
 

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from seqmodels.config import explain
 from seqmodels.decoding.constraints import Phrases, WordEdges, missing
-from seqmodels.decoding.engine import ROW_FLOOR, Engine, Event, Failed, Finished, Request
+from seqmodels.decoding.engine import Engine
+from seqmodels.decoding.padding import ROW_FLOOR
 from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.request import Event, Failed, Finished, Request
 from seqmodels.decoding.saved import SavedState, fingerprint
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.errors import InputError, SeqModelsError

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from seqmodels.decoding.engine import Progress, Request
 from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.request import Progress, Request
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.reading import Reading
 from seqmodels.tokenizer import EOS, Tokenizer

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from seqmodels.config import FeatureEncoderConfig, ModelConfig, TextEncoderConfig
-from seqmodels.decoding.engine import Engine, Finished, Request
+from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.request import Finished, Request
 from seqmodels.forward import Forward, ForwardRequest
 from seqmodels.models import Model, SequenceGenerator
 from seqmodels.stepper import Decodes, Stepper

@@ -89,14 +89,14 @@ class Memory:
             F.pad(self.values, (0, 0, 0, missing)), F.pad(self.mask, (0, missing), value=False), self.summary, keys
         )
 
-    def concat(self, other: "Memory") -> "Memory":
-        """Rows of this memory, then rows of the other, which has the same S."""
-        keys = None if self.keys is None or other.keys is None else torch.cat([self.keys, other.keys])
+    def concat(self, *others: "Memory") -> "Memory":
+        """Rows of this memory, then rows of the others, which have the same S."""
+        everyone = (self, *others)
         return Memory(
-            torch.cat([self.values, other.values]),
-            torch.cat([self.mask, other.mask]),
-            torch.cat([self.summary, other.summary]),
-            keys,
+            torch.cat([one.values for one in everyone]),
+            torch.cat([one.mask for one in everyone]),
+            torch.cat([one.summary for one in everyone]),
+            None if self.keys is None else torch.cat([one.keys for one in everyone if one.keys is not None]),
         )
 
 
@@ -118,8 +118,9 @@ class MemoryGroup:
     def select(self, rows: Tensor) -> "MemoryGroup":
         return MemoryGroup(tuple(memory.select(rows) for memory in self.members))
 
-    def concat(self, other: "MemoryGroup") -> "MemoryGroup":
-        return MemoryGroup(tuple(one.concat(two) for one, two in zip(self.members, other.members, strict=True)))
+    def concat(self, *others: "MemoryGroup") -> "MemoryGroup":
+        columns = zip(self.members, *(other.members for other in others), strict=True)
+        return MemoryGroup(tuple(first.concat(*rest) for first, *rest in columns))
 
     def padded(self, positions: int) -> "MemoryGroup":
         return MemoryGroup(tuple(memory.padded(positions) for memory in self.members))

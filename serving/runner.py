@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
-from seqmodels.decoding.engine import Event, Failed, Finished
+from seqmodels.decoding.request import Event, Failed, Finished
 from seqmodels.errors import QueueFullError, SeqModelsError
 from serving.errors import ClosingError, EngineError
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
-from seqmodels.decoding.engine import Event, Failed, Finished, Progress
+from seqmodels.decoding.request import Event, Failed, Finished, Progress
 from seqmodels.errors import DeadlineError
 from serving.errors import HttpError
 from serving.runner import Order, Runner

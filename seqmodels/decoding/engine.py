@@ -8,161 +8,32 @@ lane by lane. One turn is: expire, admit, read, advance, retire. The move of row
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass, field, replace
-from functools import reduce
-from itertools import groupby, repeat
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass, replace
+from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from seqmodels.decoding.constraints import WordEdges
+from seqmodels.decoding.lane import Lane, LaneKey
 from seqmodels.decoding.logits import Rules
-from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.padding import ROW_FLOOR, grouped, padded_length
 from seqmodels.decoding.prefill import Prefill, Unread
+from seqmodels.decoding.request import Event, Failed, Finished, Progress, Request
 from seqmodels.decoding.saved import Position, SavedState, fingerprint
 from seqmodels.decoding.search import Beams, Hypothesis, Samples
+from seqmodels.decoding.sources import Encoded, Sources
 from seqmodels.decoding.waiting import Waiting
-from seqmodels.errors import DeadlineError, InputError, SeqModelsError
+from seqmodels.errors import DeadlineError, InputError
 from seqmodels.models import SequenceGenerator
 from seqmodels.state import State
 from seqmodels.stepper import Decodes, Group, Stepper
 from seqmodels.tokenizer import PAD
 
-T = TypeVar("T")
-
-ROW_FLOOR = 4  # with fewer rows CPU kernels take another path, and a row gets other bits
 MAX_TOKENS = 20_000_000  # of all rows, since each may get room for as many as the longest request of its lane
 MAX_DETAILS = 200_000_000  # numbers of alternatives and attention weights, likewise
-BUCKETS = (12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # padded lengths of what an encoder reads
-# Padded lengths of what attention looks at: few, because a lane costs more per step than padding does. Over 12, from
-# where on the masked product of a CPU gives the same bits for every padding.
-LANES = (32, 128, 512, 1024)
-SHORTLISTS = (128, 256, 512, 1024)  # padded lengths of the requests' shortlists
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """One request for output. All that its answer depends on is here.
-
-    inputs: (S,) token ids, (S, D) features, (C, H, W) image or (S, C, H, W) frames; None for a language model.
-    watch: called with (output index, its generated tokens so far) after each step; true ends that output ("stop").
-    shortlist: (L,) the tokens that it may write; None for all.
-    deadline: a time.monotonic() after which the answer is of no use. priority: higher goes first. client: for whom;
-    of equal priority, those with the fewest rows in use go first.
-    state: what it goes on from, with the same inputs; the prefix then begins with all tokens of that state.
-    return_state: whether its hypotheses come with theirs.
-    """
-
-    id: str
-    inputs: Tensor | None
-    params: SearchParams
-    prefix: tuple[int, ...] = ()
-    bad_words: tuple[tuple[int, ...], ...] = ()
-    force_words: tuple[tuple[int, ...], ...] = ()
-    shortlist: Tensor | None = None
-    seed: int = 0
-    stream: bool = False
-    watch: Callable[[int, Sequence[int]], bool] | None = None
-    deadline: float | None = None
-    priority: int = 0
-    client: str = ""
-    state: SavedState | None = None
-    return_state: bool = False
-
-    @property
-    def num_continued(self) -> int:
-        """How many of the prefix's last tokens are output of what it goes on from, with no text given since."""
-        if self.state is None or len(self.prefix) > len(self.state.tokens):
-            return 0
-        return self.state.position.num_generated
-
-    @property
-    def first_draw(self) -> tuple[int, int]:
-        """The step and the output index at which its draws begin."""
-        return (self.state.position.step, self.state.position.output) if self.state else (0, 0)
-
-    @property
-    def room(self) -> int:
-        """Positions that its tokens may fill, prefix included."""
-        return len(self.prefix) + self.params.max_new_tokens
-
-
-@dataclass(frozen=True)
-class Progress:
-    """New tokens of one output, which can no longer change."""
-
-    request_id: str
-    index: int
-    tokens: list[int]
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The whole answer: hypotheses of a generator; a tensor of labels' or targets' scores from a forward pass."""
-
-    request_id: str
-    result: list[Hypothesis] | Tensor
-
-
-@dataclass(frozen=True)
-class Failed:
-    request_id: str
-    error: SeqModelsError
-
-
-Event = Progress | Finished | Failed
-
-
-@dataclass(frozen=True, order=True)
-class LaneKey:
-    """What decides the shapes that a request sees: a function of the request alone."""
-
-    beams: bool
-    width: int
-    positions: int  # of memory; 0 without attention
-    shortlist: int  # its padded length; 0 without one
-    top_logprobs: bool  # these three: which tables the lane keeps
-    output_attentions: bool
-    coverage: bool
-
-
-@dataclass
-class Lane:
-    """The live requests of one key; tensors have the request on axis 0."""
-
-    key: LaneKey
-    requests: list[Request]
-    search: Beams | Samples
-    memory: Any  # a Memory, or a MemoryGroup of an ensemble; None without attention
-    shortlist: Tensor | None  # (R, L)
-    rows: Tensor  # (R, K) where each hypothesis's state stands in the engine's State
-    rules: Rules
-    sent: list[list[int]] = field(default_factory=list)  # tokens already streamed, by output
-    begun: list[State | None] = field(default_factory=list)  # after the prefix, of those who want their states back
-
-    def select(self, keep: Sequence[int]) -> None:
-        """Keep some requests, in order."""
-        index = torch.tensor(keep, dtype=torch.int64, device=self.rows.device)
-        self.requests = [self.requests[r] for r in keep]
-        self.sent = [self.sent[r] for r in keep]
-        self.begun = [self.begun[r] for r in keep]
-        self.search = self.search.select(index).trimmed(max(request.room for request in self.requests))
-        self.memory = self.memory and self.memory.select(index)
-        self.shortlist = None if self.shortlist is None else self.shortlist.index_select(0, index)
-        self.rows = self.rows.index_select(0, index)
-
-    def join(self, other: "Lane") -> None:
-        """Take in the requests of another lane of the same key."""
-        self.requests += other.requests
-        self.sent += other.sent
-        self.begun += other.begun
-        self.search = self.search.concat(other.search)  # type: ignore[arg-type]  # same key, so the same kind
-        self.memory = self.memory and other.memory and self.memory.concat(other.memory)
-        if self.shortlist is not None and other.shortlist is not None:
-            self.shortlist = torch.cat([self.shortlist, other.shortlist])
-        self.rows = torch.cat([self.rows, other.rows])
 
 
 @dataclass(eq=False)
@@ -217,6 +88,7 @@ class Engine:
         self._waiting: Waiting[Request] = Waiting()
         self._newcomers: list[Newcomer] = []
         self._leavers: list[Leaver] = []
+        self._sources = Sources(self._model, row_floor)
         self._prefill = Prefill(self._model, row_floor, prefix_cache_states)
         self._lanes: dict[LaneKey, Lane] = {}
         self._device = self._model.device
@@ -298,6 +170,7 @@ class Engine:
     def cancel(self, request_id: str) -> None:
         """Forget a request, wherever it is; its rows are free at the next step. Unknown ids are ignored."""
         self._waiting.remove(request_id)
+        self._sources.forget([request_id])
         self._drop({request_id})
 
     @torch.inference_mode()
@@ -315,6 +188,7 @@ class Engine:
     def _expire(self) -> list[Event]:
         now = time.monotonic()
         late = [request.id for request in self._waiting.expired(now)]
+        self._sources.forget(late)
         passed = {request.id for request in self._live() if request.deadline is not None and request.deadline <= now}
         late += self._drop(passed) if passed else []
         return [Failed(name, DeadlineError("the deadline passed before the answer was ready")) for name in late]
@@ -351,15 +225,16 @@ class Engine:
         rows, positions = self.max_rows - self.num_rows, self._max_positions_per_step
         rows_of = self._rows_by_client()
         while (request := self._waiting.head(rows_of)) and request.params.width <= rows:
-            cost = self._positions(request)
+            cost = padded_length(request.inputs)
             if taken and cost > positions:
                 break
             self._waiting.take(request)
             rows, positions = rows - request.params.width, positions - cost
             rows_of[request.client] += request.params.width
             taken.append(request)
-        for group in grouped(taken, self._positions):
-            self._admit_group(group)
+        for group in grouped(taken, lambda request: padded_length(request.inputs)):
+            encoded = self._sources.encode(group, self._waiting.near_the_front())
+            self._newcomers += map(self._newcomer, group, encoded)
 
     def _rows_by_client(self) -> Counter[str]:
         rows: Counter[str] = Counter()
@@ -367,32 +242,13 @@ class Engine:
             rows[request.client] += request.params.width
         return rows
 
-    def _admit_group(self, group: Sequence[Request]) -> None:
-        """Requests of one padded length: begin together, then each into its lane, or first to read its prefix."""
-        memory, state = self._begin(group)
-        for r, request in enumerate(group):
-            if request.prefix:
-                row = torch.tensor([r], device=self._device)
-                # The last token of a prefix is not read here: it is what the first step reads.
-                tokens = (self._bos, *request.prefix[:-1])
-                if saved := request.state:
-                    unread = Unread(tokens, saved.state(state.width).to(self._device), len(saved.tokens))
-                else:
-                    unread = Unread(tokens, state.select(row), shared=request.inputs is None)
-                self._newcomers.append(Newcomer(request, memory and memory.select(row), unread))
-        ready = [r for r, request in enumerate(group) if not request.prefix]
-        self._join([group[r] for r in ready], memory, state, ready)
-
-    def _begin(self, group: Sequence[Request]) -> tuple[Any, State]:
-        """Encode requests of one padded length: memory and start state, a row each.
-
-        Rows are padded to the floor with copies of the first, so that none gets other bits when it comes alone.
-        """
-        padded = [*group, *[group[0]] * (self._row_floor - len(group))]
-        memory = None
-        if padded[0].inputs is not None:
-            memory = self._model.encode(*pad_inputs([r.inputs for r in padded if r.inputs is not None], self._device))
-        return memory, self._model.start(memory, len(padded))
+    def _newcomer(self, request: Request, encoded: Encoded) -> Newcomer:
+        # The last token of a prefix is not read here: it is what the first step reads.
+        tokens = (self._bos, *request.prefix[:-1]) if request.prefix else ()
+        if saved := request.state:
+            state = saved.state(self._model.state_width).to(self._device)
+            return Newcomer(request, encoded.memory, Unread(tokens, state, len(saved.tokens)))
+        return Newcomer(request, encoded.memory, Unread(tokens, encoded.state, shared=request.inputs is None))
 
     def _read(self) -> None:
         """Some tokens more of what is to be read; those who have read their prefixes join their lanes."""
@@ -400,36 +256,29 @@ class Engine:
         self._prefill.read([*leaving, *(newcomer.unread for newcomer in self._newcomers)])
         ready = [newcomer for newcomer in self._newcomers if newcomer.unread.done]
         self._newcomers = [newcomer for newcomer in self._newcomers if not newcomer.unread.done]
-        for group in grouped(ready, lambda newcomer: self._positions(newcomer.request)):
-            memories = [newcomer.memory for newcomer in group if newcomer.memory]
-            memory = reduce(lambda one, two: one.concat(two), memories) if memories else None
-            state = State(torch.cat([newcomer.unread.state.values for newcomer in group]))
-            self._join([newcomer.request for newcomer in group], memory, state, range(len(group)))
+        for group in grouped(ready, lambda newcomer: LaneKey.of(newcomer.request, self._model.attends)):
+            self._join(group)
 
-    def _join(self, requests: Sequence[Request], memory: Any, state: State, rows: Sequence[int]) -> None:
-        """Put requests of one padded length, which stand at `rows` in memory and state, into their lanes."""
-        keys = [self._key(request) for request in requests]
-        for group in grouped(range(len(requests)), keys.__getitem__):
-            index = torch.tensor([rows[i] for i in group], device=self._device)
-            self._join_lane([requests[i] for i in group], memory, state, index)
-
-    def _join_lane(self, requests: list[Request], memory: Any, state: State, index: Tensor) -> None:
-        """Put requests of one lane key, which stand at `index` in memory and state, into their lane."""
-        key = self._key(requests[0])
-        first = self._state.num_rows
-        self._state = self._state.concat(state.select(index)) if first else state.select(index)
-        rows = first + torch.arange(len(requests), device=self._device)[:, None].expand(-1, key.width)
-        memory = memory.select(index).padded(key.positions) if memory and key.positions else None
+    def _join(self, newcomers: Sequence[Newcomer]) -> None:
+        """Put those of one lane key into their lane, and their states at the end of the engine's."""
+        requests = [newcomer.request for newcomer in newcomers]
+        states = [newcomer.unread.state for newcomer in newcomers]
+        key, first = LaneKey.of(requests[0], self._model.attends), self._state.num_rows
+        self._state = State(torch.cat([self._state.values, *(state.values for state in states)]))
+        memory = None
+        if key.positions:
+            memory, *others = (newcomer.memory.padded(key.positions) for newcomer in newcomers)
+            memory = memory.concat(*others)
         lane = Lane(
             key,
             requests,
             self._start_search(key, requests, memory and memory.mask),
             memory,
             self._shortlists(requests, key.shortlist),
-            rows,
+            first + torch.arange(len(requests), device=self._device)[:, None].expand(-1, key.width),
             self._rules(requests),
             [[0] * key.width for _ in requests],
-            [state.select(row) if r.return_state else None for r, row in zip(requests, index[:, None], strict=True)],
+            [state if request.return_state else None for state, request in zip(states, requests, strict=True)],
         )
         if key in self._lanes:
             self._lanes[key].join(lane)
@@ -463,27 +312,6 @@ class Engine:
             self._eos,
             self._device,
         )
-
-    def _key(self, request: Request) -> LaneKey:
-        positions = 0
-        if self._model.attends and request.inputs is not None:
-            positions = bucket(len(request.inputs), LANES) if has_steps(request.inputs) else 1
-        params = request.params
-        return LaneKey(
-            params.num_beams > 1,
-            params.width,
-            positions,
-            0 if request.shortlist is None else bucket(len(request.shortlist), SHORTLISTS),
-            params.top_logprobs > 0,
-            params.output_attentions,
-            params.coverage_penalty > 0,
-        )
-
-    def _positions(self, request: Request) -> int:
-        """Memory positions of a request, padding included."""
-        if request.inputs is None:
-            return 0
-        return bucket(len(request.inputs)) if has_steps(request.inputs) else 1
 
     # -- advance and retire --------------------------------------------------------------------------------------
 
@@ -572,35 +400,6 @@ class Engine:
                 lane.search = lane.search.stop(r, index)
             if request.stream:
                 yield Progress(request.id, index, new)
-
-
-def bucket(length: int, sizes: Sequence[int] = BUCKETS) -> int:
-    """The padded length for an input: the next of the sizes, or the next multiple of the last one."""
-    for size in sizes:
-        if length <= size:
-            return size
-    return -(-length // sizes[-1]) * sizes[-1]
-
-
-def has_steps(inputs: Tensor) -> bool:
-    """Whether axis 0 of one request's inputs is time: token ids, features and frames, but not an image (C, H, W)."""
-    return inputs.dim() != 3
-
-
-def pad_inputs(inputs: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Inputs of one bucket -> (B, S, ...) padded with zeros to the bucket's length, and lengths (B,)."""
-    if not has_steps(inputs[0]):
-        return torch.stack(list(inputs)).to(device), None
-    lengths = [len(one) for one in inputs]
-    padded = inputs[0].new_zeros(len(inputs), bucket(max(lengths)), *inputs[0].shape[1:])
-    for row, one in zip(padded, inputs, strict=True):
-        row[: len(one)] = one
-    return padded.to(device), torch.tensor(lengths, device=device)
-
-
-def grouped(items: Iterable[T], key: Callable[[T], Any]) -> list[list[T]]:
-    """Items with equal keys together, groups in order of the key, order kept within each."""
-    return [list(group) for _, group in groupby(sorted(items, key=key), key=key)]
 
 
 def _repeat_first(x: Tensor, count: int) -> Tensor:

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 from seqmodels.decoding.constraints import WordEdges
-from seqmodels.decoding.engine import ROW_FLOOR, Engine, Failed, Finished, Request
+from seqmodels.decoding.engine import Engine
+from seqmodels.decoding.padding import ROW_FLOOR
+from seqmodels.decoding.request import Failed, Finished, Request
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.models import SequenceGenerator
 from seqmodels.stepper import Decodes

@@ -6,9 +6,11 @@ deadline; then the first to arrive. Costs grow with the number of clients, not w
 
 import heapq
 import math
-from collections.abc import Mapping
-from itertools import count
+from collections.abc import Iterator, Mapping
+from itertools import chain, count, islice
 from typing import Generic, Protocol, TypeVar
+
+LOOK_AHEAD = 64  # requests
 
 
 class Waits(Protocol):
@@ -49,6 +51,11 @@ class Waiting(Generic[R]):
             default=None,
         )
         return best[2][2] if best else None
+
+    def near_the_front(self) -> Iterator[R]:
+        """Some of those that wait and may soon have their turn, in no order."""
+        heaps = [heap[:LOOK_AHEAD] for heap in self._heaps.values()]  # a heap's least come early in its list
+        return (entry[2] for entry in islice(chain.from_iterable(heaps), LOOK_AHEAD))
 
     def take(self, request: R) -> None:
         """Remove what `head` has just named."""

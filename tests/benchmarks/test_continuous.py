@@ -7,8 +7,9 @@ import torch
 
 from benchmarks.continuous import Point, Policy, Workload, continuous, gaps, knee, next_batch, padded, serve, shrinking
 from benchmarks.workload import make_requests, of_length
-from seqmodels.decoding.engine import Engine, Request
+from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.request import Request
 from tests.seqmodels.builders import make_translator
 
 STEPS = {"0": 2, "1": 8, "2": 4}

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from seqmodels.decoding.constraints import Constraints, Phrases, WordEdges, missing
-from seqmodels.decoding.engine import Request
 from seqmodels.decoding.generate import generate
 from seqmodels.decoding.history import History
 from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.request import Request
 from tests.seqmodels.builders import make_language_model
 from tests.seqmodels.oracles import Table, brute_force
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from seqmodels.decoding.coverage import Coverage
-from seqmodels.decoding.engine import Engine, Request
+from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.generate import generate
 from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.request import Request
 from seqmodels.decoding.search import Beams, Hypothesis
 from seqmodels.errors import InputError
 from seqmodels.models import SequenceGenerator

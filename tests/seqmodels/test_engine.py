@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from seqmodels.decoding.engine import Engine, Event, Failed, Finished, Progress, Request, bucket
+from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.generate import generate
+from seqmodels.decoding.padding import bucket
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.random import gumbel
+from seqmodels.decoding.request import Event, Failed, Finished, Progress, Request
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.errors import DeadlineError, InputError
 from seqmodels.kernels import Weights

@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
-from seqmodels.decoding.engine import Request
 from seqmodels.decoding.generate import generate
 from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.request import Request
 from seqmodels.errors import ConfigError
 from seqmodels.selftest import find_row_floor
 from seqmodels.stepper import Average, Ensemble, Stepper

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from seqmodels.__main__ import main
-from seqmodels.decoding.engine import Finished, Progress, Request
 from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.request import Finished, Progress, Request
 from seqmodels.errors import InputError, TooLongError, UnsupportedError
 from seqmodels.pipeline import Job, Pipeline
 from seqmodels.preprocessing import Preprocessor

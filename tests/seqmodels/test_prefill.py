@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from seqmodels.decoding.engine import Engine, Event, Failed, Finished, Request
+from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.generate import generate
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.prefill import BLOCK, ROWS, TOKENS, StateCache
+from seqmodels.decoding.request import Event, Failed, Finished, Request
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.models import SequenceGenerator
 from seqmodels.selftest import find_row_floor

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from seqmodels.decoding.engine import Engine, Request
+from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.generate import generate
 from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.request import Request
 from seqmodels.decoding.saved import SavedState
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.errors import InputError

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from seqmodels.decoding.best import best_candidates
-from seqmodels.decoding.engine import Request
 from seqmodels.decoding.generate import generate
 from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.request import Request
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.models import SequenceGenerator
 from tests.seqmodels.builders import make_language_model

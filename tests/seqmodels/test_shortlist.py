@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from seqmodels.decoding.engine import Request
 from seqmodels.decoding.generate import generate
 from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.request import Request
 from seqmodels.errors import ConfigError, ModelDirectoryError
 from seqmodels.pipeline import Pipeline
 from seqmodels.pretrained import save_pretrained

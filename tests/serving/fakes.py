@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from seqmodels.decoding.engine import Event, Failed, Finished, Progress
+from seqmodels.decoding.request import Event, Failed, Finished, Progress
 from seqmodels.errors import DeadlineError, InputError, TooLongError, UnsupportedError
 
 MAX_WORDS = 30

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from seqmodels.decoding.engine import Event, Failed, Finished, Progress
+from seqmodels.decoding.request import Event, Failed, Finished, Progress
 from seqmodels.errors import InputError, QueueFullError
 from serving.errors import ClosingError, EngineError
 from serving.runner import FAILURES_IN_A_ROW, Order, Runner

@@ -1,0 +1,79 @@
+"""Lane: live requests of one kind, side by side. Which kind is a function of the request alone, and so are the shapes
+that its numbers are computed in."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqmodels.decoding.logits import Rules
+from seqmodels.decoding.padding import LANES, SHORTLISTS, bucket, padded_length
+from seqmodels.decoding.request import Request
+from seqmodels.decoding.search import Beams, Samples
+from seqmodels.state import State
+
+
+@dataclass(frozen=True, order=True)
+class LaneKey:
+    """What decides the shapes that a request sees: a function of the request alone."""
+
+    beams: bool
+    width: int
+    positions: int  # of memory; 0 without attention
+    shortlist: int  # its padded length; 0 without one
+    top_logprobs: bool  # these three: which tables the lane keeps
+    output_attentions: bool
+    coverage: bool
+
+    @classmethod
+    def of(cls, request: Request, attends: bool) -> "LaneKey":
+        """attends: whether the model looks at a memory."""
+        params = request.params
+        return cls(
+            params.num_beams > 1,
+            params.width,
+            padded_length(request.inputs, LANES) if attends else 0,
+            0 if request.shortlist is None else bucket(len(request.shortlist), SHORTLISTS),
+            params.top_logprobs > 0,
+            params.output_attentions,
+            params.coverage_penalty > 0,
+        )
+
+
+@dataclass
+class Lane:
+    """The live requests of one key; tensors have the request on axis 0."""
+
+    key: LaneKey
+    requests: list[Request]
+    search: Beams | Samples
+    memory: Any  # a Memory, or a MemoryGroup of an ensemble; None without attention
+    shortlist: Tensor | None  # (R, L)
+    rows: Tensor  # (R, K) where each hypothesis's state stands in the engine's State
+    rules: Rules
+    sent: list[list[int]] = field(default_factory=list)  # tokens already streamed, by output
+    begun: list[State | None] = field(default_factory=list)  # after the prefix, of those who want their states back
+
+    def select(self, keep: Sequence[int]) -> None:
+        """Keep some requests, in order."""
+        index = torch.tensor(keep, dtype=torch.int64, device=self.rows.device)
+        self.requests = [self.requests[r] for r in keep]
+        self.sent = [self.sent[r] for r in keep]
+        self.begun = [self.begun[r] for r in keep]
+        self.search = self.search.select(index).trimmed(max(request.room for request in self.requests))
+        self.memory = self.memory and self.memory.select(index)
+        self.shortlist = None if self.shortlist is None else self.shortlist.index_select(0, index)
+        self.rows = self.rows.index_select(0, index)
+
+    def join(self, other: "Lane") -> None:
+        """Take in the requests of another lane of the same key."""
+        self.requests += other.requests
+        self.sent += other.sent
+        self.begun += other.begun
+        self.search = self.search.concat(other.search)  # type: ignore[arg-type]  # same key, so the same kind
+        self.memory = self.memory and other.memory and self.memory.concat(other.memory)
+        if self.shortlist is not None and other.shortlist is not None:
+            self.shortlist = torch.cat([self.shortlist, other.shortlist])
+        self.rows = torch.cat([self.rows, other.rows])

@@ -1,0 +1,84 @@
+"""Request: what is asked of an engine; and the events that answer it. Tensors and numbers, no text and no HTTP."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.saved import SavedState
+from seqmodels.decoding.search import Hypothesis
+from seqmodels.errors import SeqModelsError
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One request for output. All that its answer depends on is here.
+
+    inputs: (S,) token ids, (S, D) features, (C, H, W) image or (S, C, H, W) frames; None for a language model.
+    watch: called with (output index, its generated tokens so far) after each step; true ends that output ("stop").
+    shortlist: (L,) the tokens that it may write; None for all.
+    deadline: a time.monotonic() after which the answer is of no use. priority: higher goes first. client: for whom;
+    of equal priority, those with the fewest rows in use go first.
+    state: what it goes on from, with the same inputs; the prefix then begins with all tokens of that state.
+    return_state: whether its hypotheses come with theirs.
+    """
+
+    id: str
+    inputs: Tensor | None
+    params: SearchParams
+    prefix: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    force_words: tuple[tuple[int, ...], ...] = ()
+    shortlist: Tensor | None = None
+    seed: int = 0
+    stream: bool = False
+    watch: Callable[[int, Sequence[int]], bool] | None = None
+    deadline: float | None = None
+    priority: int = 0
+    client: str = ""
+    state: SavedState | None = None
+    return_state: bool = False
+
+    @property
+    def num_continued(self) -> int:
+        """How many of the prefix's last tokens are output of what it goes on from, with no text given since."""
+        if self.state is None or len(self.prefix) > len(self.state.tokens):
+            return 0
+        return self.state.position.num_generated
+
+    @property
+    def first_draw(self) -> tuple[int, int]:
+        """The step and the output index at which its draws begin."""
+        return (self.state.position.step, self.state.position.output) if self.state else (0, 0)
+
+    @property
+    def room(self) -> int:
+        """Positions that its tokens may fill, prefix included."""
+        return len(self.prefix) + self.params.max_new_tokens
+
+
+@dataclass(frozen=True)
+class Progress:
+    """New tokens of one output, which can no longer change."""
+
+    request_id: str
+    index: int
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The whole answer: hypotheses of a generator; a tensor of labels' or targets' scores from a forward pass."""
+
+    request_id: str
+    result: list[Hypothesis] | Tensor
+
+
+@dataclass(frozen=True)
+class Failed:
+    request_id: str
+    error: SeqModelsError
+
+
+Event = Progress | Finished | Failed
