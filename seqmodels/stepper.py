@@ -18,7 +18,6 @@ from seqmodels.errors import ConfigError
 from seqmodels.kernels import LINEAR, Linear, PackedLinear, Weights
 from seqmodels.models import SequenceGenerator
 from seqmodels.state import Memory, MemoryGroup, State
-from seqmodels.tokenizer import PAD
 
 Average = Literal["probability", "logprob"]
 Stepped = tuple[Tensor, State, list[Tensor]]  # logits (N, V), State, and for each memory where it was looked (R, K, S)
@@ -29,7 +28,7 @@ class Group:
     """Requests that stand side by side in a step: R of them with K rows each, request by request.
 
     memory: what their rows look at, a row for each request; None without attention. shortlist: (R, L) the tokens that
-    each may write, PAD where it has fewer; None where they may write all.
+    each may write, the padding token where it has fewer; None where they may write all.
     """
 
     num_requests: int
@@ -145,7 +144,8 @@ class Stepper:
         """outputs (R, K, E), shortlist (R, L) -> logits (R, K, L), each request's on the weights of its own list."""
         weight = F.embedding(shortlist, self._decoder.output_matrix)  # (R, L, E)
         logits = torch.baddbmm(self._decoder.output_bias[shortlist][:, None], outputs, weight.mT)
-        return logits.masked_fill((shortlist == PAD)[:, None], float("-inf"))
+        assert self.config.decoder is not None
+        return logits.masked_fill((shortlist == self.config.decoder.pad_token_id)[:, None], float("-inf"))
 
     def _attend(self, outputs: Tensor, groups: Groups) -> tuple[Tensor, list[Tensor]]:
         """outputs (N, H) -> context (N, D), weights (R, K, S) of each group: the K beams of a request are K queries of

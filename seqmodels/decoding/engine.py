@@ -30,7 +30,6 @@ from seqmodels.errors import DeadlineError, InputError
 from seqmodels.models import SequenceGenerator
 from seqmodels.state import State
 from seqmodels.stepper import Decodes, Group, Stepper
-from seqmodels.tokenizer import PAD
 
 MAX_TOKENS = 20_000_000  # of all rows, since each may get room for as many as the longest request of its lane
 MAX_DETAILS = 200_000_000  # numbers of alternatives and attention weights, likewise
@@ -81,7 +80,8 @@ class Engine:
         assert model.config.decoder is not None
         self.max_rows = max_rows
         self._model: Decodes = Stepper(model) if isinstance(model, SequenceGenerator) else model
-        self._bos, self._eos = model.config.decoder.bos_token_id, model.config.decoder.eos_token_id
+        decoder = model.config.decoder
+        self._pad, self._bos, self._eos = decoder.pad_token_id, decoder.bos_token_id, decoder.eos_token_id
         self._edges = edges or WordEdges.none(model.config.decoder.vocab_size, self._model.device)
         self._max_positions_per_step = max_positions_per_step
         self._row_floor = row_floor
@@ -297,7 +297,7 @@ class Engine:
     def _shortlists(self, requests: Sequence[Request], length: int) -> Tensor | None:
         if not length:
             return None
-        lists = torch.full((len(requests), length), PAD)
+        lists = torch.full((len(requests), length), self._pad)
         for row, request in zip(lists, requests, strict=True):
             assert request.shortlist is not None, "requests of a lane have one all, or none has"
             row[: len(request.shortlist)] = request.shortlist
