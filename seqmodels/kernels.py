@@ -63,7 +63,7 @@ class Int8Linear:
         products: Tensor = torch.ops.onednn.qlinear_pointwise(
             whole, 1.0, 0, self._weight, self._scale, self._no_offset, None, 1.0, 0, torch.float32, "none", [], ""
         )  # already times the outputs' scales
-        return torch.addcmul(self._bias, products, scale)
+        return torch.addcmul(self._bias, products, scale, out=products)
 
 
 LINEAR: dict[Weights, type[PackedLinear | Int8Linear]] = {"float32": PackedLinear, "int8": Int8Linear}

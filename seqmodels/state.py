@@ -99,6 +99,14 @@ class Memory:
             None if self.keys is None else torch.cat([one.keys for one in everyone if one.keys is not None]),
         )
 
+    def put(self, rows: Tensor, other: "Memory") -> None:
+        """Overwrite some rows (M,) with those of another memory of the same S."""
+        self.values.index_copy_(0, rows, other.values)
+        self.mask.index_copy_(0, rows, other.mask)
+        self.summary.index_copy_(0, rows, other.summary)
+        if self.keys is not None and other.keys is not None:
+            self.keys.index_copy_(0, rows, other.keys)
+
 
 @dataclass(frozen=True)
 class MemoryGroup:
@@ -121,6 +129,10 @@ class MemoryGroup:
     def concat(self, *others: "MemoryGroup") -> "MemoryGroup":
         columns = zip(self.members, *(other.members for other in others), strict=True)
         return MemoryGroup(tuple(first.concat(*rest) for first, *rest in columns))
+
+    def put(self, rows: Tensor, other: "MemoryGroup") -> None:
+        for one, two in zip(self.members, other.members, strict=True):
+            one.put(rows, two)
 
     def padded(self, positions: int) -> "MemoryGroup":
         return MemoryGroup(tuple(memory.padded(positions) for memory in self.members))

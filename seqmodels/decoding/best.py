@@ -56,11 +56,13 @@ def _top(scores: Tensor, logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:
     whole, device = blocks * BLOCK, scores.device
     maxima = logprobs[..., :whole].view(requests, width, blocks, BLOCK).amax(3) + scores[:, :, None]
     best = maxima.flatten(1).topk(count, dim=1, sorted=False).indices
-    first = best // blocks * vocab_size + best % blocks * BLOCK
+    hypothesis = best // blocks
+    first = hypothesis * vocab_size + best % blocks * BLOCK
     index = (first[:, :, None] + torch.arange(BLOCK, device=device)).flatten(1)
+    before = scores.gather(1, hypothesis).repeat_interleave(BLOCK, dim=1)
     if whole < vocab_size:  # the rest is less than a block, and always looked at
         rest = torch.arange(width, device=device)[:, None] * vocab_size + torch.arange(whole, vocab_size, device=device)
         index = torch.cat([index, rest.flatten().expand(requests, -1)], dim=1)
-    sums = logprobs.flatten(1).gather(1, index) + scores.gather(1, index // vocab_size)
-    values, where = sums.topk(count, dim=1)
+        before = torch.cat([before, scores.repeat_interleave(vocab_size - whole, dim=1)], dim=1)
+    values, where = (logprobs.flatten(1).gather(1, index) + before).topk(count, dim=1)
     return values, index.gather(1, where)

@@ -117,7 +117,7 @@ class Engine:
         yield from (newcomer.request for newcomer in self._newcomers)
         yield from (leaver.request for leaver in self._leavers)
         for lane in self._lanes.values():
-            yield from lane.requests
+            yield from (request for _, request in lane.live)
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises InputError where it could never be answered."""
@@ -199,17 +199,14 @@ class Engine:
         self._newcomers = [newcomer for newcomer in self._newcomers if newcomer.request.id not in ids]
         self._leavers = [leaver for leaver in self._leavers if leaver.request.id not in ids]
         for lane in list(self._lanes.values()):
-            keep = [r for r, request in enumerate(lane.requests) if request.id not in ids]
-            if len(keep) < len(lane.requests):
-                self._keep(lane, keep)
+            self._let_go(lane, [r for r, request in lane.live if request.id in ids])
         return dropped
 
-    def _keep(self, lane: Lane, keep: Sequence[int]) -> None:
-        if not keep:
+    def _let_go(self, lane: Lane, places: Sequence[int]) -> None:
+        if places:
+            lane.leave(places)
+        if not lane.live:
             del self._lanes[lane.key]
-        elif len(keep) < len(lane.requests):
-            lane.select(keep)
-            lane.rules = self._rules(lane.requests)
 
     # -- admit ---------------------------------------------------------------------------------------------------
 
@@ -276,13 +273,11 @@ class Engine:
             memory,
             self._shortlists(requests, key.shortlist),
             first + torch.arange(len(requests), device=self._device)[:, None].expand(-1, key.width),
-            self._rules(requests),
             [[0] * key.width for _ in requests],
             [state if request.return_state else None for state, request in zip(states, requests, strict=True)],
         )
         if key in self._lanes:
             self._lanes[key].join(lane)
-            self._lanes[key].rules = self._rules(self._lanes[key].requests)
         else:
             self._lanes[key] = lane
 
@@ -318,6 +313,8 @@ class Engine:
     def _advance(self) -> None:
         """One token for every row: move, step, then select lane by lane."""
         lanes = list(self._lanes.values())
+        for lane in lanes:
+            lane.close_gaps()
         rows = torch.cat([lane.rows.flatten() for lane in lanes])
         tokens = torch.cat([lane.search.last_tokens.flatten() for lane in lanes])
         if (missing := self._row_floor - len(rows)) > 0:  # padding rows copy a valid one
@@ -328,8 +325,9 @@ class Engine:
         for lane, looked in zip(lanes, weights or repeat(None, len(lanes)), strict=True):
             count = lane.rows.numel()
             lane_logits, history = logits[first : first + count].view(*lane.rows.shape, -1), lane.search.history
-            standing = lane.rules.standing(history)
-            lane_logits, constrained = lane.rules.apply(lane_logits, history, standing)
+            lane.rules = rules = lane.rules or self._rules(lane.requests)
+            standing = rules.standing(history)
+            lane_logits, constrained = rules.apply(lane_logits, history, standing)
             logprobs = lane_logits.log_softmax(-1)
             lane.search, parents = lane.search.advance(logprobs, constrained, self._eos, standing, looked)
             here = first + torch.arange(count, device=self._device).view_as(lane.rows)
@@ -347,7 +345,7 @@ class Engine:
             if any(finished):
                 ended = [r for r, done in enumerate(finished) if done]
                 events += [event for r in ended if (event := self._finish(lane, r))]
-                self._keep(lane, [r for r, done in enumerate(finished) if not done])
+                self._let_go(lane, ended)
         return events
 
     def _finish(self, lane: Lane, r: int) -> Finished | None:

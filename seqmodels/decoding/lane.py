@@ -52,23 +52,57 @@ class Lane:
     memory: Any  # a Memory, or a MemoryGroup of an ensemble; None without attention
     shortlist: Tensor | None  # (R, L)
     rows: Tensor  # (R, K) where each hypothesis's state stands in the engine's State
-    rules: Rules
-    sent: list[list[int]] = field(default_factory=list)  # tokens already streamed, by output
-    begun: list[State | None] = field(default_factory=list)  # after the prefix, of those who want their states back
+    sent: list[list[int]]  # tokens already streamed, by output
+    begun: list[State | None]  # after the prefix, of those who want their states back
+    rules: Rules | None = None  # of all requests; None where they have changed since
+    vacant: list[int] = field(default_factory=list)  # places of those that left, until others take them
 
-    def select(self, keep: Sequence[int]) -> None:
-        """Keep some requests, in order."""
+    @property
+    def live(self) -> list[tuple[int, Request]]:
+        """Those that are still here, and their places."""
+        return [(r, request) for r, request in enumerate(self.requests) if r not in self.vacant]
+
+    def leave(self, places: Sequence[int]) -> None:
+        """Some are done. Their places stay until newcomers take them, which moves nobody, or `close_gaps`."""
+        self.vacant += places
+        self.rules = None
+
+    def join(self, other: "Lane") -> None:
+        """Take in the requests of another lane of the same key, in the places of those that left or behind all."""
+        self.rules = None
+        count = len(other.requests)
+        if count <= len(self.vacant):
+            places, self.vacant = self.vacant[:count], self.vacant[count:]
+            self._put(places, other)
+        else:
+            self.close_gaps()
+            self._append(other)
+
+    def close_gaps(self) -> None:
+        if not self.vacant:
+            return
+        keep, self.vacant = [r for r, _ in self.live], []
         index = torch.tensor(keep, dtype=torch.int64, device=self.rows.device)
         self.requests = [self.requests[r] for r in keep]
         self.sent = [self.sent[r] for r in keep]
         self.begun = [self.begun[r] for r in keep]
-        self.search = self.search.select(index).trimmed(max(request.room for request in self.requests))
+        self.search = self.search.select(index).trimmed(self._room)
         self.memory = self.memory and self.memory.select(index)
         self.shortlist = None if self.shortlist is None else self.shortlist.index_select(0, index)
         self.rows = self.rows.index_select(0, index)
 
-    def join(self, other: "Lane") -> None:
-        """Take in the requests of another lane of the same key."""
+    def _put(self, places: Sequence[int], other: "Lane") -> None:
+        for r, place in enumerate(places):
+            self.requests[place], self.sent[place], self.begun[place] = other.requests[r], other.sent[r], other.begun[r]
+        index = torch.tensor(places, dtype=torch.int64, device=self.rows.device)
+        self.search = self.search.put(index, other.search).trimmed(self._room)  # type: ignore[arg-type]
+        if self.memory:
+            self.memory.put(index, other.memory)
+        if self.shortlist is not None and other.shortlist is not None:
+            self.shortlist.index_copy_(0, index, other.shortlist)
+        self.rows.index_copy_(0, index, other.rows)
+
+    def _append(self, other: "Lane") -> None:
         self.requests += other.requests
         self.sent += other.sent
         self.begun += other.begun
@@ -77,3 +111,8 @@ class Lane:
         if self.shortlist is not None and other.shortlist is not None:
             self.shortlist = torch.cat([self.shortlist, other.shortlist])
         self.rows = torch.cat([self.rows, other.rows])
+
+    @property
+    def _room(self) -> int:
+        """Positions that the longest of the requests may fill."""
+        return max(request.room for _, request in self.live)

@@ -30,19 +30,33 @@ class Record:
         names = [f.name for f in fields(self) if getattr(self, f.name) is not None]
         return replace(self, **{name: _concat(getattr(self, name), getattr(other, name)) for name in names})
 
+    def put(self, places: Tensor, other: Self) -> Self:
+        """The same with the other's requests in some places (R',). Written in place, where there is room."""
+        names = [f.name for f in fields(self) if getattr(self, f.name) is not None]
+        return replace(self, **{name: _put(getattr(self, name), places, getattr(other, name)) for name in names})
+
     def _each(self, change: Callable[[Any], Any]) -> Self:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
 
 
 def _concat(one: Any, two: Any) -> Any:
-    """Along axis 0; where another axis differs, the shorter is filled with zeros that are never read."""
+    return one.concat(two) if isinstance(one, Record) else torch.cat(_alike(one, two))
+
+
+def _put(one: Any, places: Tensor, two: Any) -> Any:
     if isinstance(one, Record):
-        return one.concat(two)
-    if one.shape[1:] != two.shape[1:]:
-        shape = [max(sizes) for sizes in zip(one.shape[1:], two.shape[1:], strict=True)]
-        one, two = _filled(one, shape), _filled(two, shape)
-    return torch.cat([one, two])
+        return one.put(places, two)
+    one, two = _alike(one, two)
+    return one.index_copy_(0, places, two)
+
+
+def _alike(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
+    """Where an axis other than the first differs, the shorter is filled with zeros that are never read."""
+    if one.shape[1:] == two.shape[1:]:
+        return one, two
+    shape = [max(sizes) for sizes in zip(one.shape[1:], two.shape[1:], strict=True)]
+    return _filled(one, shape), _filled(two, shape)
 
 
 def _filled(x: Tensor, shape: list[int]) -> Tensor:

@@ -362,6 +362,7 @@ def test_a_lane_forgets_a_long_request() -> None:
     (lane,) = engine._lanes.values()
     assert lane.search.tokens.shape[2] == 5000
     engine.cancel("long")
+    engine.step()
     assert lane.search.tokens.shape[2] == 9
     assert len(result(run(engine), "short")[0].tokens) == 9
 
