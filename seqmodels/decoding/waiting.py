@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from itertools import chain, count, islice
 from typing import Generic, Protocol, TypeVar
 
-LOOK_AHEAD = 64  # requests
+LOOK_AHEAD = 256  # requests
 
 
 class Waits(Protocol):
