@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from seqmodels.cells import CellWeights
 from seqmodels.config import Cell, ModelConfig
+from seqmodels.decoding.record import Record
 from seqmodels.errors import ConfigError
 from seqmodels.kernels import LINEAR, Linear, PackedLinear, Weights
 from seqmodels.models import SequenceGenerator
@@ -24,17 +25,29 @@ Stepped = tuple[Tensor, State, list[Tensor]]  # logits (N, V), State, and for ea
 
 
 @dataclass(frozen=True)
+class Shortlisted(Record):
+    """The rows of the output layer that requests need, so that no step has to look for them.
+
+    words: (R, L) the tokens that each may write. weight: (R, L, E). bias: (R, L), -inf where a request has fewer.
+    """
+
+    words: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
 class Group:
     """Requests that stand side by side in a step: R of them with K rows each, request by request.
 
-    memory: what their rows look at, a row for each request; None without attention. shortlist: (R, L) the tokens that
-    each may write, the padding token where it has fewer; None where they may write all.
+    memory: what their rows look at, a row for each request; None without attention. shortlist: what `shorten` made of
+    the tokens that each may write; None where they may write all.
     """
 
     num_requests: int
     width: int
     memory: Any = None
-    shortlist: Tensor | None = None
+    shortlist: Shortlisted | None = None
 
 
 Groups = Sequence[Group]
@@ -51,6 +64,7 @@ class Decodes(Protocol):
 
     def encode(self, inputs: Tensor, lengths: Tensor | None) -> Any: ...
     def start(self, memory: Any, rows: int) -> State: ...
+    def shorten(self, words: Tensor) -> Shortlisted: ...
     def read(self, tokens: Tensor, lengths: Tensor, state: State) -> State: ...
     def step(self, tokens: Tensor, state: State, groups: Groups) -> Stepped: ...
 
@@ -62,7 +76,7 @@ class Stepper:
         """weights: in which the step computes; the encoder stays as it is. Raises ConfigError for int8 on a GPU."""
         decoder, linear = model.decoder, LINEAR[weights]
         self.config = model.config
-        self.vocab_size = decoder.output_bias.shape[0]
+        self.vocab_size, self.output_size = decoder.output_matrix.shape
         self.device = decoder.output_bias.device
         self.attends = self.output_attentions = decoder.attention is not None
         self.state_width = decoder.recurrent.state_width
@@ -90,6 +104,12 @@ class Stepper:
         if memory is None:
             return self._model.start(None, rows)
         return State(self._bridge(memory.summary).tanh_())
+
+    def shorten(self, words: Tensor) -> Shortlisted:
+        """words (R, L): the tokens that each request may write, the padding token where it has fewer."""
+        assert self.config.decoder is not None
+        bias = self._decoder.output_bias[words].masked_fill(words == self.config.decoder.pad_token_id, float("-inf"))
+        return Shortlisted(words, F.embedding(words, self._decoder.output_matrix), bias)
 
     def read(self, tokens: Tensor, lengths: Tensor, state: State) -> State:
         """The state after prefixes (B, T) whose tokens are given, each of its own length (B,), 0 included."""
@@ -134,18 +154,13 @@ class Stepper:
         for group in groups:
             rows = slice(first, first + group.num_requests * group.width)
             if group.shortlist is not None:
-                own = self._shortlisted(outputs[rows].view(group.num_requests, group.width, -1), group.shortlist)
+                words, weight, bias = group.shortlist.words, group.shortlist.weight, group.shortlist.bias
+                asked = outputs[rows].view(group.num_requests, group.width, -1)
+                own = torch.baddbmm(bias[:, None], asked, weight.mT)  # (R, K, L), each request's on its own list
                 lane = logits[rows].fill_(float("-inf")).view(group.num_requests, group.width, -1)
-                lane.scatter_(2, group.shortlist[:, None].expand_as(own), own)
+                lane.scatter_(2, words[:, None].expand_as(own), own)
             first = rows.stop
         return logits.float()
-
-    def _shortlisted(self, outputs: Tensor, shortlist: Tensor) -> Tensor:
-        """outputs (R, K, E), shortlist (R, L) -> logits (R, K, L), each request's on the weights of its own list."""
-        weight = F.embedding(shortlist, self._decoder.output_matrix)  # (R, L, E)
-        logits = torch.baddbmm(self._decoder.output_bias[shortlist][:, None], outputs, weight.mT)
-        assert self.config.decoder is not None
-        return logits.masked_fill((shortlist == self.config.decoder.pad_token_id)[:, None], float("-inf"))
 
     def _attend(self, outputs: Tensor, groups: Groups) -> tuple[Tensor, list[Tensor]]:
         """outputs (N, H) -> context (N, D), weights (R, K, S) of each group: the K beams of a request are K queries of
@@ -195,6 +210,12 @@ class Ensemble:
         own = memory.members if memory else [None] * len(self._members)
         return _side_by_side([m.start(one, rows) for m, one in zip(self._members, own, strict=True)])
 
+    def shorten(self, words: Tensor) -> Shortlisted:
+        """The members' weights side by side along E, their biases along a further axis."""
+        own = [member.shorten(words) for member in self._members]
+        weight, bias = torch.cat([one.weight for one in own], dim=2), torch.stack([one.bias for one in own], dim=2)
+        return Shortlisted(words, weight, bias)
+
     def read(self, tokens: Tensor, lengths: Tensor, state: State) -> State:
         return _side_by_side(
             [m.read(tokens, lengths, own) for m, own in zip(self._members, self._own(state), strict=True)]
@@ -203,8 +224,7 @@ class Ensemble:
     def step(self, tokens: Tensor, state: State, groups: Groups) -> Stepped:
         predictions, states, looks = [], [], []
         for index, (member, own) in enumerate(zip(self._members, self._own(state), strict=True)):
-            groups_of = [replace(group, memory=group.memory and group.memory.members[index]) for group in groups]
-            logits, after, weights = member.step(tokens, own, groups_of)
+            logits, after, weights = member.step(tokens, own, [self._own_group(group, index) for group in groups])
             predictions.append(logits.log_softmax(-1))
             states.append(after)
             if member.attends and self.output_attentions:
@@ -212,6 +232,15 @@ class Ensemble:
         stacked = torch.stack(predictions)
         mean = stacked.logsumexp(0) if self._average == "probability" else stacked.mean(0)
         return mean, _side_by_side(states), [torch.stack(lane).mean(0) for lane in zip(*looks, strict=True)]
+
+    def _own_group(self, group: Group, index: int) -> Group:
+        """What one member sees of a group."""
+        shortlist = group.shortlist
+        if shortlist is not None:
+            sizes = [member.output_size for member in self._members]
+            weight = torch.split(shortlist.weight, sizes, dim=2)[index]
+            shortlist = Shortlisted(shortlist.words, weight, shortlist.bias[..., index])
+        return replace(group, memory=group.memory and group.memory.members[index], shortlist=shortlist)
 
     def _own(self, state: State) -> list[State]:
         """Each member's columns."""

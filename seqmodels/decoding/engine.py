@@ -29,7 +29,7 @@ from seqmodels.decoding.waiting import Waiting
 from seqmodels.errors import DeadlineError, InputError
 from seqmodels.models import SequenceGenerator
 from seqmodels.state import State
-from seqmodels.stepper import Decodes, Group, Stepper
+from seqmodels.stepper import Decodes, Group, Shortlisted, Stepper
 
 MAX_TOKENS = 20_000_000  # of all rows, since each may get room for as many as the longest request of its lane
 MAX_DETAILS = 200_000_000  # numbers of alternatives and attention weights, likewise
@@ -271,7 +271,7 @@ class Engine:
             requests,
             self._start_search(key, requests, memory and memory.mask),
             memory,
-            self._shortlists(requests, key.shortlist),
+            self._shortlist(requests, key.shortlist),
             first + torch.arange(len(requests), device=self._device)[:, None].expand(-1, key.width),
             [[0] * key.width for _ in requests],
             [state if request.return_state else None for state, request in zip(states, requests, strict=True)],
@@ -289,14 +289,14 @@ class Engine:
         seeds, (steps, outputs) = [r.seed for r in requests], zip(*(r.first_draw for r in requests), strict=True)
         return Samples.begin(params, prefixes, self._bos, seeds, steps, outputs, mask).to(self._device)
 
-    def _shortlists(self, requests: Sequence[Request], length: int) -> Tensor | None:
+    def _shortlist(self, requests: Sequence[Request], length: int) -> Shortlisted | None:
         if not length:
             return None
         lists = torch.full((len(requests), length), self._pad)
         for row, request in zip(lists, requests, strict=True):
             assert request.shortlist is not None, "requests of a lane have one all, or none has"
             row[: len(request.shortlist)] = request.shortlist
-        return lists.to(self._device)
+        return self._model.shorten(lists.to(self._device))
 
     def _rules(self, requests: Sequence[Request]) -> Rules:
         return Rules(

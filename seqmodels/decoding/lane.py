@@ -13,6 +13,7 @@ from seqmodels.decoding.padding import LANES, SHORTLISTS, bucket, padded_length
 from seqmodels.decoding.request import Request
 from seqmodels.decoding.search import Beams, Samples
 from seqmodels.state import State
+from seqmodels.stepper import Shortlisted
 
 
 @dataclass(frozen=True, order=True)
@@ -50,7 +51,7 @@ class Lane:
     requests: list[Request]
     search: Beams | Samples
     memory: Any  # a Memory, or a MemoryGroup of an ensemble; None without attention
-    shortlist: Tensor | None  # (R, L)
+    shortlist: Shortlisted | None
     rows: Tensor  # (R, K) where each hypothesis's state stands in the engine's State
     sent: list[list[int]]  # tokens already streamed, by output
     begun: list[State | None]  # after the prefix, of those who want their states back
@@ -88,7 +89,7 @@ class Lane:
         self.begun = [self.begun[r] for r in keep]
         self.search = self.search.select(index).trimmed(self._room)
         self.memory = self.memory and self.memory.select(index)
-        self.shortlist = None if self.shortlist is None else self.shortlist.index_select(0, index)
+        self.shortlist = self.shortlist and self.shortlist.select(index)
         self.rows = self.rows.index_select(0, index)
 
     def _put(self, places: Sequence[int], other: "Lane") -> None:
@@ -98,8 +99,7 @@ class Lane:
         self.search = self.search.put(index, other.search).trimmed(self._room)  # type: ignore[arg-type]
         if self.memory:
             self.memory.put(index, other.memory)
-        if self.shortlist is not None and other.shortlist is not None:
-            self.shortlist.index_copy_(0, index, other.shortlist)
+        self.shortlist = self.shortlist and other.shortlist and self.shortlist.put(index, other.shortlist)
         self.rows.index_copy_(0, index, other.rows)
 
     def _append(self, other: "Lane") -> None:
@@ -108,8 +108,7 @@ class Lane:
         self.begun += other.begun
         self.search = self.search.concat(other.search)  # type: ignore[arg-type]  # same key, so the same kind
         self.memory = self.memory and other.memory and self.memory.concat(other.memory)
-        if self.shortlist is not None and other.shortlist is not None:
-            self.shortlist = torch.cat([self.shortlist, other.shortlist])
+        self.shortlist = self.shortlist and other.shortlist and self.shortlist.concat(other.shortlist)
         self.rows = torch.cat([self.rows, other.rows])
 
     @property

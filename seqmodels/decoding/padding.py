@@ -17,7 +17,7 @@ BUCKETS = (12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # pa
 # Padded lengths of what attention looks at: few, because a lane costs more per step than padding does. Over 12, from
 # where on the masked product of a CPU gives the same bits for every padding.
 LANES = (32, 128, 512, 1024)
-SHORTLISTS = (128, 256, 512, 1024)  # padded lengths of the requests' shortlists
+SHORTLISTS = (512, 1024)  # padded lengths of shortlists: few, for the same reason
 
 
 def bucket(length: int, sizes: Sequence[int] = BUCKETS) -> int:
