@@ -22,7 +22,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -43,7 +43,9 @@ from benchmarks.workload import (
 from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.request import Request
+from seqmodels.kernels import Weights
 from seqmodels.models import SequenceGenerator
+from seqmodels.stepper import Stepper
 
 ORDERS = ("unsorted", "sorted")
 WARM_UP = 8  # sentences
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     model, sources = load(options)
-    floor = Floor(model.config)
+    floor, stepper = Floor(model.config), Stepper(model, options.decoder_weights)
     for num_beams in options.beams:
         params = SearchParams(
             num_beams=num_beams,
@@ -68,8 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if options.model is None:
                     requests = [of_length(request, options.tokens) for request in requests]
                 given = {"data": options.data.name if options.data else "generated", "order": order, "batch": batch}
-                result = measure(model, floor, requests, batch, options.repeats)
-                print(json.dumps({"benchmark": "decode", **given, "threads": options.threads, **result}), flush=True)
+                given |= {"threads": options.threads, "decoder_weights": options.decoder_weights}
+                result = measure(stepper, floor, requests, batch, options.repeats)
+                print(json.dumps({"benchmark": "decode", **given, **result}), flush=True)
 
 
 def load(options: argparse.Namespace) -> tuple[SequenceGenerator, list[Tensor]]:
@@ -88,14 +91,12 @@ def ordered(requests: Sequence[Request], order: str) -> list[Request]:
     return sorted(requests, key=_length, reverse=True)
 
 
-def measure(
-    model: SequenceGenerator, floor: Floor, requests: Sequence[Request], batch: int, repeats: int
-) -> dict[str, Any]:
+def measure(stepper: Stepper, floor: Floor, requests: Sequence[Request], batch: int, repeats: int) -> dict[str, Any]:
     """One result: the engine's runs, then the floor of the steps that they took."""
     num_beams = requests[0].params.num_beams
     reset_peak_memory()
-    run(Engine(model, batch * num_beams), requests[:WARM_UP])
-    runs = [run(Engine(model, batch * num_beams), requests) for _ in range(repeats)]
+    run(Engine(stepper, batch * num_beams), requests[:WARM_UP])
+    runs = [run(Engine(stepper, batch * num_beams), requests) for _ in range(repeats)]
     memory = peak_memory_mib()
     seconds = [one.seconds for one in runs]
     positions = round(statistics.mean(map(_length, requests)))
@@ -132,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", default="test")
     parser.add_argument("--limit", type=int, default=200, help="sentences at most")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--decoder-weights", choices=get_args(Weights), default="float32", help="the floor is float32's"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128])

@@ -12,35 +12,37 @@ def best_candidates(scores: Tensor, logprobs: Tensor, count: int) -> tuple[Tenso
 
     Returns their sums and where they stand in (K, V), flat: each (R, count), or all K V where there are no more. Equals
     keep the order of their index: `topk` keeps none among equals, and among those equal to the last one it keeps any.
-    One value more than needed tells whether a request has equals; only its own are then put in order.
+    One value more than needed tells whether there are equals, and whether one was left out.
     """
     if logprobs[0].numel() <= count:
         return _sums(scores, logprobs).sort(dim=1, descending=True, stable=True)
     values, index = _top(scores, logprobs, count + 1)
-    tied = (values[:, 1:] == values[:, :-1]).any(1)
+    equal = values[:, 1:] == values[:, :-1]
+    left_out = equal[:, -1] & (values[:, -1] > NEG_INF)  # candidates at -inf never live, so any of them will do
     values, index = values[:, :count], index[:, :count]
-    if not tied.any():
+    if not equal.any():
         return values, index
-    requests = tied.nonzero()[:, 0]
-    ordered = _in_order(_sums(scores[requests], logprobs[requests]), values[requests], index[requests])
-    return values.index_copy(0, requests, ordered[0]), index.index_copy(0, requests, ordered[1])
+    if left_out.any():
+        requests = left_out.nonzero()[:, 0]
+        first = _first_of_equals(_sums(scores[requests], logprobs[requests]), values[requests])
+        values, index = (x.index_copy(0, requests, new) for x, new in zip((values, index), first, strict=True))
+    index, order = index.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values, index.gather(1, order)
 
 
 def _sums(scores: Tensor, logprobs: Tensor) -> Tensor:
     return (scores[:, :, None] + logprobs).flatten(1)
 
 
-def _in_order(totals: Tensor, values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """The best of totals (R, X), in any order among equals -> with the first of those equal to the last, in order."""
+def _first_of_equals(totals: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """totals (R, X), their best values (R, C) -> the same values where of those equal to the last the first are taken,
+    in the order of their index; and where they stand."""
     count, last = values.shape[1], values[:, -1:]
     above, equal = totals > last, totals == last
     room = count - above.sum(1, keepdim=True)
-    # -inf at the boundary needs no care: such candidates never live.
-    if ((equal.sum(1, keepdim=True) > room) & (last > NEG_INF)).any():
-        index = (above | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].view(-1, count)
-    index = index.sort(dim=1).values
-    values, order = totals.gather(1, index).sort(dim=1, descending=True, stable=True)
-    return values, index.gather(1, order)
+    index = (above | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].view(-1, count)
+    return totals.gather(1, index), index
 
 
 def _top(scores: Tensor, logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,22 @@
+"""The step-cost benchmark at its smallest: the points that were asked for, and their plot."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.step_cost import main
+
+
+def test_a_line_for_each_point(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        main(["--steps", "2", "--waiting", "0", "3", "--lengths", "6", "2", "--plot", str(tmp_path / "cost.png")])
+    finally:
+        torch.set_num_threads(threads)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    points = [("waiting", 0), ("waiting", 3), ("length", 2), ("length", 6)]
+    assert [(name, line[name]) for (name, _), line in zip(points, lines, strict=True)] == points
+    assert all(line["step_ms"] > 0 for line in lines)
+    assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
