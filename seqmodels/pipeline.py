@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from seqmodels.config import explain
+from seqmodels.config import Weights, explain
 from seqmodels.decoding.constraints import Phrases, WordEdges, missing
 from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.padding import ROW_FLOOR
@@ -26,7 +26,6 @@ from seqmodels.decoding.saved import SavedState, fingerprint
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.errors import InputError, SeqModelsError
 from seqmodels.forward import Forward, ForwardRequest
-from seqmodels.kernels import Weights
 from seqmodels.models import SequenceGenerator
 from seqmodels.pretrained import Pretrained, load_pretrained
 from seqmodels.reading import Reader, Reading

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqmodels.cells import CellWeights
-from seqmodels.config import Cell, ModelConfig
+from seqmodels.config import Cell, ModelConfig, Weights
 from seqmodels.errors import ConfigError
-from seqmodels.kernels import LINEAR, Linear, PackedLinear, Weights
+from seqmodels.kernels import LINEAR, Linear, PackedLinear
 from seqmodels.models import SequenceGenerator
 from seqmodels.state import Memory, MemoryGroup, State
 
@@ -59,7 +59,8 @@ class Stepper:
     """Made from a model in evaluation mode, whose weights must not change afterwards."""
 
     def __init__(self, model: SequenceGenerator, weights: Weights = "float32") -> None:
-        """weights: in which the step computes; the encoder stays as it is. Raises ConfigError for int8 on a GPU."""
+        """weights: in which the step computes; the encoder and what attention projects stay as they are. Raises
+        ConfigError for int8 on a GPU, and for float16 and bfloat16 on a CPU."""
         decoder, linear = model.decoder, LINEAR[weights]
         self.config = model.config
         self.vocab_size = decoder.output_bias.shape[0]
