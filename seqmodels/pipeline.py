@@ -16,6 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from seqmodels.captured import captured
 from seqmodels.config import Weights, explain
 from seqmodels.decoding.constraints import Phrases, WordEdges, missing
 from seqmodels.decoding.engine import Engine
@@ -76,7 +77,7 @@ class Pipeline:
         self._reader = Reader(pretrained)
         self._shortlist = shortlist
         model = pretrained.model
-        stepper = Stepper(model, decoder_weights) if isinstance(model, SequenceGenerator) else None
+        stepper = captured(Stepper(model, decoder_weights)) if isinstance(model, SequenceGenerator) else None
         floor = find_row_floor(model, stepper)
         self.batch_invariant = floor is not None
         self._forward = Forward(model, row_floor=floor or ROW_FLOOR)

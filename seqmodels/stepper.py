@@ -21,6 +21,7 @@ from seqmodels.state import Memory, MemoryGroup, State
 
 Average = Literal["probability", "logprob"]
 Stepped = tuple[Tensor, State, list[Tensor]]  # logits (N, V), State, and for each memory where it was looked (R, K, S)
+Features = tuple[Tensor, State, list[Tensor]]  # the same with what the logits are made of (N, E) in their place
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Decodes(Protocol):
     attends: bool  # whether steps look at a memory
     output_attentions: bool  # and can say where
     state_width: int
+    vocab_size: int
 
     def encode(self, inputs: Tensor, lengths: Tensor | None) -> Any: ...
     def start(self, memory: Any, rows: int) -> State: ...
@@ -105,6 +107,11 @@ class Stepper:
 
         Rows beyond those of the groups are padding, and what they get is nobody's.
         """
+        outputs, state, weights = self.features(tokens, state, groups)
+        return self.logits(outputs, groups), state, weights
+
+    def features(self, tokens: Tensor, state: State, groups: Groups) -> Features:
+        """All of a step but its logits, which are made of the features (N, E). Looks at no shortlist."""
         outputs, state = self._recur(tokens, state)
         weights: list[Tensor] = []
         if self.attends:
@@ -112,7 +119,7 @@ class Stepper:
             outputs = torch.cat([outputs, context], dim=1)
         if self._combine is not None:
             outputs = self._combine(outputs).tanh_()
-        return self._logits(outputs, groups), state, weights
+        return outputs, state, weights
 
     def _recur(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """tokens (N,) through embedding and recurrence: outputs (N, H)."""
@@ -125,7 +132,7 @@ class Stepper:
             after.append(new)
         return x, State(torch.cat([part for kind in zip(*after, strict=True) for part in kind], dim=1))
 
-    def _logits(self, outputs: Tensor, groups: Groups) -> Tensor:
+    def logits(self, outputs: Tensor, groups: Groups) -> Tensor:
         """outputs (N, E) -> (N, V); -inf for tokens that are not on a request's shortlist."""
         if all(group.shortlist is None for group in groups):
             return self._project(outputs).float()
@@ -173,7 +180,7 @@ class Ensemble:
     inputs and write the same vocabulary.
     """
 
-    def __init__(self, members: Sequence[Stepper], average: Average = "probability") -> None:
+    def __init__(self, members: Sequence[Decodes], average: Average = "probability") -> None:
         """Raises ConfigError where the members' vocabularies differ in size, or their inputs in kind."""
         first = members[0].config
         for member in members[1:]:
