@@ -17,7 +17,7 @@ from seqmodels.models import SequenceGenerator
 from seqmodels.state import Memory
 from seqmodels.stepper import Ensemble, Features, Group, Stepper
 from tests.seqmodels.builders import make_language_model, make_translator
-from tests.seqmodels.captured import Both, PretendCapture, run_busily
+from tests.seqmodels.gpu import Both, PretendCapture, run_busily
 from tests.seqmodels.test_engine import random_request
 
 MODELS: dict[str, Callable[[], SequenceGenerator]] = {

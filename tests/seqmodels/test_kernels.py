@@ -8,6 +8,8 @@ from seqmodels import kernels
 from seqmodels.config import Weights
 from seqmodels.errors import ConfigError
 from seqmodels.kernels import LINEAR, Int8Linear, PackedLinear
+from tests.seqmodels.builders import make_translator
+from tests.seqmodels.gpu import check_16_bits
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -63,6 +65,13 @@ def test_16_bits_are_near_linear_and_give_float32(weights: Weights, error: float
     expected, found = F.linear(x, weight, offset), LINEAR[weights](weight, offset)(x)
     assert found.dtype == torch.float32
     assert (found - expected).norm() / expected.norm() < error
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("weights", ["float16", "bfloat16"])
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_16_bits_choose_as_float32_does(weights: Weights, cell: str) -> None:
+    check_16_bits(make_translator(1, cell=cell, vocab_size=500, hidden_size=64, embedding_size=32), weights)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
