@@ -43,7 +43,7 @@ from benchmarks.workload import (
 from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.request import Request
-from seqmodels.kernels import Weights
+from seqmodels.config import Weights
 from seqmodels.models import SequenceGenerator
 from seqmodels.stepper import Stepper
 

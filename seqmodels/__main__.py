@@ -16,9 +16,9 @@ from typing import Any, get_args
 
 import torch
 
+from seqmodels.config import Weights
 from seqmodels.decoding.params import SearchParams
 from seqmodels.errors import InputError, SeqModelsError
-from seqmodels.kernels import Weights
 from seqmodels.pipeline import Job, Pipeline
 
 CHUNK = 256  # lines read, answered and written together
@@ -75,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         "--decoder-weights",
         choices=get_args(Weights),
         default="float32",
-        help="what the search computes in; int8 is faster on a CPU, at a small loss (default: %(default)s)",
+        help="what the search computes in: int8 is faster on a CPU, float16 and bfloat16 on a GPU, at a small loss "
+        "(default: %(default)s)",
     )
     generate.add_argument(
         "--shortlist",

@@ -4,15 +4,15 @@ Knows one product and how each device computes it fastest; docs/performance.md s
 """
 
 from collections.abc import Callable
-from typing import Literal
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from seqmodels.config import Weights
 from seqmodels.errors import ConfigError
 
-Weights = Literal["float32", "int8"]
 Linear = Callable[[Tensor], Tensor]  # x (N, D) -> x W^T + b (N, O)
 
 LARGEST_INT8 = 127
@@ -66,12 +66,47 @@ class Int8Linear:
         return torch.addcmul(self._bias, products, scale, out=products)
 
 
-LINEAR: dict[Weights, type[PackedLinear | Int8Linear]] = {"float32": PackedLinear, "int8": Int8Linear}
+class HalfLinear:
+    """The same with weights and inputs in 16 bits, and sums in float32, which are what it gives: for GPUs.
+
+    So what stands between two products (cell equations, attention, softmax, scores) stays in float32.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype) -> None:
+        """Raises ConfigError on a CPU, and for weights that are too large for the type."""
+        if not _on_gpu(weight):
+            raise ConfigError("float16 and bfloat16 weights need a CUDA device; use float32 or int8")
+        self._weight = weight.detach().to(dtype).mT  # (D, O)
+        if not self._weight.isfinite().all():
+            raise ConfigError("a weight of this model is too large for float16; use bfloat16 or float32")
+        self._bias = None if bias is None else bias.detach()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = _float32_product(x.to(self._weight.dtype), self._weight)
+        return y if self._bias is None else y.add_(self._bias)
+
+
+LINEAR: dict[Weights, Callable[..., Linear]] = {
+    "float32": PackedLinear,
+    "int8": Int8Linear,
+    "float16": partial(HalfLinear, dtype=torch.float16),
+    "bfloat16": partial(HalfLinear, dtype=torch.bfloat16),
+}
 
 
 def _scale(x: Tensor) -> Tensor:
     """What each row is divided by to fit into 8 bits: (N, 1), never 0."""
     return x.abs().amax(1, keepdim=True).clamp_(min=1e-30).div_(LARGEST_INT8)
+
+
+def _on_gpu(weight: Tensor) -> bool:
+    return weight.device.type == "cuda"
+
+
+def _float32_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (N, D), weight (D, O), both of 16 bits -> (N, O) of float32. The sums are never rounded to 16 bits, and
+    there is no second copy of them, which for a large vocabulary would be the largest tensor of a step."""
+    return torch.mm(x, weight, out_dtype=torch.float32)
 
 
 def _packs(weight: Tensor) -> bool:

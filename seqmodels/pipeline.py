@@ -16,7 +16,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from seqmodels.config import explain
+from seqmodels.captured import captured
+from seqmodels.config import Weights, explain
 from seqmodels.decoding.constraints import Phrases, WordEdges, missing
 from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.padding import ROW_FLOOR
@@ -26,7 +27,6 @@ from seqmodels.decoding.saved import SavedState, fingerprint
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.errors import InputError, SeqModelsError
 from seqmodels.forward import Forward, ForwardRequest
-from seqmodels.kernels import Weights
 from seqmodels.models import SequenceGenerator
 from seqmodels.pretrained import Pretrained, load_pretrained
 from seqmodels.reading import Reader, Reading
@@ -77,7 +77,7 @@ class Pipeline:
         self._reader = Reader(pretrained)
         self._shortlist = shortlist
         model = pretrained.model
-        stepper = Stepper(model, decoder_weights) if isinstance(model, SequenceGenerator) else None
+        stepper = captured(Stepper(model, decoder_weights)) if isinstance(model, SequenceGenerator) else None
         floor = find_row_floor(model, stepper)
         self.batch_invariant = floor is not None
         self._forward = Forward(model, row_floor=floor or ROW_FLOOR)

@@ -7,7 +7,7 @@ Legend for every docstring of this package: B rows, T steps, S source positions,
 R requests, K beams, N all live decoder rows, L layers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -99,13 +99,15 @@ class Memory:
             None if self.keys is None else torch.cat([one.keys for one in everyone if one.keys is not None]),
         )
 
-    def put(self, rows: Tensor, other: "Memory") -> None:
-        """Overwrite some rows (M,) with those of another memory of the same S."""
+    def put(self, rows: Tensor, other: "Memory") -> "Memory":
+        """The same with some rows (M,) from another memory of the same S. Written in place, so this one is not to be
+        used again; another object, so that whoever has copied this one sees that it has changed."""
         self.values.index_copy_(0, rows, other.values)
         self.mask.index_copy_(0, rows, other.mask)
         self.summary.index_copy_(0, rows, other.summary)
         if self.keys is not None and other.keys is not None:
             self.keys.index_copy_(0, rows, other.keys)
+        return replace(self)
 
 
 @dataclass(frozen=True)
@@ -130,9 +132,8 @@ class MemoryGroup:
         columns = zip(self.members, *(other.members for other in others), strict=True)
         return MemoryGroup(tuple(first.concat(*rest) for first, *rest in columns))
 
-    def put(self, rows: Tensor, other: "MemoryGroup") -> None:
-        for one, two in zip(self.members, other.members, strict=True):
-            one.put(rows, two)
+    def put(self, rows: Tensor, other: "MemoryGroup") -> "MemoryGroup":
+        return MemoryGroup(tuple(one.put(rows, two) for one, two in zip(self.members, other.members, strict=True)))
 
     def padded(self, positions: int) -> "MemoryGroup":
         return MemoryGroup(tuple(memory.padded(positions) for memory in self.members))

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqmodels.cells import CellWeights
-from seqmodels.config import Cell, ModelConfig
+from seqmodels.config import Cell, ModelConfig, Weights
 from seqmodels.decoding.record import Record
 from seqmodels.errors import ConfigError
-from seqmodels.kernels import LINEAR, Linear, PackedLinear, Weights
+from seqmodels.kernels import LINEAR, Linear, PackedLinear
 from seqmodels.models import SequenceGenerator
 from seqmodels.state import Memory, MemoryGroup, State
 
 Average = Literal["probability", "logprob"]
 Stepped = tuple[Tensor, State, list[Tensor]]  # logits (N, V), State, and for each memory where it was looked (R, K, S)
+Features = tuple[Tensor, State, list[Tensor]]  # the same with what the logits are made of (N, E) in their place
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Decodes(Protocol):
     attends: bool  # whether steps look at a memory
     output_attentions: bool  # and can say where
     state_width: int
+    vocab_size: int
+    output_size: int  # of what the logits are made of
 
     def encode(self, inputs: Tensor, lengths: Tensor | None) -> Any: ...
     def start(self, memory: Any, rows: int) -> State: ...
@@ -73,7 +76,8 @@ class Stepper:
     """Made from a model in evaluation mode, whose weights must not change afterwards."""
 
     def __init__(self, model: SequenceGenerator, weights: Weights = "float32") -> None:
-        """weights: in which the step computes; the encoder stays as it is. Raises ConfigError for int8 on a GPU."""
+        """weights: in which the step computes; the encoder and what attention projects stay as they are. Raises
+        ConfigError for int8 on a GPU, and for float16 and bfloat16 on a CPU."""
         decoder, linear = model.decoder, LINEAR[weights]
         self.config = model.config
         self.vocab_size, self.output_size = decoder.output_matrix.shape
@@ -124,6 +128,11 @@ class Stepper:
 
         Rows beyond those of the groups are padding, and what they get is nobody's.
         """
+        outputs, state, weights = self.features(tokens, state, groups)
+        return self.logits(outputs, groups), state, weights
+
+    def features(self, tokens: Tensor, state: State, groups: Groups) -> Features:
+        """All of a step but its logits, which are made of the features (N, E). Looks at no shortlist."""
         outputs, state = self._recur(tokens, state)
         weights: list[Tensor] = []
         if self.attends:
@@ -131,7 +140,7 @@ class Stepper:
             outputs = torch.cat([outputs, context], dim=1)
         if self._combine is not None:
             outputs = self._combine(outputs).tanh_()
-        return self._logits(outputs, groups), state, weights
+        return outputs, state, weights
 
     def _recur(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """tokens (N,) through embedding and recurrence: outputs (N, H)."""
@@ -144,7 +153,7 @@ class Stepper:
             after.append(new)
         return x, State(torch.cat([part for kind in zip(*after, strict=True) for part in kind], dim=1))
 
-    def _logits(self, outputs: Tensor, groups: Groups) -> Tensor:
+    def logits(self, outputs: Tensor, groups: Groups) -> Tensor:
         """outputs (N, E) -> (N, V); -inf for tokens that are not on a request's shortlist."""
         if all(group.shortlist is None for group in groups):
             return self._project(outputs).float()
@@ -187,7 +196,7 @@ class Ensemble:
     inputs and write the same vocabulary.
     """
 
-    def __init__(self, members: Sequence[Stepper], average: Average = "probability") -> None:
+    def __init__(self, members: Sequence[Decodes], average: Average = "probability") -> None:
         """Raises ConfigError where the members' vocabularies differ in size, or their inputs in kind."""
         first = members[0].config
         for member in members[1:]:
@@ -196,7 +205,7 @@ class Ensemble:
             if member.config.input != first.input:
                 raise ConfigError(f"an ensemble's members read {first.input} and {member.config.input}")
         self.config, self.device = first, members[0].device
-        self.vocab_size = members[0].vocab_size
+        self.vocab_size, self.output_size = members[0].vocab_size, sum(member.output_size for member in members)
         self.attends = any(member.attends for member in members)
         # Positions of pictures are the cells of each member's own grid; there is no mean over different ones.
         self.output_attentions = self.attends and len({member.config.grid for member in members}) == 1

@@ -100,8 +100,14 @@ def _check(config: ServeConfig) -> None:
     load_key_hashes(config.api_keys_file)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', which torch cannot use here; use cpu")
-    if config.decoder_weights == "int8" and config.device != "cpu" and torch.cuda.is_available():
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    if config.decoder_weights == "int8" and on_gpu:
         raise ConfigError("decoder_weights is 'int8', which is for CPUs, and there is a GPU; set device to cpu")
+    if config.decoder_weights in ("float16", "bfloat16") and not on_gpu:
+        raise ConfigError(
+            f"decoder_weights is {config.decoder_weights!r}, which is for GPUs, and this would run on a CPU; "
+            "use float32 or int8"
+        )
     if config.shortlist and not any(map(has_shortlist, config.models.values())):
         raise ConfigError(
             "shortlist is true, but no model has one; learn it with `python -m training shortlist MODEL_DIR`"

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 
-from seqmodels.config import Strict, explain
+from seqmodels.config import Strict, Weights, explain
 from seqmodels.errors import ConfigError
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -60,7 +60,8 @@ class ServeConfig(Strict):
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPU when there is one, CPU otherwise
     num_threads: PositiveInt = 1  # torch threads, and CPUs reserved, in each replica
-    decoder_weights: Literal["float32", "int8"] = "float32"  # of generators; int8 is faster on a CPU, at a small loss
+    # Of generators: int8 is faster on a CPU, float16 and bfloat16 on a GPU, at a small loss.
+    decoder_weights: Weights = "float32"
     shortlist: bool = False  # translators that have one use it: faster, at a small loss (python -m training shortlist)
     max_rows: PositiveInt = 256  # decoder rows of one model that live at once
     # States of each language model kept by the prompts that led to them, so that prompts that begin alike are read

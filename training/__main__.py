@@ -6,8 +6,9 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from seqmodels.config import Weights
 from seqmodels.errors import ConfigError, SeqModelsError
 from training.config import Recipe, differences, load_recipe
 
@@ -78,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("overrides", nargs="*", metavar="key=value", help="settings that go before those of its recipe")
     score.add_argument("--split", default="test", choices=("train", "validation", "test"), help="default: test")
     score.add_argument("--baseline", action="store_true", help="also score a baseline that cannot see order or motion")
-    score.add_argument("--decoder-weights", default="float32", choices=("float32", "int8"), help="default: float32")
+    score.add_argument("--decoder-weights", default="float32", choices=get_args(Weights), help="default: float32")
     score.add_argument("--shortlist", action="store_true", help="search with the model's shortlist")
     score.set_defaults(run=_evaluate)
     shorten = commands.add_parser(

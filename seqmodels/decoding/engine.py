@@ -312,7 +312,7 @@ class Engine:
 
     def _advance(self) -> None:
         """One token for every row: move, step, then select lane by lane."""
-        lanes = list(self._lanes.values())
+        lanes = sorted(self._lanes.values(), key=lambda lane: lane.key)  # so that a step's shapes come again
         for lane in lanes:
             lane.close_gaps()
         rows = torch.cat([lane.rows.flatten() for lane in lanes])

@@ -98,7 +98,7 @@ class Lane:
         index = torch.tensor(places, dtype=torch.int64, device=self.rows.device)
         self.search = self.search.put(index, other.search).trimmed(self._room)  # type: ignore[arg-type]
         if self.memory:
-            self.memory.put(index, other.memory)
+            self.memory = self.memory.put(index, other.memory)
         self.shortlist = self.shortlist and other.shortlist and self.shortlist.put(index, other.shortlist)
         self.rows.index_copy_(0, index, other.rows)
 

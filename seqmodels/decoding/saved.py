@@ -15,9 +15,8 @@ from pydantic import Field, ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from seqmodels.config import Strict
+from seqmodels.config import Strict, Weights
 from seqmodels.errors import InputError
-from seqmodels.kernels import Weights
 from seqmodels.state import State
 
 FORMAT_VERSION: Literal[1] = 1

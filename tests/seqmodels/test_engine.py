@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from seqmodels.config import Weights
 from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.generate import generate
 from seqmodels.decoding.padding import bucket
@@ -15,7 +16,6 @@ from seqmodels.decoding.random import gumbel
 from seqmodels.decoding.request import Event, Failed, Finished, Progress, Request
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.errors import DeadlineError, InputError
-from seqmodels.kernels import Weights
 from seqmodels.models import SequenceGenerator
 from seqmodels.selftest import find_row_floor
 from seqmodels.stepper import Decodes, Stepper

@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from seqmodels.kernels import Int8Linear, PackedLinear
+from seqmodels import kernels
+from seqmodels.config import Weights
+from seqmodels.errors import ConfigError
+from seqmodels.kernels import LINEAR, Int8Linear, PackedLinear
+from tests.seqmodels.builders import make_translator
+from tests.seqmodels.gpu import check_16_bits
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -42,3 +47,42 @@ def test_int8_rows_do_not_depend_on_their_neighbours() -> None:
 def test_rows_of_nothing_are_the_bias() -> None:
     bias = torch.randn(5)
     assert torch.equal(Int8Linear(torch.zeros(5, 3), bias)(torch.zeros(4, 3)), bias.expand(4, -1))
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16-bit weights on this CPU: the arithmetic of a GPU, whose products of 16-bit numbers are summed in float32."""
+    monkeypatch.setattr(kernels, "_on_gpu", lambda weight: True)
+    monkeypatch.setattr(kernels, "_float32_product", lambda x, weight: x.float() @ weight.float())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("weights", "error"), [("float16", 1e-3), ("bfloat16", 8e-3)])
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_16_bits_are_near_linear_and_give_float32(weights: Weights, error: float, bias: bool) -> None:
+    torch.manual_seed(0)
+    weight, offset, x = torch.randn(300, 64), torch.randn(300) if bias else None, torch.randn(9, 64)
+    expected, found = F.linear(x, weight, offset), LINEAR[weights](weight, offset)(x)
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() / expected.norm() < error
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("weights", ["float16", "bfloat16"])
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_16_bits_choose_as_float32_does(weights: Weights, cell: str) -> None:
+    check_16_bits(make_translator(1, cell=cell, vocab_size=500, hidden_size=64, embedding_size=32), weights)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_weight_too_large_for_float16() -> None:
+    large = torch.full((3, 3), 1e5)
+    with pytest.raises(ConfigError, match="use bfloat16"):
+        LINEAR["float16"](large)
+    assert LINEAR["bfloat16"](large)(torch.ones(2, 3)).isfinite().all()
+
+
+@pytest.mark.parametrize("weights", ["float16", "bfloat16"])
+def test_16_bits_need_a_gpu(weights: Weights) -> None:
+    with pytest.raises(ConfigError, match="need a CUDA device; use float32 or int8"):
+        LINEAR[weights](torch.ones(2, 2))

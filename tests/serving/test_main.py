@@ -53,3 +53,17 @@ def test_a_gpu_that_is_not_there(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "device is 'cuda'" in one_line_error(capsys, models["mood"], "--device", "cuda")
+
+
+@pytest.mark.parametrize(("weights", "gpu"), [("int8", True), ("float16", False), ("bfloat16", False)])
+def test_weights_that_the_device_does_not_compute_in(
+    models: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    weights: str,
+    gpu: bool,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    (tmp_path / "s.yaml").write_text(f"models: {{m: {models['mood']}}}\ndecoder_weights: {weights}\n")
+    assert f"decoder_weights is '{weights}'" in one_line_error(capsys, str(tmp_path / "s.yaml"))
