@@ -40,10 +40,10 @@ from benchmarks.workload import (
     read_sources,
     run,
 )
+from seqmodels.config import Weights
 from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.request import Request
-from seqmodels.config import Weights
 from seqmodels.models import SequenceGenerator
 from seqmodels.stepper import Stepper
 
