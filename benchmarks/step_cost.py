@@ -96,9 +96,9 @@ def plot(measured: dict[str, Points], path: Path) -> None:
     for axis, (name, points) in zip(axes, measured.items(), strict=True):
         axis.plot(*zip(*points, strict=True), marker="o")
         axis.set_xlabel(labels[name])
-        axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("one step, ms")
+    axes[0].set_ylim(0, 1.15 * max(cost for points in measured.values() for _, cost in points))
     figure.suptitle(f"{RUNNING} requests with beam {BEAMS}")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

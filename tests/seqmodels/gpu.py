@@ -51,7 +51,8 @@ class Both:
         self.config, self.device, self.vocab_size = plain.config, plain.device, plain.vocab_size
         self.attends, self.output_attentions = plain.attends, plain.output_attentions
         self.state_width = plain.state_width
-        self.encode, self.start, self.read = plain.encode, plain.start, plain.read
+        self.output_size = plain.output_size
+        self.encode, self.start, self.shorten, self.read = plain.encode, plain.start, plain.shorten, plain.read
         self._plain, self._captured, self._atol = plain, captured, atol
         self.steps = 0
 
