@@ -1,10 +1,11 @@
-"""What a step of the engine costs as requests queue up, and as the outputs grow: it should depend on neither.
+"""What a step of the engine costs as requests queue up, and as outputs grow, or may grow: it should depend on neither.
 
     python -m benchmarks.step_cost --plot docs/step_cost.png
 
 A model of a Multi30k translator's size with random weights. Eight requests with beam 5 run all the time, without rules
 that look at their history. First with more and more requests waiting behind them, then with outputs of more and more
-tokens. One JSON line per point: the median time of --steps steps, in milliseconds.
+tokens, then with more and more of them allowed (max_new_tokens) and few written. One JSON line per point: the median
+time of --steps steps, in milliseconds, in which nobody joins or leaves.
 """
 
 import argparse
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stepper = Stepper(make_model())
     measured = {"waiting": by_waiting(stepper, options.waiting, options.steps)}
     measured["length"] = by_length(stepper, options.lengths, options.steps)
+    measured["max_new_tokens"] = by_room(stepper, options.rooms, options.steps)
     for name, points in measured.items():
         for value, milliseconds in points:
             line = {"benchmark": "step_cost", "threads": options.threads, name: value, "step_ms": milliseconds}
@@ -66,6 +68,18 @@ def by_length(stepper: Stepper, lengths: Sequence[int], steps: int) -> Points:
     return points
 
 
+def by_room(stepper: Stepper, rooms: Sequence[int], steps: int) -> Points:
+    """The time of a step when so many tokens may be generated, and few have been."""
+    points = []
+    for room in rooms:
+        engine = Engine(stepper, max_rows=RUNNING * BEAMS)
+        for request in requests_of(RUNNING, room):
+            engine.submit(request)
+        turn(engine, 5)
+        points.append((room, milliseconds(engine, steps)))
+    return points
+
+
 def requests_of(count: int, tokens: int) -> list[Request]:
     params = SearchParams(num_beams=BEAMS, early_stopping=False, length_penalty=0.0)
     return [of_length(request, tokens) for request in make_requests(make_sources(count), params)]
@@ -91,8 +105,8 @@ def plot(measured: dict[str, Points], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    labels = {"waiting": "requests that wait", "length": "tokens generated"}
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), sharey=True)
+    labels = {"waiting": "requests that wait", "length": "tokens generated", "max_new_tokens": "tokens allowed"}
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3), sharey=True)
     for axis, (name, points) in zip(axes, measured.items(), strict=True):
         axis.plot(*zip(*points, strict=True), marker="o")
         axis.set_xlabel(labels[name])
@@ -110,7 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=40, help="timed at each point")
     parser.add_argument("--waiting", type=int, nargs="+", default=[0, 100, 1000, 5000, 10000])
     parser.add_argument("--lengths", type=int, nargs="+", default=[10, 100, 250, 500, 750, 1000])
-    parser.add_argument("--plot", type=Path, help="where to draw the two curves, as a PNG")
+    parser.add_argument("--rooms", type=int, nargs="+", default=[100, 1000, 5000, 10000])
+    parser.add_argument("--plot", type=Path, help="where to draw the curves, as a PNG")
     return parser
 
 

@@ -114,11 +114,11 @@ class CapturedStepper:
 
     def _due(self, shape: "Shape") -> bool:
         self._steps[shape] += 1
+        if len(self._steps) > MAX_COUNTS:
+            self._steps.clear()
         if self._steps[shape] <= self._steps_before:
             return False
         del self._steps[shape]  # once it has made way for others, it has to come as often again
-        if len(self._steps) > MAX_COUNTS:
-            self._steps.clear()
         return True
 
     def _memories_of(self, shape: "Shape") -> "list[_StaticMemory | None]":

@@ -78,8 +78,21 @@ def _sample_searches(config: ModelConfig, attends: bool) -> list[Request]:
         SearchParams(max_new_tokens=4, do_sample=True, num_return_sequences=2),
     )
     prefixes: tuple[tuple[int, ...], ...] = ((), (3,), (3, 2, 3))
+    assert config.decoder is not None
+    words = (
+        torch.arange(config.decoder.eos_token_id, min(config.decoder.vocab_size, 500))
+        if config.input == "text"
+        else None
+    )
     return [
-        Request(str(i), inputs, search if i % 2 else _detailed(search, attends), prefix=prefixes[i % 3], seed=i)
+        Request(
+            str(i),
+            inputs,
+            search if i % 2 else _detailed(search, attends),
+            prefix=prefixes[i % 3],
+            shortlist=words if i in (0, 1, 5) else None,  # each search once
+            seed=i,
+        )
         for i, (inputs, search) in enumerate(zip(_sample_inputs(config), searches * 2, strict=True))
     ]
 

@@ -2,7 +2,7 @@
 
 Synchronous; knows no thread, no text and no HTTP. Live requests stand in lanes, one per (search, width, memory
 length), all functions of the request alone. What is row-wise runs over all rows at once; attention and selection run
-lane by lane. One turn is: expire, admit, read, advance, retire. The move of rows is one gather at the head of
+lane by lane. One turn is: expire, admit, read, leave, advance, retire. The move of rows is one gather at the head of
 `advance`, which follows beams to their parents, closes the gaps of those that left and takes in those that joined.
 """
 
@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import repeat, zip_longest
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from seqmodels.decoding.constraints import WordEdges
 from seqmodels.decoding.lane import Lane, LaneKey
 from seqmodels.decoding.logits import Rules
 from seqmodels.decoding.padding import ROW_FLOOR, grouped, padded_length
+from seqmodels.decoding.params import TOP_LOGPROBS
 from seqmodels.decoding.prefill import Prefill, Unread
 from seqmodels.decoding.request import Event, Failed, Finished, Progress, Request
 from seqmodels.decoding.saved import Position, SavedState, fingerprint
@@ -135,14 +136,18 @@ class Engine:
             )
         if request.room * self.max_rows > MAX_TOKENS:
             raise InputError(
-                f"max_new_tokens is {request.params.max_new_tokens}, which is more than this engine can hold; lower it",
+                f"max_new_tokens is {request.params.max_new_tokens} after {len(request.prefix)} given tokens, which is "
+                "more than this engine can hold; lower it, or give less",
                 param="max_new_tokens",
                 code="limit_exceeded",
             )
+        if request.shortlist is not None and not (request.shortlist > self._eos).any():
+            raise InputError("shortlist holds no word; add some, or leave it out", param="shortlist")
         for name in ("output_attentions", "coverage_penalty"):
             if getattr(request.params, name) and not self._model.output_attentions:
-                raise InputError(f"{name} needs attention, which this model has not; leave it out", param=name)
-        if request.room * self.num_details(request) * self.max_rows > MAX_DETAILS:
+                reason = "this model has not" if not self._model.attends else "this ensemble has over different grids"
+                raise InputError(f"{name} needs one attention, which {reason}; leave it out", param=name)
+        if request.room * self._num_kept(request) * self.max_rows > MAX_DETAILS:
             raise InputError(
                 f"max_new_tokens is {request.params.max_new_tokens}, which is more than this engine can hold with "
                 "top_logprobs or output_attentions; lower it",
@@ -153,10 +158,21 @@ class Engine:
             self._check_state(request, request.state)
 
     def num_details(self, request: Request) -> int:
-        """Numbers that are kept of each token beside it: alternatives with their log-probabilities, and weights."""
+        """Numbers that are answered of each token beside it: alternatives with their log-probabilities, and weights."""
+        cells = self._cells or (0 if request.inputs is None else len(request.inputs))
+        return 2 * request.params.top_logprobs + cells * request.params.output_attentions
+
+    def _num_kept(self, request: Request) -> int:
+        """The same of what is kept meanwhile, by all rows of a lane alike, and where each row came from."""
+        top, attentions = request.params.top_logprobs > 0, request.params.output_attentions
+        cells = self._cells or LaneKey.of(request, self._model.attends).positions
+        return 2 * TOP_LOGPROBS * top + cells * attentions + (top or attentions)
+
+    @property
+    def _cells(self) -> int:
+        """Of a picture's grid; 0 where the input is none."""
         grid = self._model.config.grid
-        positions = grid[0] * grid[1] if grid else 0 if request.inputs is None else len(request.inputs)
-        return 2 * request.params.top_logprobs + positions * request.params.output_attentions
+        return grid[0] * grid[1] if grid else 0
 
     def _check_state(self, request: Request, state: SavedState) -> None:
         given = len(state.tokens)
@@ -169,8 +185,7 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, wherever it is; its rows are free at the next step. Unknown ids are ignored."""
-        self._waiting.remove(request_id)
-        self._sources.forget([request_id])
+        self._sources.forget(self._waiting.remove(request_id))
         self._drop({request_id})
 
     @torch.inference_mode()
@@ -187,8 +202,9 @@ class Engine:
 
     def _expire(self) -> list[Event]:
         now = time.monotonic()
-        late = [request.id for request in self._waiting.expired(now)]
-        self._sources.forget(late)
+        expired = self._waiting.expired(now)
+        self._sources.forget(expired)
+        late = [request.id for request in expired]
         passed = {request.id for request in self._live() if request.deadline is not None and request.deadline <= now}
         late += self._drop(passed) if passed else []
         return [Failed(name, DeadlineError("the deadline passed before the answer was ready")) for name in late]
@@ -229,9 +245,8 @@ class Engine:
             rows, positions = rows - request.params.width, positions - cost
             rows_of[request.client] += request.params.width
             taken.append(request)
-        for group in grouped(taken, lambda request: padded_length(request.inputs)):
-            encoded = self._sources.encode(group, self._waiting.near_the_front())
-            self._newcomers += map(self._newcomer, group, encoded)
+        encoded = self._sources.encode(taken, self._waiting.near_the_front(rows_of), positions)
+        self._newcomers += map(self._newcomer, taken, encoded)
 
     def _rows_by_client(self) -> Counter[str]:
         rows: Counter[str] = Counter()
@@ -249,8 +264,10 @@ class Engine:
 
     def _read(self) -> None:
         """Some tokens more of what is to be read; those who have read their prefixes join their lanes."""
-        leaving = [unread for leaver in self._leavers for unread in leaver.unread]
-        self._prefill.read([*leaving, *(newcomer.unread for newcomer in self._newcomers)])
+        leaving = (unread for leaver in self._leavers for unread in leaver.unread)
+        coming = (newcomer.unread for newcomer in self._newcomers)
+        turns = (unread for pair in zip_longest(leaving, coming) for unread in pair)  # neither waits for all the other
+        self._prefill.read([unread for unread in turns if unread])
         ready = [newcomer for newcomer in self._newcomers if newcomer.unread.done]
         self._newcomers = [newcomer for newcomer in self._newcomers if not newcomer.unread.done]
         for group in grouped(ready, lambda newcomer: LaneKey.of(newcomer.request, self._model.attends)):
@@ -269,7 +286,7 @@ class Engine:
         lane = Lane(
             key,
             requests,
-            self._start_search(key, requests, memory and memory.mask),
+            self._start_search(key, requests, memory and memory.mask.clone()),
             memory,
             self._shortlist(requests, key.shortlist),
             first + torch.arange(len(requests), device=self._device)[:, None].expand(-1, key.width),

@@ -36,11 +36,17 @@ class LaneKey:
             params.num_beams > 1,
             params.width,
             padded_length(request.inputs, LANES) if attends else 0,
-            0 if request.shortlist is None else bucket(len(request.shortlist), SHORTLISTS),
+            _shortlist_length(request),
             params.top_logprobs > 0,
             params.output_attentions,
             params.coverage_penalty > 0,
         )
+
+
+def _shortlist_length(request: Request) -> int:
+    if request.shortlist is None or len(request.shortlist) > SHORTLISTS[-1]:
+        return 0
+    return bucket(len(request.shortlist), SHORTLISTS)
 
 
 @dataclass
@@ -97,9 +103,10 @@ class Lane:
             self.requests[place], self.sent[place], self.begun[place] = other.requests[r], other.sent[r], other.begun[r]
         index = torch.tensor(places, dtype=torch.int64, device=self.rows.device)
         self.search = self.search.put(index, other.search).trimmed(self._room)  # type: ignore[arg-type]
-        if self.memory:
+        if self.memory is not None:
             self.memory = self.memory.put(index, other.memory)
-        self.shortlist = self.shortlist and other.shortlist and self.shortlist.put(index, other.shortlist)
+        if self.shortlist is not None:
+            self.shortlist = self.shortlist.put(index, other.shortlist)  # type: ignore[arg-type]  # same key: both or none
         self.rows.index_copy_(0, index, other.rows)
 
     def _append(self, other: "Lane") -> None:
@@ -107,8 +114,10 @@ class Lane:
         self.sent += other.sent
         self.begun += other.begun
         self.search = self.search.concat(other.search)  # type: ignore[arg-type]  # same key, so the same kind
-        self.memory = self.memory and other.memory and self.memory.concat(other.memory)
-        self.shortlist = self.shortlist and other.shortlist and self.shortlist.concat(other.shortlist)
+        if self.memory is not None:
+            self.memory = self.memory.concat(other.memory)
+        if self.shortlist is not None:
+            self.shortlist = self.shortlist.concat(other.shortlist)  # type: ignore[arg-type]
         self.rows = torch.cat([self.rows, other.rows])
 
     @property

@@ -58,7 +58,9 @@ class Prefill:
             if shared and unread.position == 0:
                 self._look_up(unread)
             if not unread.done:
-                turn.setdefault(unread.tokens[: _end(unread)] if shared else id(unread), []).append(unread)
+                # Who has the same state has read the same tokens, so it is enough to compare the next ones.
+                ahead = unread.tokens[unread.position : _end(unread)]
+                turn.setdefault((id(unread.state), ahead) if shared else id(unread), []).append(unread)
         if turn:
             self._read(list(turn.values()))
 

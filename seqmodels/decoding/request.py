@@ -17,7 +17,7 @@ class Request:
 
     inputs: (S,) token ids, (S, D) features, (C, H, W) image or (S, C, H, W) frames; None for a language model.
     watch: called with (output index, its generated tokens so far) after each step; true ends that output ("stop").
-    shortlist: (L,) the tokens that it may write; None for all.
+    shortlist: (L,) the tokens that it may write; None for all. More than 1,024 cost more than all, and are not heeded.
     deadline: a time.monotonic() after which the answer is of no use. priority: higher goes first. client: for whom;
     of equal priority, those with the fewest rows in use go first.
     state: what it goes on from, with the same inputs; the prefix then begins with all tokens of that state.

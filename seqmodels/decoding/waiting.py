@@ -52,9 +52,11 @@ class Waiting(Generic[R]):
         )
         return best[2][2] if best else None
 
-    def near_the_front(self) -> Iterator[R]:
-        """Some of those that wait and may soon have their turn, in no order."""
-        heaps = [heap[:LOOK_AHEAD] for heap in self._heaps.values()]  # a heap's least come early in its list
+    def near_the_front(self, rows: Mapping[str, int]) -> Iterator[R]:
+        """Some that may soon have their turn, when so many rows are in use by client: those of the highest priority and
+        the fewest rows first, in no order among the requests of one client."""
+        keys = sorted(self._heaps, key=lambda key: (-key[0], rows.get(key[1], 0)))
+        heaps = (self._heaps[key][:LOOK_AHEAD] for key in keys)  # a heap's least come early in its list
         return (entry[2] for entry in islice(chain.from_iterable(heaps), LOOK_AHEAD))
 
     def take(self, request: R) -> None:
@@ -69,15 +71,18 @@ class Waiting(Generic[R]):
                 late.append(self._pop(key))
         return late
 
-    def remove(self, request_id: str) -> None:
-        """Forget a request; unknown ids are ignored."""
+    def remove(self, request_id: str) -> list[R]:
+        """Remove and return those of that id."""
+        removed = []
         for key, heap in list(self._heaps.items()):
             kept = [entry for entry in heap if entry[2].id != request_id]
+            removed += [entry[2] for entry in heap if entry[2].id == request_id]
             if not kept:
                 del self._heaps[key]
             elif len(kept) < len(heap):
                 heapq.heapify(kept)
                 self._heaps[key] = kept
+        return removed
 
     def _pop(self, key: tuple[int, str]) -> R:
         heap = self._heaps[key]

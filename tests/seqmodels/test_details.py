@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,12 +176,13 @@ def test_without_attention_there_is_nothing_to_tell(model: SequenceGenerator) ->
         assert error.value.param == field
 
 
-def test_details_that_could_fill_the_memory_are_refused() -> None:
+@pytest.mark.parametrize("asked", [{"output_attentions": True}, {"top_logprobs": 1}])
+def test_details_that_could_fill_the_memory_are_refused(asked: dict[str, Any]) -> None:
     engine = Engine(MODELS["general"])
     plain = SearchParams(max_new_tokens=50_000)
     engine.check(Request("a", SOURCES[2], plain))
     with pytest.raises(InputError, match="max_new_tokens is 50000") as error:
-        engine.check(Request("a", SOURCES[2], plain.model_copy(update={"output_attentions": True})))
+        engine.check(Request("a", SOURCES[2], plain.model_copy(update=asked)))
     assert error.value.param == "max_new_tokens"
 
 

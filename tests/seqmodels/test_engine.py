@@ -367,6 +367,20 @@ def test_a_lane_forgets_a_long_request() -> None:
     assert len(result(run(engine), "short")[0].tokens) == 9
 
 
+def test_a_short_request_in_a_long_ones_place_needs_no_room() -> None:
+    engine = Engine(make_language_model(14, vocab_size=30))
+    short = SearchParams(max_new_tokens=9, min_new_tokens=9, num_beams=2)
+    engine.submit(Request("short", None, short))
+    engine.submit(Request("long", None, SearchParams(max_new_tokens=5000, min_new_tokens=5000, num_beams=2)))
+    engine.step()
+    engine.cancel("long")
+    engine.submit(Request("newcomer", None, short))
+    engine.step()
+    (lane,) = engine._lanes.values()
+    assert [request.id for _, request in lane.live] == ["short", "newcomer"]
+    assert lane.search.tokens.shape[2] == 9
+
+
 def test_buckets_cover_every_length() -> None:
     for length in range(1, 5000):
         assert length <= bucket(length) <= max(12, 2 * length)

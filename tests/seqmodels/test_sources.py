@@ -1,0 +1,130 @@
+"""Sources are encoded in few calls, some ahead of their turn, and nobody gets another's."""
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from seqmodels.decoding.engine import Engine
+from seqmodels.decoding.generate import generate
+from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.request import Finished, Request
+from seqmodels.decoding.waiting import Waiting
+from seqmodels.errors import InputError
+from seqmodels.stepper import Stepper
+from tests.seqmodels.builders import make_translator
+
+PARAMS = SearchParams(num_beams=2, max_new_tokens=4)
+
+
+class Counting(Stepper):
+    """Remembers the shape of each call of the encoder."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.calls: list[tuple[int, int]] = []
+
+    def encode(self, inputs: Tensor, lengths: Tensor | None) -> Any:
+        self.calls.append((inputs.shape[0], inputs.shape[1]))
+        return super().encode(inputs, lengths)
+
+
+def sources(count: int, length: int = 9) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(4, 40, (length,), generator=generator) for _ in range(count)]
+
+
+def finish(engine: Engine) -> dict[str, Any]:
+    answers = {}
+    while engine.has_work:
+        answers |= {event.request_id: event.result for event in engine.step() if isinstance(event, Finished)}
+    return answers
+
+
+def test_a_queue_is_encoded_in_few_calls() -> None:
+    """40 requests, of which two run at a time: 16 sources a call, and the answers of each alone."""
+    stepper = Counting(make_translator(1))
+    requests = [Request(str(i), source, PARAMS) for i, source in enumerate(sources(40))]
+    engine = Engine(stepper, max_rows=4)
+    for request in requests:
+        engine.submit(request)
+    answers = finish(engine)
+    assert [rows for rows, _ in stepper.calls] == [16, 16, 8]
+    assert [answers[r.id] for r in requests] == [generate(stepper, [r])[0] for r in requests]
+
+
+def test_long_sources_are_not_read_ahead() -> None:
+    stepper = Counting(make_translator(1))
+    engine = Engine(stepper, max_rows=2, row_floor=1)
+    for i, source in enumerate(sources(3, length=400)):
+        engine.submit(Request(str(i), source, PARAMS))
+    finish(engine)
+    assert stepper.calls == [(1, 512)] * 3
+
+
+@pytest.mark.parametrize(("positions", "rows"), [(12, 1), (40, 3), (4096, 16)])
+def test_what_is_read_ahead_keeps_to_the_budget_of_a_turn(positions: int, rows: int) -> None:
+    stepper = Counting(make_translator(1))
+    engine = Engine(stepper, max_rows=2, max_positions_per_step=positions, row_floor=1)
+    for i, source in enumerate(sources(20)):
+        engine.submit(Request(str(i), source, PARAMS))
+    engine.step()
+    assert stepper.calls == [(rows, 12)]
+
+
+def test_those_who_leave_the_queue_leave_nothing_behind() -> None:
+    engine = Engine(Counting(make_translator(1)), max_rows=2)
+    late = time.monotonic() + 3600
+    for i, source in enumerate(sources(10)):
+        engine.submit(Request(str(i), source, PARAMS, deadline=late if i % 2 else None))
+    engine.step()
+    assert len(engine._sources) == 9
+    for i in range(5):
+        engine.cancel(str(i))
+    finish(engine)
+    assert len(engine._sources) == 0 and engine.num_rows == 0
+
+
+def test_expired_requests_leave_nothing_behind() -> None:
+    engine = Engine(Counting(make_translator(1)), max_rows=2)
+    soon = time.monotonic() + 0.05
+    engine.submit(Request("first", sources(1)[0], PARAMS))
+    for i, source in enumerate(sources(5)):
+        engine.submit(Request(str(i), source, PARAMS, deadline=soon))
+    engine.step()
+    time.sleep(0.06)
+    engine.step()
+    assert len(engine._sources) == 0
+
+
+def test_requests_of_one_name_get_each_its_own_answer() -> None:
+    """A name that is in use twice is a client's mistake, and must not give one the other's source."""
+    one, two = sources(2)
+    model = make_translator(1, scale=2.5)
+    engine = Engine(model, max_rows=2)
+    engine.submit(Request("other", sources(3)[2], PARAMS))
+    engine.submit(Request("x", one, PARAMS))
+    engine.step()  # reads `one` ahead
+    engine.submit(Request("x", two, PARAMS, priority=5))
+    results = []
+    while engine.has_work:
+        results += [event.result for event in engine.step() if isinstance(event, Finished) and event.request_id == "x"]
+    alone = [generate(model, [Request("x", source, PARAMS)])[0] for source in (two, one)]
+    assert results == alone and alone[0] != alone[1]
+
+
+def test_those_near_the_front_come_first() -> None:
+    waiting: Waiting[Request] = Waiting()
+    for i in range(300):
+        waiting.add(Request(f"low {i}", None, PARAMS, client="a"))
+    waiting.add(Request("busy", None, PARAMS, priority=1, client="busy"))
+    waiting.add(Request("idle", None, PARAMS, priority=1, client="idle"))
+    assert [r.id for r in waiting.near_the_front({"busy": 4})][:3] == ["idle", "busy", "low 0"]
+
+
+def test_a_shortlist_without_words_is_refused() -> None:
+    engine = Engine(make_translator(1))
+    with pytest.raises(InputError, match="shortlist holds no word"):
+        engine.submit(Request("a", sources(1)[0], PARAMS, shortlist=torch.tensor([3])))
