@@ -146,7 +146,7 @@ class Engine:
         for name in ("output_attentions", "coverage_penalty"):
             if getattr(request.params, name) and not self._model.output_attentions:
                 reason = "this model has not" if not self._model.attends else "this ensemble has over different grids"
-                raise InputError(f"{name} needs one attention, which {reason}; leave it out", param=name)
+                raise InputError(f"{name} needs attention, which {reason}; leave it out", param=name)
         if request.room * self._num_kept(request) * self.max_rows > MAX_DETAILS:
             raise InputError(
                 f"max_new_tokens is {request.params.max_new_tokens}, which is more than this engine can hold with "
