@@ -81,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--shortlist",
         action="store_true",
-        help="choose tokens from the model's shortlist: faster, at a small loss (see python -m training shortlist)",
+        help="choose tokens from the model's shortlist: faster, at a small loss (see python -m training shortlist); "
+        "its logits are float32 whatever --decoder-weights is",
     )
     predict.epilog = score.epilog = generate.epilog = (
         'A line is a plain text, or JSON: {"text": ...}, {"words": [...]}, {"image": "FILE"}, '

@@ -23,7 +23,7 @@ from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.padding import ROW_FLOOR
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.request import Event, Failed, Finished, Request
-from seqmodels.decoding.saved import SavedState, fingerprint
+from seqmodels.decoding.saved import Maker, SavedState, fingerprint
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.errors import InputError, SeqModelsError
 from seqmodels.forward import Forward, ForwardRequest
@@ -68,14 +68,20 @@ class Pipeline:
         shortlist: Shortlist | None = None,
         prefix_cache_states: int = 1024,
     ) -> None:
-        """decoder_weights: in which a generator's search computes. shortlist: what it chooses its tokens from.
-        Scores of given texts stay in float32, over all tokens. max_rows, prefix_cache_states: of the engine."""
+        """decoder_weights: in which a generator's search computes. shortlist: what it chooses its tokens from, whose
+        own logits are float32 whatever decoder_weights is. Scores of given texts stay in float32, over all tokens.
+        max_rows, prefix_cache_states: of the engine."""
         self.config = pretrained.config
         self.revision = pretrained.revision
         self.decoder_weights = decoder_weights
         self._pretrained = pretrained
         self._reader = Reader(pretrained)
         self._shortlist = shortlist
+        self._maker = Maker(
+            revision=self.revision,
+            decoder_weights=decoder_weights,
+            shortlist=shortlist.fingerprint if shortlist else "",
+        )
         model = pretrained.model
         stepper = captured(Stepper(model, decoder_weights)) if isinstance(model, SequenceGenerator) else None
         floor = find_row_floor(model, stepper)
@@ -104,7 +110,7 @@ class Pipeline:
     ) -> "Pipeline":
         """shortlist: whether to use the directory's. Raises ModelDirectoryError, ConfigError."""
         pretrained = load_pretrained(directory, device)
-        chosen = Shortlist.load(Path(directory), pretrained.config) if shortlist else None
+        chosen = Shortlist.load(Path(directory), pretrained) if shortlist else None
         return cls(pretrained, max_rows, decoder_weights, chosen, prefix_cache_states)
 
     @property
@@ -194,7 +200,7 @@ class Pipeline:
     def _saved(self, state: bytes) -> SavedState:
         assert self._stepper is not None
         width, vocab_size = self._stepper.state_width, self._stepper.vocab_size
-        return SavedState.from_bytes(state, self.revision, self.decoder_weights, width, vocab_size)
+        return SavedState.from_bytes(state, self._maker, width, vocab_size)
 
     def _seed(self, search: SearchParams, given: Mapping[str, Any], saved: SavedState | None) -> int:
         """The one given with the request, that of what it goes on from, the model's own, or a new one."""
@@ -304,7 +310,7 @@ class Pipeline:
         ]
         for sequence, hypothesis in zip(sequences, result, strict=True):
             if hypothesis.state:
-                sequence["state"] = hypothesis.state.to_bytes(self.revision, self.decoder_weights)
+                sequence["state"] = hypothesis.state.to_bytes(self._maker)
         if request.force_words:
             for sequence, hypothesis in zip(sequences, result, strict=True):
                 sequence["missing_words"] = self._missing_words(request, hypothesis)

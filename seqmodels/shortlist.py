@@ -4,6 +4,7 @@ Learned from training pairs (`training/shortlist.py`), a property of a loaded mo
 from its own source alone, and its answer is normalised over that list: logits of other tokens count as -inf.
 """
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from seqmodels.config import ModelConfig, TextEncoderConfig
 from seqmodels.errors import ConfigError, ModelDirectoryError
+from seqmodels.pretrained import Pretrained
+from seqmodels.tokenizer import SPECIAL_TOKENS
 
 FILE = "shortlist.safetensors"
 NONE = -1  # fills a row that has fewer
@@ -35,12 +38,27 @@ class Shortlist:
         ids: Tensor = torch.unique(listed)  # sorted
         return ids
 
-    def save(self, directory: Path) -> None:
-        (directory / FILE).write_bytes(save({"translations": self.translations, "always": self.always}))
+    @property
+    def fingerprint(self) -> str:
+        """Short, of all that it says."""
+        digest = hashlib.sha256(str(tuple(self.translations.shape)).encode())
+        for tensor in (self.translations, self.always):
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    def save(self, directory: Path, pretrained: Pretrained) -> None:
+        """Into the directory of the model that it was learned for."""
+        tensors = {"translations": self.translations, "always": self.always}
+        (directory / FILE).write_bytes(save(tensors, _tokenizers_of(pretrained)))
 
     @classmethod
-    def load(cls, directory: Path, config: ModelConfig) -> "Shortlist":
-        """Raises ConfigError where the model has none, ModelDirectoryError for a file that does not fit it."""
+    def load(cls, directory: Path, pretrained: Pretrained) -> "Shortlist":
+        """pretrained: the model in that directory. Raises ConfigError where it has no shortlist or no use for one,
+        ModelDirectoryError for a file that does not fit it."""
+        if not _translates(pretrained.config):
+            raise ConfigError(
+                f"{directory} does not translate text into text, so it has no use for a shortlist; leave shortlist out"
+            )
         if not has_shortlist(directory):
             raise ConfigError(
                 f"{directory} has no {FILE}; learn one with `python -m training shortlist {directory}`, or leave "
@@ -48,11 +66,19 @@ class Shortlist:
             )
         try:
             tensors = load_file(directory / FILE)
+            with safetensors.safe_open(directory / FILE, "pt") as file:
+                made_for = file.metadata() or {}
         except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError):
             raise ModelDirectoryError(f"{FILE} is cut short, broken or no safetensors file") from None
+        if made_for != _tokenizers_of(pretrained):
+            raise ModelDirectoryError(
+                f"{FILE} is of another model; learn it again with `python -m training shortlist {directory}`"
+            )
         translations, always = tensors.get("translations"), tensors.get("always")
-        if translations is None or always is None or not _fits(config, translations, always):
-            raise ModelDirectoryError(f"{FILE} does not fit the model; learn it again")
+        if translations is None or always is None or not _fits(pretrained.config, translations, always):
+            raise ModelDirectoryError(
+                f"{FILE} does not fit the model; learn it again with `python -m training shortlist {directory}`"
+            )
         return cls(translations, always)
 
 
@@ -60,12 +86,27 @@ def has_shortlist(directory: str | Path) -> bool:
     return (Path(directory) / FILE).is_file()
 
 
+def _translates(config: ModelConfig) -> bool:
+    """Whether it reads text and writes text."""
+    return isinstance(config.encoder, TextEncoderConfig) and config.decoder is not None
+
+
+def _tokenizers_of(pretrained: Pretrained) -> dict[str, str]:
+    """For the metadata of the file: its numbers mean nothing to other tokenizers."""
+    assert pretrained.source_tokenizer is not None and pretrained.target_tokenizer is not None
+    return {
+        "source_tokenizer": pretrained.source_tokenizer.fingerprint,
+        "target_tokenizer": pretrained.target_tokenizer.fingerprint,
+    }
+
+
 def _fits(config: ModelConfig, translations: Tensor, always: Tensor) -> bool:
-    if not isinstance(config.encoder, TextEncoderConfig) or config.decoder is None:
-        return False
+    assert isinstance(config.encoder, TextEncoderConfig) and config.decoder is not None
     shapes = translations.dim() == 2 and always.dim() == 1 and len(translations) == config.encoder.vocab_size
     if not shapes or translations.dtype != torch.int32 or always.dtype != torch.int32:
         return False
     inside = (always >= 0) & (always < config.decoder.vocab_size)
     translated = (translations >= NONE) & (translations < config.decoder.vocab_size)
-    return bool(inside.all() and translated.all() and config.decoder.eos_token_id in always)
+    # Without a word on every list a source of unknown tokens could leave a search with nothing that it may write.
+    enough = config.decoder.eos_token_id in always and bool((always >= len(SPECIAL_TOKENS)).any())
+    return enough and bool(inside.all() and translated.all())

@@ -95,7 +95,7 @@ def _check(config: ServeConfig) -> None:
     import torch
 
     from seqmodels.pretrained import load_pretrained
-    from seqmodels.shortlist import has_shortlist
+    from seqmodels.shortlist import Shortlist, has_shortlist
 
     load_key_hashes(config.api_keys_file)
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -113,7 +113,9 @@ def _check(config: ServeConfig) -> None:
             "shortlist is true, but no model has one; learn it with `python -m training shortlist MODEL_DIR`"
         )
     for directory in config.models.values():
-        load_pretrained(directory)  # on the CPU: a GPU is the replicas'
+        pretrained = load_pretrained(directory)  # on the CPU: a GPU is the replicas'
+        if config.shortlist and has_shortlist(directory):
+            Shortlist.load(Path(directory), pretrained)
     _check_port(config)
 
 

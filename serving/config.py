@@ -62,7 +62,9 @@ class ServeConfig(Strict):
     num_threads: PositiveInt = 1  # torch threads, and CPUs reserved, in each replica
     # Of generators: int8 is faster on a CPU, float16 and bfloat16 on a GPU, at a small loss.
     decoder_weights: Weights = "float32"
-    shortlist: bool = False  # translators that have one use it: faster, at a small loss (python -m training shortlist)
+    # Translators that have one use it: faster, at a small loss (python -m training shortlist). Its own logits are
+    # computed in float32 whatever decoder_weights is.
+    shortlist: bool = False
     max_rows: PositiveInt = 256  # decoder rows of one model that live at once
     # States of each language model kept by the prompts that led to them, so that prompts that begin alike are read
     # once. An answer then comes sooner where another client's prompt began like it; 0 keeps none.

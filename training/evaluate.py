@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from seqmodels.errors import DataError
+from seqmodels.config import ModelConfig
+from seqmodels.errors import ConfigError, DataError
 from seqmodels.pipeline import Pipeline
 from seqmodels.pretrained import load_pretrained
 from seqmodels.rendering import is_bio
@@ -47,12 +48,13 @@ def evaluate(
     loading: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """All scores of the directory's task. params: search parameters that go before the directory's own. loading:
-    options of `Pipeline.from_pretrained`, for what is generated."""
+    options of `Pipeline.from_pretrained`, for what is generated. Raises ConfigError, DataError."""
+    loading = applicable(codec.config, loading or {})
     if not rows:
         raise DataError("there are no rows to evaluate on")
     if codec.config.task == "generate":
         return _score_language_model(directory, rows, codec, device)
-    pipeline = Pipeline.from_pretrained(directory, device, **loading or {})
+    pipeline = Pipeline.from_pretrained(directory, device, **loading)
     # A classifier reads the beginning of what is too long, in training as here; let the others do what they can.
     answers = pipeline.run([pipeline.prepare(row.item, params, truncate=True) for row in rows])
     nll = _mean_nll(directory, rows, codec, device)
@@ -62,6 +64,22 @@ def evaluate(
         return _score_tags(rows, answers, nll, is_bio(codec.config.labels))
     texts = [answer["sequences"][0]["text"] if answer["sequences"] else "" for answer in answers]
     return _score_texts(rows, texts, nll)
+
+
+def applicable(config: ModelConfig, loading: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the search that a model's scores depend on: all, or none where it does not search for them.
+
+    Raises ConfigError for one that is asked for and would change nothing.
+    """
+    if config.encoder and config.decoder:
+        return dict(loading)
+    for name, value in loading.items():
+        if value not in ("float32", False):
+            raise ConfigError(
+                f"{name} is {value!r}, but a {config.architecture} of task {config.task} is scored without a search; "
+                f"leave out --{name.replace('_', '-')}"
+            )
+    return {}
 
 
 def _score_labels(rows: Sequence[Row], predicted: Sequence[str], nll: float) -> Evaluation:

@@ -34,7 +34,7 @@ from training.data.examples import Codec, Example
 from training.data.rows import Row, fingerprint
 from training.data.sources import Splits, load_rows
 from training.data.streams import Streams
-from training.evaluate import evaluate
+from training.evaluate import applicable, evaluate
 from training.loop import Trainer, check_memory
 from training.report import Reporter, write_report
 
@@ -317,11 +317,13 @@ def evaluate_directory(
 ) -> dict[str, Any]:
     """Score a finished model on one split of its data, or of other data, and write the result beside it.
 
-    Raises DataError for a split that is cut from other data than the run's: what was trained on could be in it.
+    loading: see `evaluate`. Raises DataError for a split that is cut from other data than the run's: what was trained
+    on could be in it; ConfigError for a loading option that changes nothing.
     """
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     saved = load_pretrained(directory)
+    loading = applicable(saved.config, loading)  # before the data, which may take a while
     codec = Codec(
         saved.config, saved.source_tokenizer, saved.target_tokenizer, saved.preprocessor, recipe.data.max_target_length
     )
@@ -340,7 +342,7 @@ def evaluate_directory(
         "scores": scores,
         "signatures": result.signatures,
         "search": {**saved.generation.model_dump(mode="json", exclude_defaults=True), **params},
-        "loading": dict(loading),
+        "loading": loading,
     }
     checkpoint.write_whole(directory / f"evaluation-{split}.json", json.dumps(report, indent=1) + "\n")
     return report

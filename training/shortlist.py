@@ -10,22 +10,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from seqmodels.errors import ConfigError
+from seqmodels.errors import ConfigError, DataError
 from seqmodels.pretrained import load_pretrained
 from seqmodels.shortlist import FILE, NONE, Shortlist
-from seqmodels.tokenizer import EOS
+from seqmodels.tokenizer import EOS, SPECIAL_TOKENS
 from training.config import Recipe
 from training.data.examples import Codec, Example
 from training.data.sources import load_rows
 
 ROUNDS = 5
-MAX_PAIRS = 100_000  # of sentences; more change little, and all their pairs of tokens stand in memory at once
+MAX_PAIRS = 100_000  # of sentences; more change little
+MAX_LINKS = 10_000_000  # pairs of tokens in them: all stand in memory at once, in up to 120 bytes each
 
 
 def add_shortlist(directory: Path, recipe: Recipe, translations: int, frequent: int) -> Path:
     """Learn one from the training split of the recipe, and put it into a finished translator's directory.
 
-    Raises ConfigError where the model does not read text and write text.
+    Raises ConfigError where the model does not read text and write text, DataError where there is
+    nothing to learn from.
     """
     saved = load_pretrained(directory)
     if saved.source_tokenizer is None or saved.target_tokenizer is None:
@@ -36,7 +38,7 @@ def add_shortlist(directory: Path, recipe: Recipe, translations: int, frequent: 
     pairs = [(torch.tensor(one.inputs), torch.tensor(_words(one))) for one in examples if _words(one)]
     vocab_sizes = tokenizers[0].vocab_size, tokenizers[1].vocab_size
     shortlist = learn_shortlist(pairs, vocab_sizes, translations, frequent)
-    shortlist.save(directory)
+    shortlist.save(directory, saved)
     lengths = torch.tensor([float(len(shortlist.of(source))) for source, _ in pairs[:1000]])
     print(f"lists of {lengths.median():.0f} of {vocab_sizes[1]} tokens in the median, {lengths.max():.0f} at most")
     return directory / FILE
@@ -54,19 +56,35 @@ def learn_shortlist(
     """pairs: token ids of source (S,) and target (T,). vocab_sizes: of source and target.
 
     translations: target tokens kept for each source token. frequent: of the most frequent target tokens, which are on
-    every list, as EOS is.
+    every list, as EOS is. Raises DataError where there are no pairs.
     """
     source_size, target_size = vocab_sizes
-    chosen = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:MAX_PAIRS].tolist()
-    pairs = [pairs[i] for i in chosen]
+    pairs = _drawn(pairs)
     links, places = _links(pairs, target_size)
     kinds, kind = torch.unique(links, return_inverse=True)  # each pair of a source and a target token that occurs
     probability = _model_1(kinds // target_size, kind, places, source_size)
     counts = torch.cat([target for _, target in pairs]).bincount(minlength=target_size)
-    always = torch.cat([counts.topk(min(frequent, target_size)).indices, torch.tensor([EOS])])
-    always = torch.unique(always).int()
+    words = counts[len(SPECIAL_TOKENS) :]  # an answer of <unk> alone would be none
+    common = words.topk(min(frequent, len(words))).indices + len(SPECIAL_TOKENS)
+    always = torch.cat([common, torch.tensor([EOS])]).sort().values.int()
     likely = _best_of_each(kinds // target_size, kinds % target_size, probability, source_size, translations)
     return Shortlist(likely, always)
+
+
+def _drawn(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """As many of them, in random order, as memory is meant for."""
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:MAX_PAIRS].tolist()
+    drawn, num_links = [], 0
+    for source, target in (pairs[i] for i in order):
+        if num_links + len(source) * len(target) <= MAX_LINKS:
+            drawn.append((source, target))
+            num_links += len(source) * len(target)
+    if not drawn:
+        raise DataError(
+            "there is no pair of sentences to learn a shortlist from: each is empty, or longer than the model or "
+            "data.max_target_length allows; look at data.splits.train and data.columns"
+        )
+    return drawn
 
 
 def _links(pairs: Sequence[tuple[Tensor, Tensor]], target_size: int) -> tuple[Tensor, Tensor]:

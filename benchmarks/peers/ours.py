@@ -20,7 +20,7 @@ def load(exported: Exported, system: str) -> Decode:
     stepper = Stepper(model, "int8" if "int8" in system else "float32")
     shortlist = None
     if "shortlist" in system:
-        shortlist = Shortlist.load(Path(exported.model_directory), pretrained.config)
+        shortlist = Shortlist.load(Path(exported.model_directory), pretrained)
 
     def decode(sources: Sentences, batch: int, num_beams: int) -> list[list[int]]:
         requests = make_requests([torch.tensor(source) for source in sources], search_params(num_beams))

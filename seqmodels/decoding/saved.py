@@ -24,6 +24,19 @@ DTYPES = {"values": torch.float32, "tokens": torch.int64}
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 
+class Maker(Strict):
+    """What a state fits: the model's revision, what its step computes in, and the `fingerprint` of the shortlist that
+    it chooses tokens from; "" without one."""
+
+    revision: str
+    decoder_weights: Weights
+    shortlist: str = ""
+
+    def __str__(self) -> str:
+        chosen_from = f"shortlist {self.shortlist}" if self.shortlist else "no shortlist"
+        return f"{self.revision} in {self.decoder_weights} with {chosen_from}"
+
+
 class Position(Strict):
     """Where in its draws an output stands.
 
@@ -50,9 +63,8 @@ class SavedState:
     def state(self, width: int) -> State:
         return State.from_bytes(self.values, width)
 
-    def to_bytes(self, revision: str, decoder_weights: Weights) -> bytes:
-        """revision, decoder_weights: of the model that made it."""
-        about = _About(version=FORMAT_VERSION, revision=revision, decoder_weights=decoder_weights, at=self.position)
+    def to_bytes(self, maker: Maker) -> bytes:
+        about = _About(version=FORMAT_VERSION, maker=maker, at=self.position)
         tensors = {
             "values": torch.frombuffer(bytearray(self.values), dtype=torch.float32),
             "tokens": torch.tensor(self.tokens, dtype=torch.int64),
@@ -61,14 +73,11 @@ class SavedState:
         return save(tensors, {"state": about.model_dump_json()})
 
     @classmethod
-    def from_bytes(
-        cls, data: bytes, revision: str, decoder_weights: Weights, width: int, vocab_size: int
-    ) -> "SavedState":
+    def from_bytes(cls, data: bytes, here: Maker, width: int, vocab_size: int) -> "SavedState":
         """Raises InputError for anything but what `to_bytes` gave, for the model that is described here."""
         tensors, about = _parsed(data)
-        made_by, here = (about.revision, about.decoder_weights), (revision, decoder_weights)
-        if made_by != here:
-            raise _error(f"was made by a model {' in '.join(made_by)}, but this one is {' in '.join(here)}")
+        if about.maker != here:
+            raise _error(f"was made by a model {about.maker}, but this one is {here}; go on with the one that made it")
         if {name: tensor.dtype for name, tensor in tensors.items()} != DTYPES:
             raise _damaged()
         if about.checksum != _checksum(about, tensors):
@@ -85,8 +94,7 @@ class SavedState:
 
 class _About(Strict):
     version: Literal[1]
-    revision: str
-    decoder_weights: Weights
+    maker: Maker
     at: Position
     checksum: str = ""  # sha256 hex over all of the above and the tensors
 

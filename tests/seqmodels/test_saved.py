@@ -13,7 +13,7 @@ from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.generate import generate
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.request import Request
-from seqmodels.decoding.saved import SavedState
+from seqmodels.decoding.saved import Maker, SavedState
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.errors import InputError
 from seqmodels.models import SequenceGenerator
@@ -198,33 +198,43 @@ def state() -> SavedState:
     return found
 
 
-def parsed(data: bytes, revision: str = "1f3a", weights: Any = "float32", width: int = 32) -> SavedState:
-    return SavedState.from_bytes(data, revision, weights, width, vocab_size=40)
+MAKER = Maker(revision="1f3a", decoder_weights="float32")
+
+
+def parsed(data: bytes, width: int = 32, **maker: Any) -> SavedState:
+    return SavedState.from_bytes(data, MAKER.model_copy(update=maker), width, vocab_size=40)
 
 
 def test_bytes_hold_all_of_it(state: SavedState) -> None:
-    assert parsed(state.to_bytes("1f3a", "float32")) == state
+    assert parsed(state.to_bytes(MAKER)) == state
     empty = replace(state, tokens=(), position=state.position.model_copy(update={"num_generated": 0}))
-    assert parsed(empty.to_bytes("1f3a", "float32")) == empty
+    assert parsed(empty.to_bytes(MAKER)) == empty
 
 
 def test_what_does_not_fit_is_named(state: SavedState) -> None:
-    data = state.to_bytes("1f3a", "float32")
-    with pytest.raises(InputError, match="model 1f3a in float32, but this one is 9999 in float32") as error:
+    data = state.to_bytes(MAKER)
+    with pytest.raises(InputError, match="1f3a in float32 with no shortlist, but this one is 9999 in float32") as error:
         parsed(data, revision="9999")
     assert error.value.param == "state"
     with pytest.raises(InputError, match="but this one is 1f3a in int8"):
-        parsed(data, weights="int8")
+        parsed(data, decoder_weights="int8")
+    with pytest.raises(InputError, match="with no shortlist, but this one is 1f3a in float32 with shortlist 77ab"):
+        parsed(data, shortlist="77ab")
+    shortened = state.to_bytes(MAKER.model_copy(update={"shortlist": "77ab"}))
+    assert parsed(shortened, shortlist="77ab") == state
+    for other in ("", "88cd"):
+        with pytest.raises(InputError, match="with shortlist 77ab, but this one is"):
+            parsed(shortened, shortlist=other)
     with pytest.raises(InputError, match="64 finite numbers"):
         parsed(data, width=64)
     with pytest.raises(InputError, match="none of this model's 40 tokens"):
-        parsed(replace(state, tokens=(4, 40, *state.tokens[2:])).to_bytes("1f3a", "float32"))
+        parsed(replace(state, tokens=(4, 40, *state.tokens[2:])).to_bytes(MAKER))
     with pytest.raises(InputError, match="none of this model's 40 tokens"):
-        parsed(replace(state, tokens=(4, -1, *state.tokens[2:])).to_bytes("1f3a", "float32"))
+        parsed(replace(state, tokens=(4, -1, *state.tokens[2:])).to_bytes(MAKER))
     with pytest.raises(InputError, match="32 finite numbers"):
-        parsed(replace(state, values=state.values[:-4] + b"\x00\x00\xc0\x7f").to_bytes("1f3a", "float32"))
+        parsed(replace(state, values=state.values[:-4] + b"\x00\x00\xc0\x7f").to_bytes(MAKER))
     with pytest.raises(InputError, match="5 of its 3 tokens"):
-        parsed(replace(state, tokens=state.tokens[:3]).to_bytes("1f3a", "float32"))
+        parsed(replace(state, tokens=state.tokens[:3]).to_bytes(MAKER))
     with pytest.raises(InputError, match="version 7, but this program knows version 1"):
         parsed(data.replace(b'\\"version\\":1', b'\\"version\\":7'))
     for broken in (b"", b"{}", b"\xff" * 100, data[:-1], data + b"0", save({"values": torch.zeros(32)})):
@@ -237,7 +247,7 @@ def test_what_does_not_fit_is_named(state: SavedState) -> None:
 
 def test_damage_is_seen(state: SavedState) -> None:
     """3,000 states with bytes changed, cut out or put in: an error, or a change that says the same."""
-    data, choose = state.to_bytes("1f3a", "float32"), random.Random(0)
+    data, choose = state.to_bytes(MAKER), random.Random(0)
     refused = 0
     for _ in range(3000):
         damaged = bytearray(data)

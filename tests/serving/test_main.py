@@ -1,11 +1,17 @@
 """The command line: what it understands, and that a user's mistake is one line and exit status 2."""
 
+import shutil
 import socket
 from pathlib import Path
 
 import pytest
+import torch
 
-from serving.__main__ import main, read_config
+from seqmodels.pretrained import load_pretrained
+from seqmodels.shortlist import FILE, NONE, Shortlist
+from seqmodels.tokenizer import EOS
+from serving.__main__ import _check, main, read_config
+from serving.deployments import load_pipelines
 
 
 def test_command_line(models: dict[str, str]) -> None:
@@ -67,3 +73,46 @@ def test_weights_that_the_device_does_not_compute_in(
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     (tmp_path / "s.yaml").write_text(f"models: {{m: {models['mood']}}}\ndecoder_weights: {weights}\n")
     assert f"decoder_weights is '{weights}'" in one_line_error(capsys, str(tmp_path / "s.yaml"))
+
+
+@pytest.fixture
+def with_shortlist(tmp_path: Path, models: dict[str, str]) -> Path:
+    """A service of a classifier and of a translator that has a shortlist of one character, x."""
+    translator = tmp_path / "translator"
+    shutil.copytree(models["en-de"], translator)
+    pretrained = load_pretrained(translator)
+    assert pretrained.source_tokenizer and pretrained.target_tokenizer
+    always = torch.tensor([EOS, *pretrained.target_tokenizer.encode("x")]).int()
+    translations = torch.full((pretrained.source_tokenizer.vocab_size, 1), NONE).int()
+    Shortlist(translations, always).save(translator, pretrained)
+    service = tmp_path / "s.yaml"
+    service.write_text(f"models: {{mood: {models['mood']}, tr: {translator}}}\nshortlist: true\n")
+    return service
+
+
+def test_a_shortlist_is_used(with_shortlist: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = read_config([str(with_shortlist), "--device", "cpu", "--port", str(port)])
+    _check(config)
+    pipelines = load_pipelines(config)
+    (answer,) = pipelines["tr"](["Some text."], max_new_tokens=6, min_new_tokens=3)
+    assert set(answer["sequences"][0]["text"]) == {"x"}
+    assert pipelines["mood"](["Some text."])[0]["label"] in ("bad", "good")
+
+
+def test_no_model_has_a_shortlist(tmp_path: Path, models: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "s.yaml").write_text(f"models: {{tr: {models['en-de']}}}\nshortlist: true\n")
+    assert "no model has one" in one_line_error(capsys, str(tmp_path / "s.yaml"))
+
+
+def test_a_broken_shortlist(with_shortlist: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = with_shortlist.parent / "translator" / FILE
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    assert f"{FILE} is cut short" in one_line_error(capsys, str(with_shortlist))
+    tokenizer = file.with_name("source_tokenizer.json")
+    file.write_bytes(whole)
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    assert "of another model; learn it again" in one_line_error(capsys, str(with_shortlist))

@@ -97,6 +97,11 @@ def test_evaluate_takes_search_options_and_a_baseline(tmp_path: Path, capsys: py
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["split"] == "test" and result["rows"] == 1000
     assert result["scores"]["bag_of_words_baseline"] <= 0.75
+    assert result["loading"] == {}
+    for option, name in ((["--decoder-weights", "int8"], "decoder_weights is 'int8'"), (["--shortlist"], "shortlist")):
+        assert main(["evaluate", str(tmp_path / "model"), *option]) == 2
+        error = capsys.readouterr().err
+        assert name in error and f"leave out {option[0]}" in error
     data = {"generated": "numbers-en-fr", "tokenizer": WORDS}
     recipe = write_recipe(tmp_path / "recipe.yaml", task="translate", data=data, model=TRANSLATOR)
     run = [f"run.output_dir={tmp_path / 'translator'}", "run.max_eval_samples=4", "generation.max_new_tokens=3"]
@@ -115,6 +120,8 @@ def test_evaluate_takes_search_options_and_a_baseline(tmp_path: Path, capsys: py
         "decoder_weights": "int8",
         "shortlist": True,
     }
+    revision = json.loads((tmp_path / "translator" / "evaluation-test.json").read_text())["revision"]
+    assert revision == result["revision"]  # a list is no part of the model
     assert main(["shortlist", str(tmp_path / "model")]) == 2
     assert "does not translate" in capsys.readouterr().err
 

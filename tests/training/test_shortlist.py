@@ -3,10 +3,13 @@
 import random
 from collections import defaultdict
 
+import pytest
 import torch
 
+from seqmodels.errors import DataError
 from seqmodels.shortlist import NONE
-from seqmodels.tokenizer import EOS
+from seqmodels.tokenizer import EOS, UNK
+from training import shortlist
 from training.shortlist import ROUNDS, learn_shortlist
 
 
@@ -55,3 +58,26 @@ def test_a_dictionary_is_found_among_words_in_any_order() -> None:
     assert len(found.always) == 6 and EOS in found.always
     words = found.of(torch.tensor([7, 9, EOS]), further=[3, 140]).tolist()
     assert {107, 109, EOS, 3, 140} <= set(words) and words == sorted(set(words))
+
+
+def test_what_is_always_listed_can_be_written() -> None:
+    """However frequent <unk> is among the targets."""
+    found = learn_shortlist([(torch.tensor([4, EOS]), torch.tensor([UNK, UNK, 7]))] * 3, (5, 9), 2, 1)
+    assert found.always.tolist() == [EOS, 7]
+
+
+def test_no_more_links_than_memory_is_meant_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is too long by itself is left out; the others are taken while there is room."""
+    monkeypatch.setattr(shortlist, "MAX_LINKS", 100)
+    pairs = [(torch.full((n,), 4), torch.full((n,), 5)) for n in (20, 5, 5, 5, 5, 5, 5, 20)]
+    drawn = shortlist._drawn(pairs)
+    assert [len(source) for source, _ in drawn] == [5] * 4
+    assert learn_shortlist(pairs, (5, 6), 1, 1).translations[4].tolist() == [5]
+
+
+def test_nothing_to_learn_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match="no pair of sentences to learn a shortlist from"):
+        learn_shortlist([], (5, 6), 1, 1)
+    monkeypatch.setattr(shortlist, "MAX_LINKS", 3)
+    with pytest.raises(DataError, match="no pair of sentences"):
+        learn_shortlist([(torch.tensor([4, EOS]), torch.tensor([5, 5]))], (5, 6), 1, 1)
