@@ -9,14 +9,23 @@ from pathlib import Path
 import pytest
 import yaml
 
+from seqmodels.errors import ConfigError
+from seqmodels.models import Model
 from seqmodels.pipeline import Pipeline
+from tests.seqmodels.builders import make_language_model, make_model
 from tests.training.recipes import TAGGER, TRANSLATOR, WORDS, fields, recipe
 from training.__main__ import main
 from training.data.generated import generate
 from training.data.rows import Row
+from training.evaluate import applicable
 from training.run import _drawn
 
 ROOT = Path(__file__).parent.parent.parent
+A_TAGGER = {
+    "architecture": "tagger",
+    "encoder": {"input": "features", "feature_size": 3, "recurrent": {"hidden_size": 4}},
+    "labels": ["O", "X"],
+}
 HIDDEN = "model.encoder.recurrent.hidden_size"
 
 
@@ -124,6 +133,14 @@ def test_evaluate_takes_search_options_and_a_baseline(tmp_path: Path, capsys: py
     assert revision == result["revision"]  # a list is no part of the model
     assert main(["shortlist", str(tmp_path / "model")]) == 2
     assert "does not translate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", [make_language_model(), make_model(**A_TAGGER)], ids=["language model", "tagger"])
+def test_scores_without_a_search_depend_on_no_option_of_one(model: Model) -> None:
+    assert applicable(model.config, {"decoder_weights": "float32", "shortlist": False}) == {}
+    for name, value in {"decoder_weights": "int8", "shortlist": True}.items():
+        with pytest.raises(ConfigError, match=f"{name} is .* is scored without a search; leave out --"):
+            applicable(model.config, {name: value})
 
 
 @pytest.fixture
