@@ -218,11 +218,16 @@ class Pipeline:
         return tuple(dict.fromkeys(ids for ids in spellings if ids))
 
     def _force_words(self, search: SearchParams) -> tuple[tuple[int, ...], ...]:
-        """Each as it is spelt at the start of a word. Raises InputError for one that the vocabulary cannot spell."""
+        """Each as it is spelt at the start of a word. Raises InputError for one that can never be written."""
         spellings = [tuple(self._tokenizer.encode(word)) for word in search.force_words]
+        banned = self._bad_words(search)
         for word, spelling in zip(search.force_words, spellings, strict=True):
-            if not spelling or UNK in spelling:
+            if not word.strip() or not spelling or UNK in spelling:
                 raise InputError(f"force_words has {word!r}, which this model has no tokens for", param="force_words")
+            if any(bad == spelling[i : i + len(bad)] for bad in banned for i in range(len(spelling))):
+                raise InputError(
+                    f"force_words has {word!r}, which bad_words forbids; leave one out", param="force_words"
+                )
         return tuple(spellings)
 
     def _shortlisted(self, reading: Reading, force_words: Phrases) -> Tensor | None:

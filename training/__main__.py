@@ -80,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--split", default="test", choices=("train", "validation", "test"), help="default: test")
     score.add_argument("--baseline", action="store_true", help="also score a baseline that cannot see order or motion")
     score.add_argument("--decoder-weights", default="float32", choices=get_args(Weights), help="default: float32")
-    score.add_argument("--shortlist", action="store_true", help="search with the model's shortlist, in float32")
+    score.add_argument(
+        "--shortlist", action="store_true", help="search with the model's shortlist; nll stays over all tokens"
+    )
     score.set_defaults(run=_evaluate)
     shorten = commands.add_parser(
         "shortlist", help="learn a shortlist for a translator", epilog=SHORTLIST_HELP, formatter_class=raw

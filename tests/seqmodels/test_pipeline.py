@@ -707,3 +707,18 @@ def test_the_command_line_goes_on_from_a_state(
     assert more["text"] != second["text"]
     assert "damaged" in damaged
     assert "state is no base64" in no_base64 and "state is no base64" in number
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"force_words": ["quick fox"], "bad_words": ["fox"]}, "which bad_words forbids"),
+        ({"force_words": [" "]}, "has no tokens for"),
+    ],
+)
+def test_words_that_can_never_be_written_are_refused(
+    pipelines: dict[str, Pipeline], options: dict[str, list[str]], message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        pipelines["translator"].prepare("fox", {"num_beams": 2, **options})
+    assert error.value.param == "force_words"
