@@ -58,6 +58,19 @@ def test_reading_holds_nobody_up(model: SequenceGenerator) -> None:
     assert engine.prefill_tokens == (10 * TOKENS, 0)
 
 
+def test_prompts_that_only_go_on_alike_share_nothing(model: SequenceGenerator) -> None:
+    """The second turn reads the same tokens in both, after others in the first."""
+    prompts = [(first,) * (TOKENS - 1) + (20,) * (TOKENS + 1) for first in (10, 11)]
+    engine = Engine(model)
+    for prompt in prompts:
+        engine.submit(make_request(str(prompt[0]), prompt))
+    found = answers(engine)
+    alone = {str(prompt[0]): generate(model, [make_request("a", prompt)])[0] for prompt in prompts}
+    assert found == alone
+    assert [h.logprobs for h in found["10"]] != [h.logprobs for h in found["11"]]
+    assert engine.prefill_tokens == (4 * TOKENS, 0)
+
+
 def test_many_read_in_their_turn(model: SequenceGenerator) -> None:
     engine = Engine(model, prefix_cache_states=0)
     for i in range(2 * ROWS):

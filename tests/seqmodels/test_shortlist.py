@@ -17,8 +17,9 @@ from seqmodels.errors import ConfigError, InputError, ModelDirectoryError
 from seqmodels.models import SequenceGenerator
 from seqmodels.pipeline import Pipeline
 from seqmodels.pretrained import load_pretrained, save_pretrained
+from seqmodels.selftest import find_row_floor
 from seqmodels.shortlist import FILE, NONE, Shortlist
-from seqmodels.stepper import Ensemble, Group, Stepper
+from seqmodels.stepper import Ensemble, Group, Groups, Stepper
 from seqmodels.tokenizer import BOS, EOS, UNK, Tokenizer
 from tests.seqmodels.builders import make_language_model, make_model, make_translator
 
@@ -85,6 +86,20 @@ def by_hand(
     mean = torch.stack(probabilities).mean(0).gather(1, places[:, None])[:, 0]
     logprobs: list[float] = mean.log().tolist()
     return logprobs
+
+
+class Leaky(Stepper):
+    """Gives requests with a list other logits when they have company."""
+
+    def logits(self, outputs: torch.Tensor, groups: Groups) -> torch.Tensor:
+        logits = super().logits(outputs, groups)
+        company = max((group.num_requests for group in groups if group.shortlist is not None), default=0)
+        return logits * (1 + company / 1000)
+
+
+def test_the_self_test_asks_for_lists() -> None:
+    model = make_translator(0)
+    assert find_row_floor(model, Leaky(model)) is None
 
 
 @pytest.fixture

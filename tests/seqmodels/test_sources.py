@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from seqmodels.decoding import sources as sources_module
 from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.generate import generate
 from seqmodels.decoding.params import SearchParams
@@ -72,6 +73,18 @@ def test_what_is_read_ahead_keeps_to_the_budget_of_a_turn(positions: int, rows: 
         engine.submit(Request(str(i), source, PARAMS))
     engine.step()
     assert stepper.calls == [(rows, 12)]
+
+
+@pytest.mark.parametrize(("limit", "held"), [({"MAX_AHEAD": 5}, 5), ({"MAX_POSITIONS_AHEAD": 40}, 3)])
+def test_few_wait_encoded(monkeypatch: pytest.MonkeyPatch, limit: dict[str, int], held: int) -> None:
+    """Sources of 12 positions with padding."""
+    for name, value in limit.items():
+        monkeypatch.setattr(sources_module, name, value)
+    engine = Engine(Counting(make_translator(1)), max_rows=2)
+    for i, source in enumerate(sources(20)):
+        engine.submit(Request(str(i), source, PARAMS))
+    engine.step()
+    assert len(engine._sources) == held
 
 
 def test_those_who_leave_the_queue_leave_nothing_behind() -> None:
