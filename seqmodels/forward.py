@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from seqmodels.decoding.padding import ROW_FLOOR, bucket, grouped, has_steps, pad_inputs
 from seqmodels.decoding.request import Event, Failed, Finished
 from seqmodels.errors import DeadlineError
+from seqmodels.kernels import packed
 from seqmodels.models import Model, SequenceClassifier, SequenceGenerator
 
 
@@ -36,7 +38,7 @@ class Forward:
 
     def __init__(self, model: Model, max_positions: int = 8192, row_floor: int = ROW_FLOOR) -> None:
         """max_positions: input positions in one batch, padding included."""
-        self._model = model
+        self._model = cast(Model, packed(model))
         self._max_positions = max_positions
         self._row_floor = row_floor
         self._device = next(model.parameters()).device

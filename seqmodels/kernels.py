@@ -1,26 +1,35 @@
-"""Linear maps whose weights are laid out once for the processor: what a decoder's step spends its time in.
+"""Linear maps and LSTM layers whose weights are laid out once for the processor: what inference spends its time in.
 
-Knows one product and how each device computes it fastest; docs/performance.md says what was measured.
+Knows how each device computes them fastest; docs/performance.md says what was measured.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqmodels.config import Weights
 from seqmodels.errors import ConfigError
 
-Linear = Callable[[Tensor], Tensor]  # x (N, D) -> x W^T + b (N, O)
+
+
+class Linear(Protocol):
+    """x (N, D) -> x W^T + b (N, O). With `plus` (N, O), that in place of b."""
+
+    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor: ...
+
 
 LARGEST_INT8 = 127
+LSTM_MODE = 2  # what torch's kernels call it
 PACKED_FOR_ROWS = 32  # oneDNN chooses a layout by the number of rows it expects; measured the same from 4 to 160
 
 
 class PackedLinear:
-    """y = x W^T + b for rows x (N, D), W (O, D), b (O,) or None: y (N, O).
+    """y = x W^T + b for rows x (N, D), W (O, D), b (O,) or None: y (N, O). With `plus` (N, O), that in place of b.
 
     On a CPU with oneDNN the weight is reordered once into the blocks that its kernels read; `F.linear` goes through
     another library, two to four times slower for the few rows of a step on the machines measured, and gives other
@@ -33,11 +42,13 @@ class PackedLinear:
         self._packed = _packs(weight)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS) if self._packed else weight
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if not self._packed:
-            return F.linear(x, self._weight, self._bias)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        return y
+    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        bias = self._bias if plus is None else None
+        if self._packed:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._weight, bias, "none", [], "")
+        else:
+            y = F.linear(x, self._weight, bias)
+        return y if plus is None else y.add_(plus)
 
 
 class Int8Linear:
@@ -57,13 +68,13 @@ class Int8Linear:
         self._bias = torch.zeros_like(self._scale) if bias is None else bias.detach()
         self._no_offset = torch.zeros_like(self._scale, dtype=torch.int64)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         scale = _scale(x)
         whole = (x / scale).round_().to(torch.int8)
         products: Tensor = torch.ops.onednn.qlinear_pointwise(
             whole, 1.0, 0, self._weight, self._scale, self._no_offset, None, 1.0, 0, torch.float32, "none", [], ""
         )  # already times the outputs' scales
-        return torch.addcmul(self._bias, products, scale, out=products)
+        return torch.addcmul(self._bias if plus is None else plus, products, scale, out=products)
 
 
 class HalfLinear:
@@ -81,9 +92,45 @@ class HalfLinear:
             raise ConfigError("a weight of this model is too large for float16; use bfloat16 or float32")
         self._bias = None if bias is None else bias.detach()
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         y = _float32_product(x.to(self._weight.dtype), self._weight)
-        return y if self._bias is None else y.add_(self._bias)
+        added = self._bias if plus is None else plus
+        return y if added is None else y.add_(added)
+
+
+class PackedLstm(nn.Module):
+    """One layer of `nn.LSTM` in one direction, batch first, with the same bits: that one lays its weights out anew at
+    each call, which for a few short rows takes as long as the rest. A later change of the weights is not seen."""
+
+    def __init__(self, layer: nn.LSTM) -> None:
+        super().__init__()
+        self._hidden_size = layer.hidden_size
+        weights = [layer.get_parameter(name).detach() for name in ("weight_ih_l0", "weight_hh_l0")]
+        self._biases = nn.ParameterList([layer.get_parameter(name) for name in ("bias_ih_l0", "bias_hh_l0")])
+        sizes = [16, PACKED_FOR_ROWS, layer.input_size]  # expected steps and rows; any others do
+        self._packed = torch.ops.mkldnn._reorder_mkldnn_rnn_layer_weight(
+            *weights, layer.hidden_size, False, True, False, sizes
+        )
+
+    def forward(self, x: Tensor, first: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """x (B, T, D), hidden and cell (1, B, H) -> y (B, T, H), hidden and cell after T."""
+        hidden, cell = (part[0].contiguous() for part in first)
+        y, hidden, cell, _ = torch.mkldnn_rnn_layer(
+            x.transpose(0, 1).contiguous(), *self._packed, *self._biases, hidden, cell,
+            reverse=False, batch_sizes=[], mode=LSTM_MODE, hidden_size=self._hidden_size, num_layers=1,
+            has_biases=True, bidirectional=False, batch_first=False, train=False,
+        )  # fmt: skip
+        return y.transpose(0, 1), (hidden[None], cell[None])
+
+
+def packed(module: nn.Module) -> nn.Module:
+    """The same module for inference, with its LSTM layers on packed weights where that is possible, on a CPU. It shares
+    all else with the given one, which stays as it is."""
+    if isinstance(module, nn.LSTM):
+        return PackedLstm(module) if _packs(module.get_parameter("weight_ih_l0")) else module
+    twin = copy.copy(module)
+    twin._modules = {name: child and packed(child) for name, child in module._modules.items()}
+    return twin
 
 
 LINEAR: dict[Weights, Callable[..., Linear]] = {

@@ -6,6 +6,7 @@ One kernel serves prefix and generation, so a token gives a state the same bits 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -16,25 +17,40 @@ from seqmodels.cells import CellWeights
 from seqmodels.config import Cell, ModelConfig, Weights
 from seqmodels.decoding.record import Record
 from seqmodels.errors import ConfigError
-from seqmodels.kernels import LINEAR, Linear, PackedLinear
+from seqmodels.kernels import LINEAR, Linear, PackedLinear, packed
 from seqmodels.models import SequenceGenerator
 from seqmodels.state import Memory, MemoryGroup, State
 
 Average = Literal["probability", "logprob"]
-Stepped = tuple[Tensor, State, list[Tensor]]  # logits (N, V), State, and for each memory where it was looked (R, K, S)
-Features = tuple[Tensor, State, list[Tensor]]  # the same with what the logits are made of (N, E) in their place
+# For each group its logits (R, K, V), or (R, K, L) of the tokens on its shortlist; State; for each memory, where the
+# rows looked (R, K, S).
+Stepped = tuple[list[Tensor], State, list[Tensor]]
+Features = tuple[Tensor, State, list[Tensor]]  # the same with what all logits are made of (N, E) in their place
+
+# Numbers (256 MiB) that may be kept of what the first layer makes of each token, to be looked up at each step.
+LARGEST_TABLE = 2**26
 
 
 @dataclass(frozen=True)
 class Shortlisted(Record):
     """The rows of the output layer that requests need, so that no step has to look for them.
 
-    words: (R, L) the tokens that each may write. weight: (R, L, E). bias: (R, L), -inf where a request has fewer.
+    words: (R, L) the tokens that each may write, in order. weight: (R, L, E). bias: (R, L), -inf where a request has
+    fewer.
     """
 
     words: Tensor
     weight: Tensor
     bias: Tensor
+
+    def spread(self, listed: Tensor, vocab_size: int) -> Tensor:
+        """Numbers of the tokens on the lists (R, K, L) -> of all (R, K, V), -inf of the others."""
+        everyone = listed.new_full((*listed.shape[:2], vocab_size), float("-inf"))
+        return everyone.scatter_(2, self.words[:, None].expand_as(listed), listed)
+
+    def listed(self, everyone: Tensor) -> Tensor:
+        """Numbers of all tokens (R, K, V) -> of those on the lists (R, K, L)."""
+        return everyone.gather(2, self.words[:, None].expand(-1, everyone.shape[1], -1))
 
 
 @dataclass(frozen=True)
@@ -85,9 +101,14 @@ class Stepper:
         self.attends = self.output_attentions = decoder.attention is not None
         self.state_width = decoder.recurrent.state_width
         self._model = model
+        self._encoder = model.encoder and packed(model.encoder)
         self._decoder = decoder
         cell = decoder.recurrent.cell
-        self._layers = [_STEPS[cell](layer, cell, linear) for layer in decoder.recurrent.weights()]
+        embedding = decoder.embedding.weight.detach()
+        first, *others = decoder.recurrent.weights()
+        self._looks_up = len(embedding) * len(first.input) <= LARGEST_TABLE
+        self._layers = [_STEPS[cell](first, cell, linear, embedding if self._looks_up else None)]
+        self._layers += [_STEPS[cell](layer, cell, linear) for layer in others]
         self._hidden_size = decoder.recurrent.hidden_size
         self._residual = decoder.recurrent.residual
         self._combine = decoder.combine and linear(decoder.combine.weight, decoder.combine.bias)
@@ -99,8 +120,8 @@ class Stepper:
 
     def encode(self, inputs: Tensor, lengths: Tensor | None) -> Memory:
         """inputs as the encoder takes them -> Memory with the attention's keys in place."""
-        assert self._model.encoder is not None, "a language model has nothing to encode"
-        memory: Memory = self._model.encoder(inputs, lengths, None)[0]
+        assert self._encoder is not None, "a language model has nothing to encode"
+        memory: Memory = self._encoder(inputs, lengths, None)[0]
         return replace(memory, keys=self._keys(memory.values)) if self.attends else memory
 
     def start(self, memory: Memory | None, rows: int) -> State:
@@ -123,8 +144,8 @@ class Stepper:
         return state
 
     def step(self, tokens: Tensor, state: State, groups: Groups) -> Stepped:
-        """One token for all live rows. tokens (N,), rows group by group -> (logits (N, V) of float32, State, and for
-        each group the weights (R, K, S) of the attention; none where the model has none).
+        """One token for all live rows. tokens (N,), rows group by group -> (logits of each group, of float32, State,
+        and for each group the weights (R, K, S) of the attention; none where the model has none).
 
         Rows beyond those of the groups are padding, and what they get is nobody's.
         """
@@ -144,7 +165,7 @@ class Stepper:
 
     def _recur(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """tokens (N,) through embedding and recurrence: outputs (N, H)."""
-        x = self._decoder.embedding(tokens)
+        x = tokens if self._looks_up else self._decoder.embedding(tokens)
         parts = state.values.view(len(tokens), -1, len(self._layers), self._hidden_size).unbind(1)
         after = []
         for index, layer in enumerate(self._layers):
@@ -153,23 +174,22 @@ class Stepper:
             after.append(new)
         return x, State(torch.cat([part for kind in zip(*after, strict=True) for part in kind], dim=1))
 
-    def logits(self, outputs: Tensor, groups: Groups) -> Tensor:
-        """outputs (N, E) -> (N, V); -inf for tokens that are not on a request's shortlist."""
-        if all(group.shortlist is None for group in groups):
-            return self._project(outputs).float()
-        everyone = all(group.shortlist is not None for group in groups)
-        logits = outputs.new_empty(len(outputs), self.vocab_size) if everyone else self._project(outputs)
-        first = 0
+    def logits(self, outputs: Tensor, groups: Groups) -> list[Tensor]:
+        """outputs (N, E) -> of each group (R, K, V), or (R, K, L) of the tokens on its shortlist."""
+        everyone = None
+        if any(group.shortlist is None for group in groups):
+            everyone = self._project(outputs).float()  # of all rows, since few might get other bits
+        logits, first = [], 0
         for group in groups:
             rows = slice(first, first + group.num_requests * group.width)
-            if group.shortlist is not None:
-                words, weight, bias = group.shortlist.words, group.shortlist.weight, group.shortlist.bias
+            if group.shortlist is None:
+                assert everyone is not None
+                logits.append(everyone[rows].view(group.num_requests, group.width, -1))
+            else:
                 asked = outputs[rows].view(group.num_requests, group.width, -1)
-                own = torch.baddbmm(bias[:, None], asked, weight.mT)  # (R, K, L), each request's on its own list
-                lane = logits[rows].fill_(float("-inf")).view(group.num_requests, group.width, -1)
-                lane.scatter_(2, words[:, None].expand_as(own), own)
+                logits.append(torch.baddbmm(group.shortlist.bias[:, None], asked, group.shortlist.weight.mT))
             first = rows.stop
-        return logits.float()
+        return logits
 
     def _attend(self, outputs: Tensor, groups: Groups) -> tuple[Tensor, list[Tensor]]:
         """outputs (N, H) -> context (N, D), weights (R, K, S) of each group: the K beams of a request are K queries of
@@ -234,13 +254,14 @@ class Ensemble:
         predictions, states, looks = [], [], []
         for index, (member, own) in enumerate(zip(self._members, self._own(state), strict=True)):
             logits, after, weights = member.step(tokens, own, [self._own_group(group, index) for group in groups])
-            predictions.append(logits.log_softmax(-1))
+            predictions.append([lane.log_softmax(-1) for lane in logits])
             states.append(after)
             if member.attends and self.output_attentions:
                 looks.append(weights)
-        stacked = torch.stack(predictions)
-        mean = stacked.logsumexp(0) if self._average == "probability" else stacked.mean(0)
-        return mean, _side_by_side(states), [torch.stack(lane).mean(0) for lane in zip(*looks, strict=True)]
+        stacked = [torch.stack(lane) for lane in zip(*predictions, strict=True)]
+        average = torch.logsumexp if self._average == "probability" else torch.mean
+        means = [average(lane, 0) for lane in stacked]
+        return means, _side_by_side(states), [torch.stack(lane).mean(0) for lane in zip(*looks, strict=True)]
 
     def _own_group(self, group: Group, index: int) -> Group:
         """What one member sees of a group."""
@@ -269,30 +290,64 @@ def _side_by_side(states: Sequence[State]) -> State:
     return State(torch.cat([state.values for state in states], dim=1))
 
 
-class _VanillaStep:
-    """One step of one layer: (x (N, D), hidden (N, H)) -> (hidden,). The equations stand in cells.py."""
+class _Sums:
+    """What gates and candidates are made of: (x (N, D), hidden (N, H)) -> W_x x + W_h h + b (N, G·H), in one product."""
 
-    def __init__(self, weights: CellWeights, cell: Cell, linear: Callable[..., Linear]) -> None:
+    def __init__(self, weights: CellWeights, linear: Callable[..., Linear]) -> None:
+        weight = torch.cat([weights.input, weights.recurrent], 1)
+        self._linear = linear(weight, weights.input_bias + weights.recurrent_bias)
+
+    def __call__(self, x: Tensor, hidden: Tensor) -> Tensor:
+        return self._linear(torch.cat([x, hidden], 1))
+
+
+class _SumsOfTokens:
+    """The same of token ids (N,): W_x x + b is one of V vectors, which are computed once and looked up."""
+
+    def __init__(self, weights: CellWeights, linear: Callable[..., Linear], embedding: Tensor) -> None:
+        self._table = F.linear(embedding, weights.input, weights.input_bias + weights.recurrent_bias).detach()
+        self._linear = linear(weights.recurrent)
+
+    def __call__(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        return self._linear(hidden, F.embedding(tokens, self._table))
+
+
+def _sums(weights: CellWeights, linear: Callable[..., Linear], embedding: Tensor | None) -> _Sums | _SumsOfTokens:
+    return _Sums(weights, linear) if embedding is None else _SumsOfTokens(weights, linear, embedding)
+
+
+class _VanillaStep:
+    """One step of one layer: (x (N, D), hidden (N, H)) -> (hidden,). The equations stand in cells.py.
+
+    embedding (V, D): given to a layer that reads token ids (N,) in place of x.
+    """
+
+    def __init__(
+        self, weights: CellWeights, cell: Cell, linear: Callable[..., Linear], embedding: Tensor | None = None
+    ) -> None:
         self._activate = torch.relu_ if cell == "rnn_relu" else torch.tanh_
-        self._total = linear(
-            torch.cat([weights.input, weights.recurrent], 1), weights.input_bias + weights.recurrent_bias
-        )
+        self._sums = _sums(weights, linear, embedding)
 
     def __call__(self, x: Tensor, hidden: Tensor) -> tuple[Tensor]:
-        return (self._activate(self._total(torch.cat([x, hidden], 1))),)
+        return (self._activate(self._sums(x, hidden)),)
 
 
 class _GruStep:
     """(x (N, D), hidden (N, H)) -> (hidden,). The candidate needs its two products apart, so they are not packed."""
 
-    def __init__(self, weights: CellWeights, cell: Cell, linear: Callable[..., Linear]) -> None:
+    def __init__(
+        self, weights: CellWeights, cell: Cell, linear: Callable[..., Linear], embedding: Tensor | None = None
+    ) -> None:
         halves = _halves(weights, gates=3, sigmoids=(0, 1))  # torch's order: reset, update, candidate
-        self._from_input = linear(halves.input, halves.input_bias)
+        self._from_input: Callable[[Tensor], Tensor] = linear(halves.input, halves.input_bias)
+        if embedding is not None:
+            table = F.linear(embedding, halves.input, halves.input_bias).detach()
+            self._from_input = partial(F.embedding, weight=table)
         self._from_hidden = linear(halves.recurrent, halves.recurrent_bias)
 
     def __call__(self, x: Tensor, hidden: Tensor) -> tuple[Tensor]:
         both = 2 * hidden.shape[1]
-        from_input, from_hidden = self._from_input(x), self._from_hidden(hidden.contiguous())
+        from_input, from_hidden = self._from_input(x), self._from_hidden(hidden)
         reset, update = _sigmoid_of_half(from_input[:, :both] + from_hidden[:, :both]).chunk(2, dim=1)
         candidate = torch.addcmul(from_input[:, both:], reset, from_hidden[:, both:]).tanh_()
         return (candidate.lerp(hidden, update),)
@@ -301,16 +356,17 @@ class _GruStep:
 class _LstmStep:
     """(x (N, D), hidden (N, H), cell (N, H)) -> (hidden, cell). One product gives all gates of a step."""
 
-    def __init__(self, weights: CellWeights, cell: Cell, linear: Callable[..., Linear]) -> None:
+    def __init__(
+        self, weights: CellWeights, cell: Cell, linear: Callable[..., Linear], embedding: Tensor | None = None
+    ) -> None:
         halves = _halves(weights, gates=4, sigmoids=(0, 1, 3))
-        weight = torch.cat([halves.input, halves.recurrent], 1)
-        bias = halves.input_bias + halves.recurrent_bias
         # torch's order is i f g o; the three sigmoids stand together here, the candidate last.
-        self._gates = linear(*(torch.cat([i, f, o, g]) for i, f, g, o in (weight.chunk(4), bias.chunk(4))))
+        order = [torch.cat([i, f, o, g]) for i, f, g, o in (part.chunk(4) for part in vars(halves).values())]
+        self._sums = _sums(CellWeights(*order), linear, embedding)
 
     def __call__(self, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
         size = hidden.shape[1]
-        total = self._gates(torch.cat([x, hidden], 1)).tanh_()
+        total = self._sums(x, hidden).tanh_()
         gates, candidate = total[:, : 3 * size], total[:, 3 * size :]
         i, f, o = gates.add_(1).mul_(0.5).chunk(3, dim=1)
         new_cell = torch.addcmul(f * cell, i, candidate)

@@ -312,7 +312,8 @@ class Engine:
         lists = torch.full((len(requests), length), self._pad)
         for row, request in zip(lists, requests, strict=True):
             assert request.shortlist is not None, "requests of a lane have one all, or none has"
-            row[: len(request.shortlist)] = request.shortlist
+            words = request.shortlist.unique()  # and in order, as ties are
+            row[: len(words)] = words
         return self._model.shorten(lists.to(self._device))
 
     def _rules(self, requests: Sequence[Request]) -> Rules:
@@ -339,17 +340,13 @@ class Engine:
         groups = [Group(len(lane.requests), lane.key.width, lane.memory, lane.shortlist) for lane in lanes]
         logits, self._state, weights = self._model.step(tokens, self._state.select(rows), groups)
         first = 0
-        for lane, looked in zip(lanes, weights or repeat(None, len(lanes)), strict=True):
-            count = lane.rows.numel()
-            lane_logits, history = logits[first : first + count].view(*lane.rows.shape, -1), lane.search.history
-            lane.rules = rules = lane.rules or self._rules(lane.requests)
-            standing = rules.standing(history)
-            lane_logits, constrained = rules.apply(lane_logits, history, standing)
-            logprobs = lane_logits.log_softmax(-1)
-            lane.search, parents = lane.search.advance(logprobs, constrained, self._eos, standing, looked)
-            here = first + torch.arange(count, device=self._device).view_as(lane.rows)
-            lane.rows = here.gather(1, parents)
-            first += count
+        for lane, lane_logits, looked in zip(lanes, logits, weights or repeat(None, len(lanes)), strict=True):
+            if lane.rules is None:
+                lane.rules = self._rules(lane.requests)
+            parents = lane.advance(lane_logits, looked, self._eos, self._model.vocab_size)
+            lane.rows = torch.arange(first, first + lane.rows.numel(), device=self._device).view_as(lane.rows)
+            lane.rows = lane.rows.gather(1, parents)
+            first += lane.rows.numel()
 
     def _retire(self) -> list[Event]:
         """Report what is new, and let the finished go."""

@@ -69,6 +69,23 @@ class Lane:
         """Those that are still here, and their places."""
         return [(r, request) for r, request in enumerate(self.requests) if r not in self.vacant]
 
+    def advance(self, logits: Tensor, weights: Tensor | None, eos: int, vocab_size: int) -> Tensor:
+        """One token for each hypothesis: logits (R, K, V), or (R, K, L) of the tokens on the shortlists; weights
+        (R, K, S), where the rows looked. Returns the hypothesis (R, K) that each one continues."""
+        assert self.rules is not None, "rules are made anew when requests have joined or left"
+        standing, constrained, words = self.rules.standing(self.search.history), None, None
+        if self.rules.change_logits:  # they know tokens by their ids
+            everyone = self.shortlist.spread(logits, vocab_size) if self.shortlist else logits
+            everyone, constrained = self.rules.apply(everyone, self.search.history, standing)
+            logits = self.shortlist.listed(everyone) if self.shortlist else everyone
+        logprobs = logits.log_softmax(-1)  # over the list, so that these are the same bits whoever has rules
+        if self.shortlist and self.search.wants_all(standing):
+            logprobs = self.shortlist.spread(logprobs, vocab_size)
+        elif self.shortlist:
+            words = self.shortlist.words
+        self.search, parents = self.search.advance(logprobs, constrained, eos, standing, weights, words)
+        return parents
+
     def leave(self, places: Sequence[int]) -> None:
         """Some are done. Their places stay until newcomers take them, which moves nobody, or `close_gaps`."""
         self.vacant += places

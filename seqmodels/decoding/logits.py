@@ -41,6 +41,8 @@ class Rules:
         self._constraints = Constraints(force_words, edges) if any(force_words) else None
         # What bans EOS alone leaves other tokens.
         self._may_ban_all = bool(self._ngrams or self._bad_words or self._constraints)
+        asked = (self._repetition, self._min_new_tokens, self._temperature, self._top_k, self._top_p)
+        self.change_logits = self._may_ban_all or any(option is not None for option in asked)
 
     def _asked(self, values: Sequence[float], neutral: float) -> tuple[Tensor, Tensor] | None:
         """The requests that set an option, and their values; None where nobody does."""

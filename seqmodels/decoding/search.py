@@ -74,6 +74,10 @@ class Search(Record):
     def history(self) -> History:
         return History(self.tokens, self.prefix_length + self.length, self.length)
 
+    def wants_all(self, standing: Standing | None) -> bool:
+        """Whether `advance` has to be given the log-probabilities of the whole vocabulary."""
+        return standing is not None or self.details is not None
+
     def normalised(self, scores: Tensor) -> Tensor:
         """scores (R, X) of hypotheses that are `length` tokens long -> divided by the length penalty."""
         return scores / self.penalty.gather(1, self.length[:, None])
@@ -176,19 +180,22 @@ class Beams(Search):
         eos: int,
         standing: Standing | None = None,
         weights: Tensor | None = None,
+        words: Tensor | None = None,
     ) -> tuple["Beams", Tensor]:
         """One token more: logprobs (R, K, V) -> (the beams after it, the row (R, K) that each one continues).
 
         Takes the best 2K candidates; an EOS among the best K goes to the pool, the best K others live on. standing:
         how the hypotheses stand to the lane's forced words, which decide what is best for those who ask for some.
-        weights: (R, K, S), where the rows looked at this step.
+        weights: (R, K, S), where the rows looked at this step. words: (R, V), the tokens that the log-probabilities are
+        of, in order; None for the whole vocabulary.
         """
         width, vocab_size = self.scores.shape[1], logprobs.shape[2]
         totals, index = best_candidates(self.scores, logprobs, 2 * width)
         if standing:
             totals, index = standing.best(self.scores, logprobs, totals, index)
-        found = Candidates(totals, index // vocab_size, index % vocab_size, logprobs.flatten(1).gather(1, index))
-        ends = found.tokens == eos
+        tokens = index % vocab_size if words is None else words.gather(1, index % vocab_size)
+        found = Candidates(totals, index // vocab_size, tokens, logprobs.flatten(1).gather(1, index))
+        ends = tokens == eos
         after = replace(self, length=self.length + 1)
         if self.coverage and weights is not None:
             after = replace(after, coverage=self.coverage.after(weights))
@@ -203,8 +210,8 @@ class Beams(Search):
             live = live.select(live.totals.argsort(dim=1, descending=True, stable=True))
         if self.details:
             self.details.write(self.length, live.parents, logprobs, weights)
-        tokens, logprobs = self._histories(live)
-        after = replace(after, tokens=tokens, logprobs=logprobs, scores=live.totals, last_tokens=live.tokens)
+        written, of_each = self._histories(live)
+        after = replace(after, tokens=written, logprobs=of_each, scores=live.totals, last_tokens=live.tokens)
         after = after._stopped(live.parents, standing.constraints if standing else None)
         if after.coverage:
             after = replace(after, coverage=after.coverage.moved(live.parents))
@@ -358,6 +365,9 @@ class Samples(Search):
             end_reason=torch.zeros(shape, dtype=torch.int64),
         )
 
+    def wants_all(self, standing: Standing | None) -> bool:
+        return super().wants_all(standing) or bool(self.do_sample.any())  # noise is drawn by the token's id
+
     def advance(
         self,
         logprobs: Tensor,
@@ -365,9 +375,11 @@ class Samples(Search):
         eos: int,
         standing: Standing | None = None,
         weights: Tensor | None = None,
+        words: Tensor | None = None,
     ) -> tuple["Samples", Tensor]:
         """One token more for each output that has not ended. Ties go to the smaller token id. (Forced words need beams,
-        so `standing` is None here.) weights: (R, K, S), where the rows looked at this step."""
+        so `standing` is None here.) weights: (R, K, S), where the rows looked at this step. words: (R, V), the tokens
+        that the log-probabilities are of, in order; None for the whole vocabulary."""
         width, vocab_size = self.scores.shape[1], logprobs.shape[2]
         preference = logprobs
         if self.do_sample.any():
@@ -375,6 +387,7 @@ class Samples(Search):
             preference = torch.where(self.do_sample[:, None, None], logprobs + noise, logprobs)
         tokens = preference.argmax(-1)  # the first of equals
         chosen = logprobs.gather(2, tokens[:, :, None])[:, :, 0]
+        tokens = tokens if words is None else words.gather(1, tokens)
         here = torch.arange(width, device=tokens.device).expand_as(tokens)
         if self.details:
             self.details.write(self.length, here, logprobs, weights)

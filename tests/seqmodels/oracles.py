@@ -43,8 +43,8 @@ class Table:
             state = stepper.start(memory, 4)
             for _ in range(depth):
                 one = memory and memory.select(torch.tensor([0]))  # all histories look at the same source
-                logits, state, weights = stepper.step(tokens, state, [Group(1, len(tokens), one)] if one else [])
-                self._logits.update(zip(histories, logits, strict=False))
+                (logits,), state, weights = stepper.step(tokens, state, [Group(1, len(tokens), one)])
+                self._logits.update(zip(histories, logits[0], strict=False))
                 self.attention.update(
                     zip(histories, [row.tolist() for lane in weights for row in lane[0]], strict=False)
                 )

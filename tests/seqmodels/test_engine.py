@@ -18,7 +18,7 @@ from seqmodels.decoding.search import Hypothesis
 from seqmodels.errors import DeadlineError, InputError
 from seqmodels.models import SequenceGenerator
 from seqmodels.selftest import find_row_floor
-from seqmodels.stepper import Decodes, Stepper
+from seqmodels.stepper import Decodes, Group, Stepper
 from seqmodels.tokenizer import EOS
 from tests.seqmodels.builders import make_language_model, make_translator
 
@@ -251,8 +251,8 @@ def test_sampling_follows_the_distribution() -> None:
     requests = [Request(str(seed), None, params, seed=seed) for seed in range(40)]
     firsts = torch.tensor([h.tokens[0] for hs in generate(model, requests, max_rows=4000) for h in hs])
     with torch.inference_mode():
-        logits, _, _ = Stepper(model).step(torch.full((4,), 2), model.start(None, 4), [])
-    expected = logits[0].softmax(-1) * len(firsts)
+        (logits,), _, _ = Stepper(model).step(torch.full((4,), 2), model.start(None, 4), [Group(4, 1)])
+    expected = logits[0, 0].softmax(-1) * len(firsts)
     counts = torch.bincount(firsts, minlength=8)
     assert float(((counts - expected) ** 2 / expected).sum()) < 24.3  # 7 degrees of freedom, p = 0.001
 

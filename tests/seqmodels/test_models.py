@@ -99,8 +99,8 @@ def test_steps_equal_the_whole(attention: str, cell: str, variant: dict[str, boo
     state = stepper.start(memory, 4).select(rows)
     stepped = []
     for t in range(5):
-        logits, state, _ = stepper.step(tokens[:, t], state, [Group(4, 2, memory)])
-        stepped.append(logits.log_softmax(-1).gather(1, tokens[:, t + 1 : t + 2])[:, 0])
+        (logits,), state, _ = stepper.step(tokens[:, t], state, [Group(4, 2, memory)])
+        stepped.append(logits.flatten(0, 1).log_softmax(-1).gather(1, tokens[:, t + 1 : t + 2])[:, 0])
     whole = model.logprobs(tokens, torch.full((8,), 6), inputs[rows], lengths[rows])
     assert torch.allclose(torch.stack(stepped, 1), whole, atol=1e-5)
 

@@ -91,10 +91,10 @@ def by_hand(
 class Leaky(Stepper):
     """Gives requests with a list other logits when they have company."""
 
-    def logits(self, outputs: torch.Tensor, groups: Groups) -> torch.Tensor:
+    def logits(self, outputs: torch.Tensor, groups: Groups) -> list[torch.Tensor]:
         logits = super().logits(outputs, groups)
         company = max((group.num_requests for group in groups if group.shortlist is not None), default=0)
-        return logits * (1 + company / 1000)
+        return [lane * (1 + company / 1000) for lane in logits]
 
 
 def test_the_self_test_asks_for_lists() -> None:
