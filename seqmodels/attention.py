@@ -5,7 +5,6 @@ the T queries are the steps of one target or the K beams of one request: both sh
 """
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -31,25 +30,29 @@ class Attention(nn.Module):
 
     def prepare(self, memory: Memory) -> Memory:
         """Project the keys once, so that no step does it again."""
-        return replace(memory, keys=memory.values if self.kind == "dot" else self.project_keys(memory.values))
+        keys = memory.values if self.kind == "dot" else self.project_keys(memory.values)
+        return memory.changed(keys=keys, bias=padding_bias(memory.mask, keys.dtype))
 
     def query(self, outputs: Tensor) -> Tensor:
         """What a decoder's outputs (..., H) ask: row-wise, so a search does it for all its rows at once."""
         return self.project_query(outputs) if self.kind == "additive" else outputs
 
     def forward(self, queries: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-        assert memory.keys is not None, "call Attention.prepare on a memory before its first use"
+        assert memory.keys is not None and memory.bias is not None, "call Attention.prepare before a memory's first use"
         if self.kind == "additive":
             # A few queries at a time: all at once, (B, T, S, H) would take gigabytes for long texts.
-            scores = torch.cat(
-                [self._energies(some, memory.keys) for some in torch.split(queries, QUERIES_AT_ONCE, 1)], 1
-            )
+            energies = [self._energies(some, memory.keys) for some in torch.split(queries, QUERIES_AT_ONCE, 1)]
+            scores = torch.cat(energies, 1) + memory.bias
         else:
-            scores = queries @ memory.keys.mT  # (B, T, S)
-        scores = scores.masked_fill(~memory.mask[:, None], float("-inf"))  # padding gets no weight
+            scores = torch.baddbmm(memory.bias, queries, memory.keys.mT)  # (B, T, S)
         weights = scores.softmax(-1)
-        return weights @ memory.values, weights
+        return torch.bmm(weights, memory.values), weights
 
     def _energies(self, queries: Tensor, keys: Tensor) -> Tensor:
         """queries (B, T, H), keys (B, S, H) -> scores (B, T, S)."""
         return torch.tanh(queries[:, :, None] + keys[:, None]) @ self.energy
+
+
+def padding_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """mask (B, S) -> (B, 1, S): what scores get added, so that padding gets no weight."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))[:, None]

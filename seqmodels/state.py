@@ -7,11 +7,13 @@ Legend for every docstring of this package: B rows, T steps, S source positions,
 R requests, K beams, N all live decoder rows, L layers.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from seqmodels.record import Record
 
 
 @dataclass(frozen=True)
@@ -55,59 +57,31 @@ class State:
 
 
 @dataclass(frozen=True)
-class Memory:
+class Memory(Record):
     """What a decoder may look at.
 
     values: (B, S, D). mask: (B, S), true at real positions; every row has at least one. summary: (B, D'), one vector
-    a row, from which a decoder starts. keys: what the decoder's attention compares queries with, once it has
-    projected the values (None before that).
+    a row, from which a decoder starts. From a decoder's attention, once it has prepared the memory (None before that):
+    keys: (B, S, H), what queries are compared with; bias: (B, 1, S), which it adds to scores, -inf at padding.
     """
 
     values: Tensor
     mask: Tensor
     summary: Tensor
     keys: Tensor | None = None
-
-    @property
-    def num_rows(self) -> int:
-        return self.values.shape[0]
-
-    def select(self, rows: Tensor) -> "Memory":
-        """The given rows, in the given order. rows: (M,) of int64."""
-        keys = None if self.keys is None else self.keys.index_select(0, rows)
-        return Memory(
-            self.values.index_select(0, rows), self.mask.index_select(0, rows), self.summary.index_select(0, rows), keys
-        )
+    bias: Tensor | None = None
 
     def padded(self, positions: int) -> "Memory":
         """The same with S filled up to so many positions, which are masked; unchanged where S is as large."""
         missing = positions - self.values.shape[1]
         if missing <= 0:
             return self
-        keys = None if self.keys is None else F.pad(self.keys, (0, 0, 0, missing))
-        return Memory(
-            F.pad(self.values, (0, 0, 0, missing)), F.pad(self.mask, (0, missing), value=False), self.summary, keys
+        return self.changed(
+            values=F.pad(self.values, (0, 0, 0, missing)),
+            mask=F.pad(self.mask, (0, missing), value=False),
+            keys=None if self.keys is None else F.pad(self.keys, (0, 0, 0, missing)),
+            bias=None if self.bias is None else F.pad(self.bias, (0, missing), value=float("-inf")),
         )
-
-    def concat(self, *others: "Memory") -> "Memory":
-        """Rows of this memory, then rows of the others, which have the same S."""
-        everyone = (self, *others)
-        return Memory(
-            torch.cat([one.values for one in everyone]),
-            torch.cat([one.mask for one in everyone]),
-            torch.cat([one.summary for one in everyone]),
-            None if self.keys is None else torch.cat([one.keys for one in everyone if one.keys is not None]),
-        )
-
-    def put(self, rows: Tensor, other: "Memory") -> "Memory":
-        """The same with some rows (M,) from another memory of the same S. Written in place, so this one is not to be
-        used again; another object, so that whoever has copied this one sees that it has changed."""
-        self.values.index_copy_(0, rows, other.values)
-        self.mask.index_copy_(0, rows, other.mask)
-        self.summary.index_copy_(0, rows, other.summary)
-        if self.keys is not None and other.keys is not None:
-            self.keys.index_copy_(0, rows, other.keys)
-        return replace(self)
 
 
 @dataclass(frozen=True)
@@ -115,10 +89,6 @@ class MemoryGroup:
     """The memories that several models have made of the same inputs: rows stand alike in all of them."""
 
     members: tuple[Memory, ...]
-
-    @property
-    def num_rows(self) -> int:
-        return self.members[0].num_rows
 
     @property
     def mask(self) -> Tensor:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from seqmodels.attention import padding_bias
 from seqmodels.cells import CellWeights
 from seqmodels.config import Cell, ModelConfig, Weights
-from seqmodels.decoding.record import Record
+from seqmodels.record import Record
 from seqmodels.errors import ConfigError
 from seqmodels.kernels import LINEAR, Linear, PackedLinear, packed
 from seqmodels.models import SequenceGenerator
@@ -122,7 +123,9 @@ class Stepper:
         """inputs as the encoder takes them -> Memory with the attention's keys in place."""
         assert self._encoder is not None, "a language model has nothing to encode"
         memory: Memory = self._encoder(inputs, lengths, None)[0]
-        return replace(memory, keys=self._keys(memory.values)) if self.attends else memory
+        if not self.attends:
+            return memory
+        return memory.changed(keys=self._keys(memory.values), bias=padding_bias(memory.mask, memory.values.dtype))
 
     def start(self, memory: Memory | None, rows: int) -> State:
         """The state of each row before its first token."""
@@ -166,10 +169,10 @@ class Stepper:
     def _recur(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """tokens (N,) through embedding and recurrence: outputs (N, H)."""
         x = tokens if self._looks_up else self._decoder.embedding(tokens)
-        parts = state.values.view(len(tokens), -1, len(self._layers), self._hidden_size).unbind(1)
+        parts = state.values.split(self._hidden_size, dim=1)  # hidden of every layer, then cell of every layer
         after = []
         for index, layer in enumerate(self._layers):
-            new = layer(x, *(part[:, index] for part in parts))
+            new = layer(x, *parts[index :: len(self._layers)])
             x = new[0] + x if self._residual and index > 0 else new[0]
             after.append(new)
         return x, State(torch.cat([part for kind in zip(*after, strict=True) for part in kind], dim=1))
@@ -204,8 +207,9 @@ class Stepper:
             contexts.append(context.flatten(0, 1))
             weights.append(looked)
             first += rows
-        contexts.append(contexts[0][:1].expand(len(outputs) - first, -1))
-        return torch.cat(contexts), weights
+        if first < len(outputs):
+            contexts.append(contexts[0][:1].expand(len(outputs) - first, -1))
+        return torch.cat(contexts) if len(contexts) > 1 else contexts[0], weights
 
 
 class Ensemble:
@@ -366,9 +370,8 @@ class _LstmStep:
 
     def __call__(self, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
         size = hidden.shape[1]
-        total = self._sums(x, hidden).tanh_()
-        gates, candidate = total[:, : 3 * size], total[:, 3 * size :]
-        i, f, o = gates.add_(1).mul_(0.5).chunk(3, dim=1)
+        gates, candidate = self._sums(x, hidden).tanh_().split([3 * size, size], dim=1)
+        i, f, o = gates.add_(1).mul_(0.5).split(size, dim=1)
         new_cell = torch.addcmul(f * cell, i, candidate)
         return new_cell.tanh().mul_(o), new_cell
 

@@ -17,12 +17,12 @@ def best_candidates(scores: Tensor, logprobs: Tensor, count: int) -> tuple[Tenso
     """
     if logprobs[0].numel() <= count:
         return _sums(scores, logprobs).sort(dim=1, descending=True, stable=True)
-    values, index = _top(scores, logprobs, count + 1)
-    equal = values[:, 1:] == values[:, :-1]
-    left_out = equal[:, -1] & (values[:, -1] > NEG_INF)  # candidates at -inf never live, so any of them will do
-    values, index = values[:, :count], index[:, :count]
+    more, index = _top(scores, logprobs, count + 1)
+    values, index = more[:, :count], index[:, :count]
+    equal = more[:, 1:] == values
     if not equal.any():
         return values, index
+    left_out = equal[:, -1] & (values[:, -1] > NEG_INF)  # candidates at -inf never live, so any of them will do
     if left_out.any():
         requests = left_out.nonzero()[:, 0]
         first = _first_of_equals(_sums(scores[requests], logprobs[requests]), values[requests])

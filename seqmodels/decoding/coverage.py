@@ -4,13 +4,13 @@ R requests, K hypotheses each, S source positions.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from seqmodels.decoding.params import SearchParams
-from seqmodels.decoding.record import Record
+from seqmodels.record import Record
 
 LEAST_ATTENTION = torch.finfo(torch.float32).tiny
 
@@ -31,17 +31,13 @@ class Coverage(Record):
         beta = torch.tensor([p.coverage_penalty for p in params], dtype=torch.float64)
         return cls(torch.zeros(len(params), params[0].width, mask.shape[1]), mask, beta)
 
-    def trimmed(self, room: int) -> "Coverage":
-        """The same, since it grows by no position of what is written."""
-        return self
-
     def after(self, weights: Tensor) -> "Coverage":
         """With the attention (R, K, S) that the rows pay at this step."""
-        return replace(self, attended=self.attended + weights)
+        return self.changed(attended=self.attended + weights)
 
     def moved(self, parents: Tensor) -> "Coverage":
         """Each hypothesis in the place of the one that it continues: parents (R, K)."""
-        return replace(self, attended=self.attended.gather(1, parents[:, :, None].expand_as(self.attended)))
+        return self.changed(attended=self.attended.gather(1, parents[:, :, None].expand_as(self.attended)))
 
     def penalty(self) -> Tensor:
         """What each hypothesis's score loses if it ends here (R, K), at most 0: Wu et al. 2016, equation 14.

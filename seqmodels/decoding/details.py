@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from seqmodels.decoding.best import best_candidates
 from seqmodels.decoding.params import TOP_LOGPROBS, SearchParams
-from seqmodels.decoding.record import Record
+from seqmodels.record import Record
 
 NEG_INF = float("-inf")
 
@@ -49,6 +49,11 @@ class Details(Record):
             attentions=torch.zeros(*shape, mask.shape[1]) if attentions and mask is not None else None,
             mask=mask if attentions else None,
         )
+
+    def trimmed(self, room: int) -> "Details":
+        """The same with room for so many tokens."""
+        tables = {name: x[:, :, :room] for name, x in vars(self).items() if isinstance(x, Tensor) and x.dim() > 2}
+        return self.changed(**tables)
 
     def write(self, step: Tensor, parents: Tensor, logprobs: Tensor, weights: Tensor | None) -> None:
         """What the rows gave at a step (R,), in place: what is not yet written is nobody's.

@@ -333,8 +333,8 @@ class Engine:
         lanes = sorted(self._lanes.values(), key=lambda lane: lane.key)  # so that a step's shapes come again
         for lane in lanes:
             lane.close_gaps()
-        rows = torch.cat([lane.rows.flatten() for lane in lanes])
-        tokens = torch.cat([lane.search.last_tokens.flatten() for lane in lanes])
+        rows = _joined([lane.rows.flatten() for lane in lanes])
+        tokens = _joined([lane.search.last_tokens.flatten() for lane in lanes])
         if (missing := self._row_floor - len(rows)) > 0:  # padding rows copy a valid one
             rows, tokens = _repeat_first(rows, missing), _repeat_first(tokens, missing)
         groups = [Group(len(lane.requests), lane.key.width, lane.memory, lane.shortlist) for lane in lanes]
@@ -412,6 +412,10 @@ class Engine:
                 lane.search = lane.search.stop(r, index)
             if request.stream:
                 yield Progress(request.id, index, new)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def _repeat_first(x: Tensor, count: int) -> Tensor:

@@ -10,7 +10,7 @@ R requests, K hypotheses each, V vocabulary, M token positions (prefix and gener
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from seqmodels.decoding.details import Details
 from seqmodels.decoding.history import History
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.random import gumbel
-from seqmodels.decoding.record import Record
+from seqmodels.record import Record
 from seqmodels.decoding.saved import SavedState
 
 FinishReason = Literal["eos", "length", "stop", "constraint"]
@@ -74,6 +74,11 @@ class Search(Record):
     def history(self) -> History:
         return History(self.tokens, self.prefix_length + self.length, self.length)
 
+    def trimmed(self, room: int) -> Self:
+        """Tables cut to `room` positions, since each step may gather all that they hold."""
+        tables = {name: x[:, :, :room] for name, x in vars(self).items() if isinstance(x, Tensor) and x.dim() > 2}
+        return self.changed(**tables, details=self.details and self.details.trimmed(room))
+
     def wants_all(self, standing: Standing | None) -> bool:
         """Whether `advance` has to be given the log-probabilities of the whole vocabulary."""
         return standing is not None or self.details is not None
@@ -82,10 +87,10 @@ class Search(Record):
         """scores (R, X) of hypotheses that are `length` tokens long -> divided by the length penalty."""
         return scores / self.penalty.gather(1, self.length[:, None])
 
-    def _written(self, table: Tensor, new: Tensor) -> Tensor:
-        """table (R, K, M), a copy of ours, with the new column (R, K) at the next position of each."""
+    def _written(self, tokens: Tensor, logprobs: Tensor, new: Tensor, of_new: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of our tables (R, K, M) with the new tokens and their logprobs (R, K) at the next position of each."""
         position = (self.prefix_length + self.length)[:, None, None].expand(-1, new.shape[1], 1)
-        return table.scatter_(2, position, new[:, :, None])
+        return tokens.scatter_(2, position, new[:, :, None]), logprobs.scatter_(2, position, of_new[:, :, None])
 
     def _hypothesis(
         self, request: int, tokens: Tensor, logprobs: Tensor, length: int, score: float, reason: Tensor, last: int
@@ -196,9 +201,9 @@ class Beams(Search):
         tokens = index % vocab_size if words is None else words.gather(1, index % vocab_size)
         found = Candidates(totals, index // vocab_size, tokens, logprobs.flatten(1).gather(1, index))
         ends = tokens == eos
-        after = replace(self, length=self.length + 1)
+        after = self.changed(length=self.length + 1)
         if self.coverage and weights is not None:
-            after = replace(after, coverage=self.coverage.after(weights))
+            after = after.changed(coverage=self.coverage.after(weights))
         live = found.first(width)
         if ends.any():
             done = (ends & (totals > NEG_INF))[:, :width]
@@ -211,10 +216,10 @@ class Beams(Search):
         if self.details:
             self.details.write(self.length, live.parents, logprobs, weights)
         written, of_each = self._histories(live)
-        after = replace(after, tokens=written, logprobs=of_each, scores=live.totals, last_tokens=live.tokens)
+        after = after.changed(tokens=written, logprobs=of_each, scores=live.totals, last_tokens=live.tokens)
         after = after._stopped(live.parents, standing.constraints if standing else None)
         if after.coverage:
-            after = replace(after, coverage=after.coverage.moved(live.parents))
+            after = after.changed(coverage=after.coverage.moved(live.parents))
         return after, live.parents
 
     def _ended(
@@ -236,10 +241,8 @@ class Beams(Search):
     def _histories(self, found: "Candidates") -> tuple[Tensor, Tensor]:
         """Tokens and logprobs (R, K, M) of the candidates' parents, with the new token of each."""
         index = found.parents[:, :, None].expand(-1, -1, self.tokens.shape[2])
-        return (
-            self._written(self.tokens.gather(1, index), found.tokens),
-            self._written(self.logprobs.gather(1, index), found.logprobs),
-        )
+        tables = self.tokens.gather(1, index), self.logprobs.gather(1, index)
+        return self._written(*tables, found.tokens, found.logprobs)
 
     def _pooled(
         self,
@@ -263,8 +266,7 @@ class Beams(Search):
         order = order[:, :width]
         spread = order[:, :, None].expand(-1, -1, tokens.shape[2])
         length = self.length[:, None].expand_as(self.pool_length)
-        return replace(
-            self,
+        return self.changed(
             pool_scores=best[:, :width],
             pool_tokens=torch.cat([self.pool_tokens, tokens], 1).gather(1, spread),
             pool_logprobs=torch.cat([self.pool_logprobs, logprobs], 1).gather(1, spread),
@@ -286,7 +288,7 @@ class Beams(Search):
         full = held == self.scores.shape[1]
         finished = torch.where(self.early_stopping, full, exact) | (self.scores[:, 0] == NEG_INF)
         limit = (self.length >= self.max_length) & ~finished
-        after = replace(self, finished=finished | limit)
+        after = self.changed(finished=finished | limit)
         if not limit.any():
             return after
         scores = self._final(self.scores, parents).masked_fill(~limit[:, None], NEG_INF)
@@ -391,10 +393,10 @@ class Samples(Search):
         here = torch.arange(width, device=tokens.device).expand_as(tokens)
         if self.details:
             self.details.write(self.length, here, logprobs, weights)
-        after = replace(
-            self,
-            tokens=self._written(self.tokens.clone(), tokens),
-            logprobs=self._written(self.logprobs.clone(), chosen),
+        written, of_each = self._written(self.tokens.clone(), self.logprobs.clone(), tokens, chosen)
+        after = self.changed(
+            tokens=written,
+            logprobs=of_each,
             last_tokens=tokens,
             scores=torch.where(self.ended, self.scores, self.scores + chosen),
             length=self.length + 1,
@@ -411,8 +413,7 @@ class Samples(Search):
         """End some outputs (R, K) where they stand, for a reason (R, K); those that ended before are left alone."""
         new = which & ~self.ended
         ended = self.ended | new
-        return replace(
-            self,
+        return self.changed(
             ended=ended,
             end_length=torch.where(new, self.length[:, None], self.end_length),
             end_reason=torch.where(new, reason, self.end_reason),
@@ -424,7 +425,7 @@ class Samples(Search):
         which = torch.zeros_like(self.ended)
         which[request, index] = True
         after = self.end(which, self.end_reason)
-        return replace(after, end_reason=self.end_reason.masked_fill(which, STOP))
+        return after.changed(end_reason=self.end_reason.masked_fill(which, STOP))
 
     def results(self, request: int) -> list[Hypothesis]:
         """All outputs in order of their index."""
