@@ -281,7 +281,7 @@ class Engine:
         self._state = State(torch.cat([self._state.values, *(state.values for state in states)]))
         memory = None
         if key.positions:
-            memory, *others = (newcomer.memory.padded(key.positions) for newcomer in newcomers)
+            memory, *others = (newcomer.memory for newcomer in newcomers)
             memory = memory.concat(*others)
         lane = Lane(
             key,

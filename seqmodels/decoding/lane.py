@@ -78,7 +78,8 @@ class Lane:
             everyone = self.shortlist.spread(logits, vocab_size) if self.shortlist else logits
             everyone, constrained = self.rules.apply(everyone, self.search.history, standing)
             logits = self.shortlist.listed(everyone) if self.shortlist else everyone
-        logprobs = logits.log_softmax(-1)  # over the list, so that these are the same bits whoever has rules
+        # Over the list, so that these are the same bits whoever has rules; and in place, which saves a fifth.
+        logprobs = torch.log_softmax(logits, -1, out=logits)
         if self.shortlist and self.search.wants_all(standing):
             logprobs = self.shortlist.spread(logprobs, vocab_size)
         elif self.shortlist:

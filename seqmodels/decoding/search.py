@@ -10,6 +10,7 @@ R requests, K hypotheses each, V vocabulary, M token positions (prefix and gener
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, Literal, Self
 
 import torch
@@ -167,7 +168,7 @@ class Beams(Search):
             **common,
             early_stopping=torch.tensor([p.early_stopping for p in params]),
             num_return=torch.tensor([p.num_return_sequences for p in params]),
-            bound=_table([_bound(p) for p in params]),
+            bound=_table([_bound(p.max_new_tokens, p.length_penalty, p.min_new_tokens) for p in params]),
             pool_scores=torch.full_like(scores, NEG_INF),
             pool_tokens=torch.zeros_like(tokens),
             pool_logprobs=torch.zeros(tokens.shape),
@@ -466,22 +467,28 @@ def _begin(
         "prefix_length": torch.tensor([len(prefix) for prefix in prefixes]),
         "length": torch.zeros(rows, dtype=torch.int64),
         "max_length": torch.tensor([p.max_new_tokens for p in params]),
-        "penalty": _table([[_power(t, p.length_penalty) for t in range(p.max_new_tokens + 1)] for p in params]),
+        "penalty": _table([_penalties(p.max_new_tokens, p.length_penalty) for p in params]),
         "finished": torch.zeros(rows, dtype=torch.bool),
         "details": Details.begin(params, mask),
     }
 
 
-def _bound(params: SearchParams) -> list[float]:
+@lru_cache(maxsize=256)  # requests mostly ask for the same
+def _penalties(limit: int, penalty: float) -> list[float]:
+    """By length, what a sum is divided by."""
+    return [_power(length, penalty) for length in range(limit + 1)]
+
+
+@lru_cache(maxsize=256)
+def _bound(limit: int, penalty: float, least: int) -> list[float]:
     """By live length t, what a live sum s <= 0 is divided by to bound the score of all that it may still become.
 
     A sum only falls. With a penalty p > 0 it is divided by most at the limit; with p < 0 it is divided by the most
-    (which is below 1) at the shortest length that it may end with.
+    (which is below 1) at the shortest length that it may end with. limit: max_new_tokens; least: min_new_tokens.
     """
-    limit, p = params.max_new_tokens, params.length_penalty
-    if p >= 0:
-        return [_power(limit, p)] * (limit + 1)
-    return [_power(max(min(t + 1, limit), params.min_new_tokens), p) for t in range(limit + 1)]
+    if penalty >= 0:
+        return [_power(limit, penalty)] * (limit + 1)
+    return [_power(max(min(t + 1, limit), least), penalty) for t in range(limit + 1)]
 
 
 def _power(length: int, penalty: float) -> float:

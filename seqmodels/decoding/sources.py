@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from seqmodels.decoding.padding import grouped, pad_inputs, padded_length
+from seqmodels.decoding.padding import LANES, grouped, pad_inputs, padded_length
 from seqmodels.decoding.request import Request
 from seqmodels.state import State
 from seqmodels.stepper import Decodes
@@ -24,7 +24,8 @@ MAX_AHEAD, MAX_POSITIONS_AHEAD = 256, 16_384
 
 @dataclass(frozen=True)
 class Encoded:
-    """One source: its memory, None where there is none, and the state that its search starts from; a row each."""
+    """One source: its memory, as long as its lane's, None where no step looks at it; and the state that its search
+    starts from. A row each."""
 
     memory: Any
     state: State
@@ -74,8 +75,9 @@ class Sources:
             return [Encoded(None, self._model.start(None, 1))] * len(requests)
         memory = self._model.encode(*pad_inputs(inputs, self._model.device))
         state = self._model.start(memory, len(padded))
+        looked_at = memory.padded(padded_length(inputs[0], LANES)) if self._model.attends else None
         rows = torch.arange(len(requests), device=self._model.device)[:, None]
-        return [Encoded(memory.select(row), state.select(row)) for row in rows]
+        return [Encoded(looked_at and looked_at.select(row), state.select(row)) for row in rows]
 
 
 def _length(request: Request) -> int:
