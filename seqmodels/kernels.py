@@ -16,7 +16,6 @@ from seqmodels.config import Weights
 from seqmodels.errors import ConfigError
 
 
-
 class Linear(Protocol):
     """x (N, D) -> x W^T + b (N, O). With `plus` (N, O), that in place of b."""
 
@@ -105,21 +104,33 @@ class PackedLstm(nn.Module):
     def __init__(self, layer: nn.LSTM) -> None:
         super().__init__()
         self._hidden_size = layer.hidden_size
-        weights = [layer.get_parameter(name).detach() for name in ("weight_ih_l0", "weight_hh_l0")]
         self._biases = nn.ParameterList([layer.get_parameter(name) for name in ("bias_ih_l0", "bias_hh_l0")])
+        weights = [layer.get_parameter(name).detach() for name in ("weight_ih_l0", "weight_hh_l0")]
         sizes = [16, PACKED_FOR_ROWS, layer.input_size]  # expected steps and rows; any others do
-        self._packed = torch.ops.mkldnn._reorder_mkldnn_rnn_layer_weight(
+        self._input, self._recurrent = torch.ops.mkldnn._reorder_mkldnn_rnn_layer_weight(
             *weights, layer.hidden_size, False, True, False, sizes
         )
 
     def forward(self, x: Tensor, first: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x (B, T, D), hidden and cell (1, B, H) -> y (B, T, H), hidden and cell after T."""
-        hidden, cell = (part[0].contiguous() for part in first)
         y, hidden, cell, _ = torch.mkldnn_rnn_layer(
-            x.transpose(0, 1).contiguous(), *self._packed, *self._biases, hidden, cell,
-            reverse=False, batch_sizes=[], mode=LSTM_MODE, hidden_size=self._hidden_size, num_layers=1,
-            has_biases=True, bidirectional=False, batch_first=False, train=False,
-        )  # fmt: skip
+            x.transpose(0, 1).contiguous(),
+            self._input,
+            self._recurrent,
+            self._biases[0],
+            self._biases[1],
+            first[0][0].contiguous(),
+            first[1][0].contiguous(),
+            reverse=False,
+            batch_sizes=[],
+            mode=LSTM_MODE,
+            hidden_size=self._hidden_size,
+            num_layers=1,
+            has_biases=True,
+            bidirectional=False,
+            batch_first=False,
+            train=False,
+        )
         return y.transpose(0, 1), (hidden[None], cell[None])
 
 

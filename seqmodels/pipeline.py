@@ -77,13 +77,13 @@ class Pipeline:
         self._pretrained = pretrained
         self._reader = Reader(pretrained)
         self._shortlist = shortlist
+        model = pretrained.model
+        stepper = captured(Stepper(model, decoder_weights)) if isinstance(model, SequenceGenerator) else None
         self._maker = Maker(
             revision=self.revision,
             decoder_weights=decoder_weights,
             shortlist=shortlist.fingerprint if shortlist else "",
         )
-        model = pretrained.model
-        stepper = captured(Stepper(model, decoder_weights)) if isinstance(model, SequenceGenerator) else None
         floor = find_row_floor(model, stepper)
         self.batch_invariant = floor is not None
         self._forward = Forward(model, row_floor=floor or ROW_FLOOR)
@@ -116,6 +116,14 @@ class Pipeline:
     @property
     def task(self) -> str:
         return self.config.task
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """How it was loaded: whether answers are the same bits in any company, and what a generator computes with."""
+        facts: dict[str, Any] = {"batch_invariant": self.batch_invariant}
+        if self._engine:
+            facts |= {"decoder_weights": self.decoder_weights, "shortlist": self._shortlist is not None}
+        return facts
 
     # -- prepare -------------------------------------------------------------------------------------------------
 

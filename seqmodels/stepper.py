@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from seqmodels.attention import padding_bias
 from seqmodels.cells import CellWeights
 from seqmodels.config import Cell, ModelConfig, Weights
-from seqmodels.record import Record
 from seqmodels.errors import ConfigError
 from seqmodels.kernels import LINEAR, Linear, PackedLinear, packed
 from seqmodels.models import SequenceGenerator
+from seqmodels.record import Record
 from seqmodels.state import Memory, MemoryGroup, State
 
 Average = Literal["probability", "logprob"]
@@ -94,7 +94,9 @@ class Stepper:
 
     def __init__(self, model: SequenceGenerator, weights: Weights = "float32") -> None:
         """weights: in which the step computes; the encoder and what attention projects stay as they are. Raises
-        ConfigError for int8 on a GPU, and for float16 and bfloat16 on a CPU."""
+        ConfigError for int8 on a GPU, for float16 and bfloat16 on a CPU, and for any other name."""
+        if weights not in LINEAR:
+            raise ConfigError(f"decoder_weights is {weights!r}; choose one of {', '.join(LINEAR)}")
         decoder, linear = model.decoder, LINEAR[weights]
         self.config = model.config
         self.vocab_size, self.output_size = decoder.output_matrix.shape
@@ -169,7 +171,7 @@ class Stepper:
     def _recur(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """tokens (N,) through embedding and recurrence: outputs (N, H)."""
         x = tokens if self._looks_up else self._decoder.embedding(tokens)
-        parts = state.values.split(self._hidden_size, dim=1)  # hidden of every layer, then cell of every layer
+        parts = torch.split(state.values, self._hidden_size, dim=1)  # hidden of every layer, then cell of every layer
         after = []
         for index, layer in enumerate(self._layers):
             new = layer(x, *parts[index :: len(self._layers)])
@@ -282,7 +284,7 @@ class Ensemble:
         return [State(values.contiguous()) for values in torch.split(state.values, widths, dim=1)]
 
 
-def _packed(layer: nn.Linear | None) -> Linear:
+def _packed(layer: nn.Linear | None) -> Callable[[Tensor], Tensor]:
     """The layer on packed weights, for inputs of any shape (..., D); what is given where there is none."""
     if layer is None:
         return lambda x: x
@@ -295,7 +297,7 @@ def _side_by_side(states: Sequence[State]) -> State:
 
 
 class _Sums:
-    """What gates and candidates are made of: (x (N, D), hidden (N, H)) -> W_x x + W_h h + b (N, G·H), in one product."""
+    """What gates and candidates are made of: (x (N, D), hidden (N, H)) -> W_x x + W_h h + b (N, G·H), one product."""
 
     def __init__(self, weights: CellWeights, linear: Callable[..., Linear]) -> None:
         weight = torch.cat([weights.input, weights.recurrent], 1)
@@ -370,8 +372,8 @@ class _LstmStep:
 
     def __call__(self, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
         size = hidden.shape[1]
-        gates, candidate = self._sums(x, hidden).tanh_().split([3 * size, size], dim=1)
-        i, f, o = gates.add_(1).mul_(0.5).split(size, dim=1)
+        gates, candidate = torch.split(self._sums(x, hidden).tanh_(), [3 * size, size], dim=1)
+        i, f, o = torch.split(gates.add_(1).mul_(0.5), size, dim=1)
         new_cell = torch.addcmul(f * cell, i, candidate)
         return new_cell.tanh().mul_(o), new_cell
 

@@ -154,10 +154,7 @@ def build_app(
             "broken_models": runner.broken_models,
             "requests": runner.num_open,
             "num_threads": torch.get_num_threads(),
-            "models": {
-                name: {**runner.loads[name], "batch_invariant": pipeline.batch_invariant}
-                for name, pipeline in service.pipelines.items()
-            },
+            "models": {name: {**runner.loads[name], **one.facts} for name, one in service.pipelines.items()},
         }
         return JSONResponse(report, 200 if report["ready"] else 503)
 

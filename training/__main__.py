@@ -26,7 +26,8 @@ examples:
   python -m training evaluate models/sentiment --baseline
   python -m training evaluate models/multi30k-en-de --split test generation.num_beams=5 run.device=cuda
 
-The last line of the output is JSON; it is also written to evaluation-SPLIT.json in the model directory.
+The last line of the output is JSON; it is also written to evaluation-SPLIT.json in the model directory, with int8 or a
+shortlist to evaluation-SPLIT-int8-shortlist.json or the like.
 """
 SHORTLIST_HELP = """\
 A step of the search then looks at a few hundred target tokens in place of the whole vocabulary: those that the source's

@@ -344,8 +344,14 @@ def evaluate_directory(
         "search": {**saved.generation.model_dump(mode="json", exclude_defaults=True), **params},
         "loading": loading,
     }
-    checkpoint.write_whole(directory / f"evaluation-{split}.json", json.dumps(report, indent=1) + "\n")
+    checkpoint.write_whole(directory / _report_name(split, loading), json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _report_name(split: str, loading: Mapping[str, Any]) -> str:
+    """`evaluation-test.json`; other ways of loading have files of their own: `evaluation-test-int8-shortlist.json`."""
+    ways = [name if value is True else str(value) for name, value in loading.items() if value not in ("float32", False)]
+    return "-".join(["evaluation", split, *ways]) + ".json"
 
 
 def _rows_to_score(directory: Path, recipe: Recipe, split: str, with_baseline: bool) -> dict[str, list[Row]]:

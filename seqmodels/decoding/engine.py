@@ -312,7 +312,7 @@ class Engine:
         lists = torch.full((len(requests), length), self._pad)
         for row, request in zip(lists, requests, strict=True):
             assert request.shortlist is not None, "requests of a lane have one all, or none has"
-            words = request.shortlist.unique()  # and in order, as ties are
+            words = torch.unique(request.shortlist)  # sorted, for the order of equals
             row[: len(words)] = words
         return self._model.shorten(lists.to(self._device))
 

@@ -23,8 +23,8 @@ from seqmodels.decoding.details import Details
 from seqmodels.decoding.history import History
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.random import gumbel
-from seqmodels.record import Record
 from seqmodels.decoding.saved import SavedState
+from seqmodels.record import Record
 
 FinishReason = Literal["eos", "length", "stop", "constraint"]
 REASONS: tuple[FinishReason, ...] = ("eos", "length", "stop", "constraint")

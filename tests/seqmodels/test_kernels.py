@@ -1,14 +1,19 @@
 """Packed weights against `F.linear`, and what a row's bits depend on."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from seqmodels import kernels
+from seqmodels import kernels, stepper
 from seqmodels.config import Weights
 from seqmodels.errors import ConfigError
-from seqmodels.kernels import LINEAR, Int8Linear, PackedLinear
-from tests.seqmodels.builders import make_translator
+from seqmodels.kernels import LINEAR, Int8Linear, Linear, PackedLinear, PackedLstm, packed
+from seqmodels.state import State
+from seqmodels.stepper import Group, Stepper
+from tests.seqmodels.builders import make_language_model, make_translator
 from tests.seqmodels.gpu import check_16_bits
 
 
@@ -86,3 +91,54 @@ def test_a_weight_too_large_for_float16() -> None:
 def test_16_bits_need_a_gpu(weights: Weights) -> None:
     with pytest.raises(ConfigError, match="need a CUDA device; use float32 or int8"):
         LINEAR[weights](torch.ones(2, 2))
+
+
+def test_weights_of_no_known_type() -> None:
+    with pytest.raises(ConfigError, match="decoder_weights is 'int4'; choose one of float32, int8"):
+        Stepper(make_translator(0), "int4")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("linear", [PackedLinear, Int8Linear])
+def test_plus_stands_in_place_of_the_bias(linear: Callable[..., Linear]) -> None:
+    weight, bias, x, plus = torch.randn(64, 32), torch.randn(64), torch.randn(8, 32), torch.randn(8, 64)
+    expected = linear(weight)(x) + plus
+    torch.testing.assert_close(linear(weight, bias)(x, plus.clone()), expected)
+    assert torch.equal(linear(weight)(x, plus.clone()), linear(weight, bias)(x, plus.clone()))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("rows", "steps"), [(4, 1), (4, 12), (16, 31), (33, 7)])
+@pytest.mark.parametrize(("width", "hidden"), [(13, 7), (24, 32), (256, 256)])
+def test_a_packed_lstm_gives_the_bits_of_the_plain_one(rows: int, steps: int, width: int, hidden: int) -> None:
+    layer = nn.LSTM(width, hidden, batch_first=True)
+    x, first = torch.randn(rows, steps, width), (torch.randn(1, rows, hidden), torch.randn(1, rows, hidden))
+    (y, after), (expected, expected_after) = PackedLstm(layer)(x, first), layer(x, first)
+    assert torch.equal(y, expected)
+    assert all(torch.equal(one, two) for one, two in zip(after, expected_after, strict=True))
+
+
+def test_packing_leaves_the_model_as_it_is() -> None:
+    model = make_translator(0)
+    before = [type(module) for module in model.modules()]
+    twin = packed(model)
+    assert [type(module) for module in model.modules()] == before
+    assert PackedLstm in {type(module) for module in twin.modules()} and PackedLstm not in before
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+def test_what_the_first_layer_makes_of_tokens_may_be_looked_up(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_language_model(3, vocab_size=40, cell=cell)
+    looked_up = Stepper(model)
+    monkeypatch.setattr(stepper, "LARGEST_TABLE", 0)
+    computed = Stepper(model)
+    assert looked_up._looks_up and not computed._looks_up
+    tokens, state, groups = torch.arange(8), State(torch.randn(8, looked_up.state_width)), [Group(8, 1)]
+    for one, two in zip(
+        looked_up.step(tokens, state, groups)[:2], computed.step(tokens, state, groups)[:2], strict=True
+    ):
+        torch.testing.assert_close(_tensor(one), _tensor(two))
+
+
+def _tensor(given: list[torch.Tensor] | State) -> torch.Tensor:
+    return given.values if isinstance(given, State) else given[0]

@@ -62,7 +62,7 @@ class FakeTexts:
 class FakePipeline:
     task: str
     name: str = "fake"
-    batch_invariant: bool = True
+    facts: dict[str, bool] = field(default_factory=lambda: {"batch_invariant": True})
     revision: str = "0123456789ab"
     step_s: float = 0.0
     failing_steps: int = 0

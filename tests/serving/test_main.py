@@ -100,6 +100,8 @@ def test_a_shortlist_is_used(with_shortlist: Path) -> None:
     (answer,) = pipelines["tr"](["Some text."], max_new_tokens=6, min_new_tokens=3)
     assert set(answer["sequences"][0]["text"]) == {"x"}
     assert pipelines["mood"](["Some text."])[0]["label"] in ("bad", "good")
+    assert pipelines["tr"].facts == {"batch_invariant": True, "decoder_weights": "float32", "shortlist": True}
+    assert pipelines["mood"].facts == {"batch_invariant": True}
 
 
 def test_no_model_has_a_shortlist(tmp_path: Path, models: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

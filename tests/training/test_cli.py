@@ -129,7 +129,9 @@ def test_evaluate_takes_search_options_and_a_baseline(tmp_path: Path, capsys: py
         "decoder_weights": "int8",
         "shortlist": True,
     }
-    revision = json.loads((tmp_path / "translator" / "evaluation-test.json").read_text())["revision"]
+    revision = json.loads((tmp_path / "translator" / "evaluation-test-int8-shortlist.json").read_text())["revision"]
+    plain = json.loads((tmp_path / "translator" / "evaluation-test.json").read_text())
+    assert plain["loading"] == {"decoder_weights": "float32", "shortlist": False}
     assert revision == result["revision"]  # a list is no part of the model
     assert main(["shortlist", str(tmp_path / "model")]) == 2
     assert "does not translate" in capsys.readouterr().err
