@@ -17,20 +17,19 @@ import torch
 from torch import Tensor
 
 from seqmodels.decoding.constraints import WordEdges
-from seqmodels.decoding.lane import Lane, LaneKey
-from seqmodels.decoding.logits import Rules
+from seqmodels.decoding.lane import Lane, LaneKey, Vocabulary
 from seqmodels.decoding.padding import ROW_FLOOR, grouped, padded_length
 from seqmodels.decoding.params import TOP_LOGPROBS
 from seqmodels.decoding.prefill import Prefill, Unread
 from seqmodels.decoding.request import Event, Failed, Finished, Progress, Request
 from seqmodels.decoding.saved import Position, SavedState, fingerprint
-from seqmodels.decoding.search import Beams, Hypothesis, Samples
+from seqmodels.decoding.search import Hypothesis, Samples
 from seqmodels.decoding.sources import Encoded, Sources
 from seqmodels.decoding.waiting import Waiting
 from seqmodels.errors import DeadlineError, InputError
 from seqmodels.models import SequenceGenerator
 from seqmodels.state import State
-from seqmodels.stepper import Decodes, Group, Shortlisted, Stepper
+from seqmodels.stepper import Decodes, Group, Stepper
 
 MAX_TOKENS = 20_000_000  # of all rows, since each may get room for as many as the longest request of its lane
 MAX_DETAILS = 200_000_000  # numbers of alternatives and attention weights, likewise
@@ -82,8 +81,9 @@ class Engine:
         self.max_rows = max_rows
         self._model: Decodes = Stepper(model) if isinstance(model, SequenceGenerator) else model
         decoder = model.config.decoder
-        self._pad, self._bos, self._eos = decoder.pad_token_id, decoder.bos_token_id, decoder.eos_token_id
-        self._edges = edges or WordEdges.none(model.config.decoder.vocab_size, self._model.device)
+        self._bos, self._eos = decoder.bos_token_id, decoder.eos_token_id
+        edges = edges or WordEdges.none(decoder.vocab_size, self._model.device)
+        self._vocabulary = Vocabulary(decoder.vocab_size, decoder.pad_token_id, self._bos, self._eos, edges)
         self._max_positions_per_step = max_positions_per_step
         self._row_floor = row_floor
         self._waiting: Waiting[Request] = Waiting()
@@ -283,48 +283,12 @@ class Engine:
         if key.positions:
             memory, *others = (newcomer.memory for newcomer in newcomers)
             memory = memory.concat(*others)
-        lane = Lane(
-            key,
-            requests,
-            self._start_search(key, requests, memory and memory.mask.clone()),
-            memory,
-            self._shortlist(requests, key.shortlist),
-            first + torch.arange(len(requests), device=self._device)[:, None].expand(-1, key.width),
-            [[0] * key.width for _ in requests],
-            [state if request.return_state else None for state, request in zip(states, requests, strict=True)],
-        )
+        rows = first + torch.arange(len(requests), device=self._device)[:, None].expand(-1, key.width)
+        lane = Lane.begin(key, self._vocabulary, self._model, requests, memory, states, rows)
         if key in self._lanes:
             self._lanes[key].join(lane)
         else:
             self._lanes[key] = lane
-
-    def _start_search(self, key: LaneKey, requests: Sequence[Request], mask: Tensor | None) -> Beams | Samples:
-        params = [request.params for request in requests]
-        prefixes = [request.prefix for request in requests]
-        if key.beams:
-            return Beams.begin(params, prefixes, self._bos, mask).to(self._device)
-        seeds, (steps, outputs) = [r.seed for r in requests], zip(*(r.first_draw for r in requests), strict=True)
-        return Samples.begin(params, prefixes, self._bos, seeds, steps, outputs, mask).to(self._device)
-
-    def _shortlist(self, requests: Sequence[Request], length: int) -> Shortlisted | None:
-        if not length:
-            return None
-        lists = torch.full((len(requests), length), self._pad)
-        for row, request in zip(lists, requests, strict=True):
-            assert request.shortlist is not None, "requests of a lane have one all, or none has"
-            words = torch.unique(request.shortlist)  # sorted, for the order of equals
-            row[: len(words)] = words
-        return self._model.shorten(lists.to(self._device))
-
-    def _rules(self, requests: Sequence[Request]) -> Rules:
-        return Rules(
-            [r.params for r in requests],
-            [r.bad_words for r in requests],
-            [r.force_words for r in requests],
-            self._edges,
-            self._eos,
-            self._device,
-        )
 
     # -- advance and retire --------------------------------------------------------------------------------------
 
@@ -341,11 +305,7 @@ class Engine:
         logits, self._state, weights = self._model.step(tokens, self._state.select(rows), groups)
         first = 0
         for lane, lane_logits, looked in zip(lanes, logits, weights or repeat(None, len(lanes)), strict=True):
-            if lane.rules is None:
-                lane.rules = self._rules(lane.requests)
-            parents = lane.advance(lane_logits, looked, self._eos, self._model.vocab_size)
-            lane.rows = torch.arange(first, first + lane.rows.numel(), device=self._device).view_as(lane.rows)
-            lane.rows = lane.rows.gather(1, parents)
+            lane.advance(lane_logits, looked, first)
             first += lane.rows.numel()
 
     def _retire(self) -> list[Event]:

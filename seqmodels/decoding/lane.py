@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqmodels.decoding.constraints import WordEdges
 from seqmodels.decoding.logits import Rules
 from seqmodels.decoding.padding import LANES, SHORTLISTS, bucket, padded_length
 from seqmodels.decoding.request import Request
 from seqmodels.decoding.search import Beams, Samples
 from seqmodels.state import State
-from seqmodels.stepper import Shortlisted
+from seqmodels.stepper import Decodes, Shortlisted
 
 
 @dataclass(frozen=True, order=True)
@@ -49,11 +50,23 @@ def _shortlist_length(request: Request) -> int:
     return bucket(len(request.shortlist), SHORTLISTS)
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a search has to know of the tokens: how many there are, which are special, and where words go on."""
+
+    size: int
+    pad: int
+    bos: int
+    eos: int
+    edges: WordEdges
+
+
 @dataclass
 class Lane:
     """The live requests of one key; tensors have the request on axis 0."""
 
     key: LaneKey
+    vocabulary: Vocabulary
     requests: list[Request]
     search: Beams | Samples
     memory: Any  # a Memory, or a MemoryGroup of an ensemble; None without attention
@@ -64,28 +77,65 @@ class Lane:
     rules: Rules | None = None  # of all requests; None where they have changed since
     vacant: list[int] = field(default_factory=list)  # places of those that left, until others take them
 
+    @classmethod
+    def begin(
+        cls,
+        key: LaneKey,
+        vocabulary: Vocabulary,
+        model: Decodes,
+        requests: list[Request],
+        memory: Any,
+        states: Sequence[State],
+        rows: Tensor,
+    ) -> "Lane":
+        """A lane of newcomers. memory, states: a row each; rows (R, K): where the states stand in the engine's."""
+        mask = memory and memory.mask.clone()  # the memory's own will be written over
+        return cls(
+            key,
+            vocabulary,
+            requests,
+            _search(key, requests, vocabulary.bos, mask).to(model.device),
+            memory,
+            model.shorten(_lists(requests, key.shortlist, vocabulary.pad).to(model.device)) if key.shortlist else None,
+            rows,
+            [[0] * key.width for _ in requests],
+            [state if request.return_state else None for state, request in zip(states, requests, strict=True)],
+        )
+
     @property
     def live(self) -> list[tuple[int, Request]]:
         """Those that are still here, and their places."""
         return [(r, request) for r, request in enumerate(self.requests) if r not in self.vacant]
 
-    def advance(self, logits: Tensor, weights: Tensor | None, eos: int, vocab_size: int) -> Tensor:
+    def advance(self, logits: Tensor, weights: Tensor | None, first: int) -> None:
         """One token for each hypothesis: logits (R, K, V), or (R, K, L) of the tokens on the shortlists; weights
-        (R, K, S), where the rows looked. Returns the hypothesis (R, K) that each one continues."""
-        assert self.rules is not None, "rules are made anew when requests have joined or left"
+        (R, K, S), where the rows looked. first: where the lane's rows began in the step, and so in the new State."""
+        if self.rules is None:
+            self.rules = self._rules()
         standing, constrained, words = self.rules.standing(self.search.history), None, None
         if self.rules.change_logits:  # they know tokens by their ids
-            everyone = self.shortlist.spread(logits, vocab_size) if self.shortlist else logits
+            everyone = self.shortlist.spread(logits, self.vocabulary.size) if self.shortlist else logits
             everyone, constrained = self.rules.apply(everyone, self.search.history, standing)
             logits = self.shortlist.listed(everyone) if self.shortlist else everyone
         # Over the list, so that these are the same bits whoever has rules; and in place, which saves a fifth.
         logprobs = torch.log_softmax(logits, -1, out=logits)
         if self.shortlist and self.search.wants_all(standing):
-            logprobs = self.shortlist.spread(logprobs, vocab_size)
+            logprobs = self.shortlist.spread(logprobs, self.vocabulary.size)
         elif self.shortlist:
             words = self.shortlist.words
-        self.search, parents = self.search.advance(logprobs, constrained, eos, standing, weights, words)
-        return parents
+        self.search, parents = self.search.advance(logprobs, constrained, self.vocabulary.eos, standing, weights, words)
+        here = torch.arange(first, first + self.rows.numel(), device=self.rows.device).view_as(self.rows)
+        self.rows = here.gather(1, parents)
+
+    def _rules(self) -> Rules:
+        return Rules(
+            [r.params for r in self.requests],
+            [r.bad_words for r in self.requests],
+            [r.force_words for r in self.requests],
+            self.vocabulary.edges,
+            self.vocabulary.eos,
+            self.rows.device,
+        )
 
     def leave(self, places: Sequence[int]) -> None:
         """Some are done. Their places stay until newcomers take them, which moves nobody, or `close_gaps`."""
@@ -142,3 +192,22 @@ class Lane:
     def _room(self) -> int:
         """Positions that the longest of the requests may fill."""
         return max(request.room for _, request in self.live)
+
+
+def _search(key: LaneKey, requests: Sequence[Request], bos: int, mask: Tensor | None) -> Beams | Samples:
+    """The search of newcomers before their first token, on the CPU."""
+    params, prefixes = [r.params for r in requests], [r.prefix for r in requests]
+    if key.beams:
+        return Beams.begin(params, prefixes, bos, mask)
+    steps, outputs = zip(*(r.first_draw for r in requests), strict=True)
+    return Samples.begin(params, prefixes, bos, [r.seed for r in requests], steps, outputs, mask)
+
+
+def _lists(requests: Sequence[Request], length: int, pad: int) -> Tensor:
+    """The tokens that each may write (R, L), in order and without repeats, as ties and sums need them; then padding."""
+    lists = torch.full((len(requests), length), pad)
+    for row, request in zip(lists, requests, strict=True):
+        assert request.shortlist is not None, "requests of a lane have one all, or none has"
+        words = torch.unique(request.shortlist)
+        row[: len(words)] = words
+    return lists
