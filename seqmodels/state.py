@@ -44,6 +44,9 @@ class State:
     def detach(self) -> "State":
         return State(self.values.detach())
 
+    def float(self) -> "State":
+        return State(self.values.float())
+
     def to(self, device: torch.device) -> "State":
         return State(self.values.to(device))
 

@@ -44,6 +44,8 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     averaged: int = 0  # updates in the moving average of the weights
+    loss_scale: float = 1.0  # of float16, and how many updates have gone well with it
+    scaled_well: int = 0
     # Since the last line of the log:
     loss: float = 0.0
     nll: float = 0.0

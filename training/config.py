@@ -95,6 +95,7 @@ class DataSection(Strict):
     max_input_length: PositiveInt = 256  # tokens, frames or steps
     max_target_length: PositiveInt = 256  # tokens
     chunk_length: PositiveInt = 64  # language models: steps between two cuts of back-propagation
+    vary_chunk_length: bool = False  # language models: draw each length around that one (Merity et al. 2018)
 
     @check(mode="after")
     def _check(self) -> Self:
@@ -121,12 +122,14 @@ class OptimSection(Strict):
     weight_decay: NonNegativeFloat = 0.0
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # sgd and rmsprop
     nesterov: bool = False  # sgd
-    lr_scheduler_type: Literal["constant", "cosine", "inverse_sqrt", "plateau"] = "constant"
+    lr_scheduler_type: Literal["constant", "cosine", "cosine_with_restarts", "inverse_sqrt", "plateau"] = "constant"
+    num_cycles: PositiveInt = 1  # of cosine_with_restarts: how often the rate falls from its full height to 0
     warmup_steps: NonNegativeInt = 0
     plateau_factor: Fraction = 0.5  # what the rate is multiplied by ...
     plateau_patience: PositiveInt = 1  # ... after this many validations without a better score
     max_grad_norm: PositiveFloat | None = 1.0
     clip_value: PositiveFloat | None = None
+    gradient_noise: NonNegativeFloat = 0.0  # eta: variance eta / (1 + step) ** 0.55 is added (Neelakantan et al. 2015)
     freeze: tuple[str, ...] = ()  # patterns of parameter names, such as "encoder.*"
 
     @check(mode="after")
@@ -139,6 +142,8 @@ class OptimSection(Strict):
             raise ValueError("optim.lr_scheduler_type is inverse_sqrt, which needs optim.warmup_steps above 0")
         if (self.plateau_factor, self.plateau_patience) != (0.5, 1) and self.lr_scheduler_type != "plateau":
             raise ValueError("optim.plateau_factor and plateau_patience need optim.lr_scheduler_type=plateau")
+        if (self.num_cycles > 1) != (self.lr_scheduler_type == "cosine_with_restarts"):
+            raise ValueError("optim.num_cycles above 1 and optim.lr_scheduler_type=cosine_with_restarts go together")
         return self
 
 
@@ -157,6 +162,9 @@ class RunSection(Strict):
     early_stopping_patience: PositiveInt | None = None  # validations without a better score
     metric_for_best_model: str | None = None  # None: the task's first in METRICS, span F1 where labels are BIO
     ema_decay: Fraction | None = None  # validate and keep the moving average of the weights
+    keep_snapshots: bool = False  # the model at the end of each cycle of the rate, in snapshots/ (Huang et al. 2017)
+    bf16: bool = False  # forward pass and gradients in bfloat16 where that is safe; weights and sums in float32
+    fp16: bool = False  # the same in float16, the loss scaled so that small gradients stay; CUDA only
     threads: PositiveInt | None = None  # None: torch decides
     device: Literal["cpu", "cuda"] = "cpu"
     output_dir: str | None = None  # None: models/ and the recipe's name
@@ -165,6 +173,10 @@ class RunSection(Strict):
     def _check(self) -> Self:
         if self.num_train_epochs is None and self.max_steps is None:
             raise ValueError("run has no end; set run.num_train_epochs or run.max_steps")
+        if self.bf16 and self.fp16:
+            raise ValueError("run.bf16 and run.fp16 are both set; choose one")
+        if self.fp16 and self.device == "cpu":
+            raise ValueError("run.fp16 needs run.device=cuda; on a CPU use run.bf16")
         return self
 
 
@@ -205,6 +217,10 @@ class Recipe(Strict):
             raise ValueError("model.init_from brings the saved model's tokenizer; remove data.tokenizer")
         if self.task != "generate" and data.chunk_length != DataSection.model_fields["chunk_length"].default:
             raise ValueError(f"data.chunk_length is for language models, but task is {self.task!r}; remove it")
+        if self.task != "generate" and data.vary_chunk_length:
+            raise ValueError(f"data.vary_chunk_length is for language models, but task is {self.task!r}; remove it")
+        if self.run.keep_snapshots and self.optim.lr_scheduler_type != "cosine_with_restarts":
+            raise ValueError("run.keep_snapshots needs optim.lr_scheduler_type=cosine_with_restarts")
         if not self.makes_text and isinstance(getattr(data.columns, "target", None), tuple):
             raise ValueError(f"data.columns.target is a list, but task {self.task} has one target; name one column")
         default = DataSection.model_fields["max_target_length"].default

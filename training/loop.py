@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -25,11 +26,23 @@ from training.checkpoint import Progress
 from training.config import LOWER_IS_BETTER, Recipe
 from training.data.batches import Batch, Batches
 from training.data.examples import Codec
-from training.optim import DivergedError, Update, build_optimizer, freeze, learning_rate, update
+from training.optim import (
+    FULL,
+    DivergedError,
+    Precision,
+    Update,
+    build_optimizer,
+    cycles_done,
+    freeze,
+    learning_rate,
+    update,
+)
 from training.report import Reporter
 
 TOO_LARGE = "the model is too large for this machine's memory; lower the sizes in `model`"
 MAX_SKIPPED_IN_A_ROW = 5
+# Of float16, as torch's own scaler: where it begins, how far it may rise, and after how many good steps it does.
+FIRST_LOSS_SCALE, MAX_LOSS_SCALE, STEPS_OF_A_SCALE = 2.0**16, 2.0**24, 2000
 Evaluate = Callable[[Path], dict[str, float]]  # the scores of a model directory on the validation split
 
 
@@ -57,7 +70,7 @@ class Trainer:
         self.optimizer = build_optimizer(recipe.optim, self.model)
         self.average = copy.deepcopy(self.model) if recipe.run.ema_decay else None
         self.carried: State | None = None
-        self.progress = Progress()
+        self.progress = Progress(loss_scale=FIRST_LOSS_SCALE if recipe.run.fp16 else 1.0)
         self.saved_step = 0
         torch.manual_seed(recipe.run.seed)
         self._resume()
@@ -70,6 +83,8 @@ class Trainer:
             if self._validation_is_due(over):
                 self._validate()
                 over = over or self._is_over()  # it may have been the last chance for a better score
+            if self._snapshot_is_due():
+                self._save_model(self._snapshot)
             if self._save_is_due():
                 self._save()
             if over:
@@ -82,10 +97,17 @@ class Trainer:
         """One update: forward and backward for each micro-batch, clip, step."""
         step, run = self.progress.step, self.recipe.run
         rate = learning_rate(self.recipe.optim, step, self.total_steps, self.progress.plateau_scale)
-        logged = (step + 1) % run.logging_steps == 0
         self.model.train()
         done = update(
-            self.model, self._micro_batches(step), self.optimizer, self.recipe.optim, rate, self.carried, logged
+            self.model,
+            self._micro_batches(step),
+            self.optimizer,
+            self.recipe.optim,
+            rate * self._rate_scale(step),
+            self.carried,
+            measure_ratio=(step + 1) % run.logging_steps == 0,
+            step=step,
+            precision=self._precision,
         )
         self.carried = done.state if self.batches.carries_state else None
         self.progress.step += 1
@@ -97,19 +119,48 @@ class Trainer:
 
     def _micro_batches(self, step: int) -> Iterator[Batch]:
         """The batches of one step: a pure function of (seed, epoch, step)."""
-        accumulate = self.recipe.run.gradient_accumulation_steps
-        epoch, first = divmod(step, self.steps_per_epoch)
-        for index in range(first * accumulate, min((first + 1) * accumulate, len(self.batches))):
+        epoch, indices = self._indices(step)
+        for index in indices:
             batch = self.batches.batch(epoch, index)
             if self.batches.carries_state and index > 0:
                 batch["state"] = None  # `update` puts in where the last batch ended
             yield {name: value if value is None else value.to(self.recipe.run.device) for name, value in batch.items()}
 
+    def _indices(self, step: int) -> tuple[int, range]:
+        """The epoch of a step, and which of its batches the step takes."""
+        accumulate = self.recipe.run.gradient_accumulation_steps
+        epoch, first = divmod(step, self.steps_per_epoch)
+        return epoch, range(first * accumulate, min((first + 1) * accumulate, len(self.batches)))
+
+    def _rate_scale(self, step: int) -> float:
+        epoch, indices = self._indices(step)
+        return fmean(self.batches.rate_scale(epoch, index) for index in indices)
+
+    @property
+    def _precision(self) -> Precision:
+        run = self.recipe.run
+        if run.fp16:
+            return Precision(torch.float16, self.progress.loss_scale)
+        return Precision(torch.bfloat16) if run.bf16 else FULL
+
+    def _move_loss_scale(self, skipped: bool) -> bool:
+        """Half of it where a number overflowed, twice after long without. Returns whether the overflow was the
+        scale's, so that the next step may go well."""
+        progress = self.progress
+        if skipped and progress.loss_scale > 1:
+            progress.loss_scale, progress.scaled_well = progress.loss_scale / 2, 0
+            return True
+        progress.scaled_well += not skipped
+        if progress.scaled_well == STEPS_OF_A_SCALE:
+            progress.loss_scale, progress.scaled_well = min(2 * progress.loss_scale, MAX_LOSS_SCALE), 0
+        return False
+
     def _count(self, done: Update) -> None:
         progress = self.progress
+        scale_was_too_large = self.recipe.run.fp16 and self._move_loss_scale(done.skipped)
         if done.skipped:
             progress.skipped += 1
-            progress.skipped_in_a_row += 1
+            progress.skipped_in_a_row += not scale_was_too_large
             if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise DivergedError(
                     f"loss or gradient was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row, at step "
@@ -167,6 +218,18 @@ class Trainer:
         step = self.progress.step
         due = step % self.recipe.run.save_steps == 0 or self.progress.validated_step == step
         return step > 0 and self.saved_step != step and due
+
+    def _snapshot_is_due(self) -> bool:
+        """At the end of each cycle of the rate."""
+        step, optim = self.progress.step, self.recipe.optim
+        if not self.recipe.run.keep_snapshots or step == 0:
+            return False
+        return cycles_done(optim, step, self.total_steps) > cycles_done(optim, step - 1, self.total_steps)
+
+    @property
+    def _snapshot(self) -> Path:
+        cycle = cycles_done(self.recipe.optim, self.progress.step, self.total_steps)
+        return self.directory / "snapshots" / f"cycle-{cycle}"
 
     def _is_over(self) -> bool:
         progress, run = self.progress, self.recipe.run

@@ -38,6 +38,24 @@ class Update:
     state: State | None  # where the last micro-batch ended
 
 
+@dataclass(frozen=True)
+class Precision:
+    """In which numbers the forward pass and the gradients of activations are computed (Micikevicius et al. 2018).
+
+    dtype: of 16 bits, None for float32 throughout. loss_scale: what the loss is multiplied by, so that float16's small
+    gradients do not become 0; a power of 2, so that dividing again is exact.
+    """
+
+    dtype: torch.dtype | None = None
+    loss_scale: float = 1.0
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+
+FULL = Precision()
+
+
 def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
     """Stop training the parameters whose names match a pattern. Raises ConfigError where none does."""
     names = [name for name, _ in model.named_parameters()]
@@ -81,12 +99,21 @@ def learning_rate(section: OptimSection, step: int, total_steps: int, plateau_sc
         case "cosine":  # from the end of warm-up down to 0
             share = (step - warm_up) / max(1, total_steps - warm_up)
             return section.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+        case "cosine_with_restarts":  # Loshchilov and Hutter 2017, with cycles of one length
+            share, cycle = math.modf((step - warm_up) * section.num_cycles / max(1, total_steps - warm_up))
+            return section.learning_rate * 0.5 * (1 + math.cos(math.pi * share)) if cycle < section.num_cycles else 0.0
         case "inverse_sqrt":  # Vaswani et al. 2017
             return section.learning_rate * math.sqrt(warm_up / done)
         case "plateau":
             return section.learning_rate * plateau_scale
         case "constant":
             return section.learning_rate
+
+
+def cycles_done(section: OptimSection, step: int, total_steps: int) -> int:
+    """How many cycles of the rate have ended after so many steps; see `learning_rate`."""
+    done = (step - section.warmup_steps) * section.num_cycles / max(1, total_steps - section.warmup_steps)
+    return max(0, math.floor(done))
 
 
 def update(
@@ -97,10 +124,13 @@ def update(
     rate: float,
     carried: State | None = None,
     measure_ratio: bool = False,
+    step: int = 0,
+    precision: Precision = FULL,
 ) -> Update:
     """One update of the weights.
 
-    carried: where the last batch of running text ended; micro-batches that have a `state` key go on from it.
+    carried: where the last batch of running text ended; micro-batches that have a `state` key go on from it. step:
+    counted from 0, for the noise. The order is: unscale, skip what is not finite, clip, add noise, step.
     """
     optimizer.zero_grad(set_to_none=True)
     buffers = [buffer.clone() for buffer in model.buffers()]  # running statistics move in the forward pass already
@@ -109,22 +139,25 @@ def update(
     for batch in micro_batches:
         if "state" in batch:
             batch = batch | {"state": carried}
-        out = model(**batch)
+        with precision.autocast(loss.device):
+            out = model(**batch)
         total = out.loss * out.num_targets
-        total.backward()
+        (total * precision.loss_scale).backward()
         loss, nll = loss + total.detach(), nll + out.nll.detach() * out.num_targets
         num_targets += int(out.num_targets)
         num_tokens += _num_tokens(batch)
-        carried = out.state.detach() if out.state is not None else None
+        carried = out.state.detach().float() if out.state is not None else None
     gradients = list(_gradients(optimizer))
     for gradient in gradients:
-        gradient /= max(1, num_targets)
+        gradient /= max(1, num_targets) * precision.loss_scale
     norm = float(gradient_norm(gradients))
     if not (math.isfinite(float(loss)) and math.isfinite(norm)):
         for buffer, before in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(before)
         return Update(0.0, 0.0, 0, num_tokens, norm, clipped=False, skipped=True, ratio=None, state=None)
     clipped = clip(gradients, norm, section.max_grad_norm, section.clip_value)
+    if section.gradient_noise:
+        add_noise(gradients, section.gradient_noise, step)
     ratio = _step(optimizer, rate, measure_ratio)
     sums = float(loss), float(nll), num_targets, num_tokens
     return Update(*sums, norm, clipped, skipped=False, ratio=ratio, state=carried)
@@ -148,6 +181,13 @@ def clip(gradients: Iterable[Tensor], norm: float, max_norm: float | None, max_v
             clipped = clipped or bool(gradient.abs().max() > max_value)
             gradient.clamp_(-max_value, max_value)
     return clipped
+
+
+def add_noise(gradients: Iterable[Tensor], eta: float, step: int) -> None:
+    """Normal noise, less and less of it: variance eta / (1 + step) ** 0.55 (Neelakantan et al. 2015)."""
+    deviation = math.sqrt(eta / (1 + step) ** 0.55)
+    for gradient in gradients:
+        gradient.add_(torch.randn_like(gradient), alpha=deviation)
 
 
 def _num_tokens(batch: Batch) -> int:

@@ -240,7 +240,7 @@ def _batches(recipe: Recipe, codec: Codec, examples: Sequence[Example]) -> Batch
     run, data = recipe.run, recipe.data
     if recipe.task == "generate":
         rows = min(run.rows_per_batch, max(1, run.tokens_per_batch // data.chunk_length))
-        return Streams(examples, rows, data.chunk_length, run.seed)
+        return Streams(examples, rows, data.chunk_length, run.seed, data.vary_chunk_length)
     return Buckets(examples, codec, run.tokens_per_batch, run.rows_per_batch, run.seed)
 
 

@@ -36,22 +36,23 @@ Shared = mmap.mmap  # byte 0: the phase; byte 1: how often it was entered, modul
 
 def recipe_fields(number: int, directory: Path) -> dict[str, Any]:
     """Two runs that between them use all that a checkpoint holds."""
-    if number % 2 == 0:  # carried state, dropout, averages, plateau
+    if number % 2 == 0:  # carried state, dropout, noise, chunks of many lengths, 16 bits, averages, plateau
         return {
             "task": "generate",
             "data": {
                 "generated": "language-model",
                 "tokenizer": {"kind": "word", "vocab_size": 120},
                 "chunk_length": 8,
+                "vary_chunk_length": True,
             },
             "model": {
                 "architecture": "generator",
                 "decoder": {"embedding_size": 8, "dropout": 0.2, "recurrent": {"cell": "lstm", "hidden_size": 8}},
             },
-            "optim": {"learning_rate": 0.01, "lr_scheduler_type": "plateau"},
-            "run": _run(directory, ema_decay=0.9, tokens_per_batch=128),
+            "optim": {"learning_rate": 0.01, "lr_scheduler_type": "plateau", "gradient_noise": 1e-4},
+            "run": _run(directory, ema_decay=0.9, tokens_per_batch=128, bf16=True),
         }
-    return {  # length buckets, accumulation, momentum, warm-up
+    return {  # length buckets, accumulation, momentum, warm-up, snapshots
         "task": "classify",
         "data": {"generated": "sentiment", "tokenizer": {"kind": "word", "vocab_size": 200}},
         "model": {
@@ -64,10 +65,11 @@ def recipe_fields(number: int, directory: Path) -> dict[str, Any]:
             "momentum": 0.9,
             "nesterov": True,
             "learning_rate": 0.1,
-            "lr_scheduler_type": "cosine",
+            "lr_scheduler_type": "cosine_with_restarts",
+            "num_cycles": 3,
             "warmup_steps": 5,
         },
-        "run": _run(directory, gradient_accumulation_steps=2, tokens_per_batch=256),
+        "run": _run(directory, gradient_accumulation_steps=2, tokens_per_batch=256, keep_snapshots=True),
     }
 
 
@@ -83,7 +85,8 @@ def outcome(directory: Path) -> dict[str, str]:
     del progress["seconds"]
     files = {"state": newest / "state.safetensors", "log": directory / "metrics.jsonl"}
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    digests["model"] = hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
+    for path in (directory / "model.safetensors", *sorted(directory.glob("snapshots/*/model.safetensors"))):
+        digests[str(path.relative_to(directory))] = hashlib.sha256(path.read_bytes()).hexdigest()
     return {**digests, "progress": json.dumps(progress)}
 
 

@@ -1,6 +1,7 @@
 """Rows, cuts, examples, batches and streams."""
 
 import json
+import statistics
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -443,9 +444,9 @@ def test_pictures_are_not_sorted_by_their_captions_lengths() -> None:
 # Streams
 
 
-def stream_of(num_tokens: int, rows: int, chunk: int, seed: int | None = None) -> Streams:
+def stream_of(num_tokens: int, rows: int, chunk: int, seed: int | None = None, vary: bool = False) -> Streams:
     tokens = [BOS, *range(10, 10 + num_tokens)]
-    return Streams([Example(None, tokens, 0, len(tokens))], rows, chunk, seed)
+    return Streams([Example(None, tokens, 0, len(tokens))], rows, chunk, seed, vary)
 
 
 def test_streams_are_contiguous_and_chunks_overlap_by_one() -> None:
@@ -457,9 +458,10 @@ def test_streams_are_contiguous_and_chunks_overlap_by_one() -> None:
     assert first["label_lengths"].tolist() == [5, 5, 5] and second["label_lengths"].tolist() == [5, 5, 4]
 
 
+@pytest.mark.parametrize("vary", [False, True])
 @pytest.mark.parametrize(("num_tokens", "rows", "chunk"), [(23, 3, 4), (100, 8, 7), (5, 4, 64), (1, 3, 3), (64, 8, 8)])
-def test_every_token_is_a_target_once(num_tokens: int, rows: int, chunk: int) -> None:
-    streams = stream_of(num_tokens, rows, chunk, seed=5)
+def test_every_token_is_a_target_once(num_tokens: int, rows: int, chunk: int, vary: bool) -> None:
+    streams = stream_of(num_tokens, rows, chunk, 5, vary)
     for epoch in (0, 1):
         seen: Counter[int] = Counter()
         for index in range(len(streams)):
@@ -467,6 +469,25 @@ def test_every_token_is_a_target_once(num_tokens: int, rows: int, chunk: int) ->
             for row, length in zip(batch["labels"].tolist(), batch["label_lengths"].tolist(), strict=True):
                 seen.update(row[1:length])
         assert seen == Counter(range(10, 10 + num_tokens))
+
+
+def test_lengths_of_chunks_vary_as_in_the_paper() -> None:
+    """Around the given one, some about half as long, others in each epoch; and long ones count for more."""
+    streams = stream_of(200_000, rows=4, chunk=70, seed=5, vary=True)
+    lengths = [
+        [streams.batch(epoch, index)["labels"].shape[1] - 1 for index in range(len(streams))] for epoch in (0, 1)
+    ]
+    assert lengths[0] != lengths[1] and lengths[0] == [
+        stream_of(200_000, 4, 70, 5, vary=True).batch(0, index)["labels"].shape[1] - 1 for index in range(len(streams))
+    ]
+    for of_epoch in lengths:
+        assert sum(of_epoch) == 50_000 and len(of_epoch) == -(-50_000 // 70)
+        short = [length for length in of_epoch if length < 52]
+        assert 0.02 < len(short) / len(of_epoch) < 0.09
+        usual = [length for length in of_epoch if length >= 52]
+        assert 69 < statistics.fmean(usual) < 74 and 4 < statistics.stdev(usual) < 6
+    assert [streams.rate_scale(1, index) * 70 for index in range(len(streams))] == pytest.approx(lengths[1])
+    assert stream_of(100, 4, 7, 5).rate_scale(0, 3) == 1.0
 
 
 def test_chunks_with_carried_state_are_the_whole_text() -> None:

@@ -14,7 +14,7 @@ from seqmodels.errors import CheckpointError, ConfigError
 from seqmodels.pretrained import load_pretrained
 from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TEXT_ENCODER, WORDS, fields, recipe
 from training.loop import MAX_SKIPPED_IN_A_ROW, Trainer
-from training.optim import DivergedError
+from training.optim import DivergedError, Precision, Update, update
 from training.run import train
 
 
@@ -173,6 +173,35 @@ def test_several_in_a_row_end_the_run_with_advice(tmp_path: Path, monkeypatch: p
     PlantedLoss(monkeypatch, set(range(3, 3 + MAX_SKIPPED_IN_A_ROW)))
     with pytest.raises(DivergedError, match=r"step 8; lower optim\.learning_rate"):
         train(recipe(directory=tmp_path, run={"max_steps": 20}))
+
+
+def test_a_loss_scale_falls_where_it_overflows_and_rises_after_long_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float16 needs a GPU; its scale is a rule about skipped steps, which another cause of skipping shows as well."""
+    monkeypatch.setattr(training.loop, "STEPS_OF_A_SCALE", 4)
+    precisions: list[Precision] = []
+
+    def without_16_bits(*given: Any, precision: Precision, **others: Any) -> Update:
+        precisions.append(precision)
+        return update(*given, **others)
+
+    monkeypatch.setattr(training.loop, "update", without_16_bits)
+    PlantedLoss(monkeypatch, {0, 1, 2, 3, 4, 5, 6})  # more than MAX_SKIPPED_IN_A_ROW
+    made = recipe(directory=tmp_path, run={"max_steps": 17})
+    train(made.model_copy(update={"run": made.run.model_copy(update={"fp16": True})}))
+    scales = [2.0**power for power in (16, 15, 14, 13, 12, 11, 10, *[9] * 4, *[10] * 4, *[11] * 2)]
+    assert precisions == [Precision(torch.float16, scale) for scale in scales]
+
+
+def test_snapshots_are_the_models_at_the_ends_of_cycles(tmp_path: Path) -> None:
+    optim = {"learning_rate": 0.02, "lr_scheduler_type": "cosine_with_restarts", "num_cycles": 3}
+    train(recipe(directory=tmp_path, optim=optim, run={"max_steps": 12, "eval_steps": 4, "keep_snapshots": True}))
+    snapshots = {path.name: load_pretrained(path) for path in (tmp_path / "snapshots").iterdir()}
+    assert sorted(snapshots) == ["cycle-1", "cycle-2", "cycle-3"]
+    best = load_pretrained(tmp_path)
+    assert best.revision in {snapshot.revision for snapshot in snapshots.values()}
+    assert len({snapshot.revision for snapshot in snapshots.values()}) == 3
 
 
 def test_the_average_is_what_is_validated_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,18 @@ from training.config import OptimSection
 from training.data.batches import Batch, Buckets
 from training.data.examples import Codec
 from training.data.generated import generate
-from training.optim import build_optimizer, clip, freeze, gradient_norm, learning_rate, update
+from training.optim import (
+    FULL,
+    Precision,
+    add_noise,
+    build_optimizer,
+    clip,
+    cycles_done,
+    freeze,
+    gradient_norm,
+    learning_rate,
+    update,
+)
 
 FREE = OptimSection(optimizer="sgd", learning_rate=0.5, max_grad_norm=None)
 
@@ -131,10 +142,75 @@ def test_schedules_by_hand() -> None:
     assert rates([0, 1, 3, 4, 9], warmup_steps=4) == [0.25, 0.5, 1.0, 1.0, 1.0]
     cosine = rates([0, 3, 4, 9, 14], warmup_steps=4, lr_scheduler_type="cosine")
     assert cosine == pytest.approx([0.25, 1.0, 1.0, 0.5, 0.0])
+    # two cycles of 5 steps after the warm-up: each begins at the full rate and nears 0
+    cycles = rates([3, 4, 6, 8, 9, 11, 13, 14], warmup_steps=4, lr_scheduler_type="cosine_with_restarts", num_cycles=2)
+    falls = [0.5 * (1 + math.cos(math.pi * share)) for share in (0.0, 0.4, 0.8)]
+    assert cycles == pytest.approx([1.0, *falls, *falls, 0.0])
     inverse = rates([0, 3, 15], warmup_steps=4, lr_scheduler_type="inverse_sqrt")
     assert inverse == pytest.approx([0.25, 1.0, 0.5])
     plateau = OptimSection(learning_rate=1.0, lr_scheduler_type="plateau")
     assert learning_rate(plateau, 5, 10, plateau_scale=0.25) == 0.25
+
+
+def test_cycles_end_where_the_rate_starts_again() -> None:
+    section = OptimSection(warmup_steps=4, lr_scheduler_type="cosine_with_restarts", num_cycles=3)
+    assert [cycles_done(section, step, total_steps=10) for step in (0, 4, 5, 6, 7, 8, 9, 10)] == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+        3,
+    ]
+
+
+def test_noise_is_of_the_papers_size_and_comes_after_clipping() -> None:
+    torch.manual_seed(0)
+    gradients = [torch.ones(200_000)]
+    add_noise(gradients, eta=0.3, step=99)
+    noise = gradients[0] - 1
+    assert float(noise.mean()) == pytest.approx(0, abs=2e-3)
+    assert float(noise.var()) == pytest.approx(0.3 / 100**0.55, rel=0.02)
+    section = FREE.model_copy(update={"gradient_noise": 1.0, "max_grad_norm": 1e-6})
+    model = Slope()
+    done = run(model, slope_batch((30.0, 40.0)), section=section)
+    assert done.norm == 50.0 and (done.ratio or 0) > 0.05  # what was clipped to nothing is not what moved the weights
+
+
+def test_a_scaled_loss_changes_no_bit() -> None:
+    """Where nothing overflows: a power of 2 is multiplied and divided exactly."""
+    plain, scaled = Slope(), Slope()
+    for model, precision in ((plain, FULL), (scaled, Precision(None, 2.0**12))):
+        optimizer = build_optimizer(FREE, model)
+        update(model, [slope_batch((0.3, 0.7), (1.7, -0.2))], optimizer, FREE, 0.1, precision=precision)
+    assert torch.equal(plain.weight, scaled.weight)
+
+
+def test_a_scale_that_overflows_is_skipped() -> None:
+    model = Slope()
+    before = model.weight.detach().clone()
+    done = update(
+        model, [slope_batch((1.0, 1.0))], build_optimizer(FREE, model), FREE, 0.1, precision=Precision(None, 2.0**130)
+    )
+    assert done.skipped and torch.equal(model.weight, before)
+
+
+def test_bfloat16_trains_as_float32_does_but_for_its_digits() -> None:
+    made, rows = recipe(), generate("sentiment")["train"][:60]
+    codec = Codec.train(made, rows)
+    buckets = Buckets(codec.encode(rows), codec, 100_000, 60, seed=1)
+    weights, losses = [], []
+    for precision in (FULL, Precision(torch.bfloat16)):
+        torch.manual_seed(3)
+        model = build_model(codec.config)
+        optimizer = build_optimizer(FREE, model)
+        losses.append(update(model, [buckets.batch(0, 0)], optimizer, FREE, 0.5, precision=precision).loss)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert torch.allclose(weights[0], weights[1], atol=5e-3) and not torch.equal(weights[0], weights[1])
 
 
 def test_frozen_parameters_stay_and_a_pattern_must_match() -> None:

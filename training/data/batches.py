@@ -37,6 +37,10 @@ class Batches(Protocol):
         """The tensors for `model(**batch)`."""
         ...
 
+    def rate_scale(self, epoch: int, index: int) -> float:
+        """What the learning rate is multiplied by for this batch; 1 unless it is shorter or longer than meant."""
+        ...
+
 
 class Buckets:
     """Batches of independent examples."""
@@ -65,6 +69,9 @@ class Buckets:
 
     def batch(self, epoch: int, index: int) -> Batch:
         return collate([self._examples[row] for row in self.rows(epoch)[index]], self._codec)
+
+    def rate_scale(self, epoch: int, index: int) -> float:
+        return 1.0
 
     @property
     def padding_share(self) -> float:
