@@ -62,14 +62,13 @@ _PROGRESS = TypeAdapter(Progress)
 
 def save(directory: Path, progress: Progress, tensors: dict[str, Tensor]) -> None:
     """Write one checkpoint, then remove those that are no longer needed."""
-    final = directory / f"step-{progress.step:08d}"
+    final = directory / _name(progress.step)
     temporary = directory / f".{final.name}.writing"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
     (temporary / PROGRESS).write_bytes(_PROGRESS.dump_json(progress, indent=1))
-    sums = "".join(f"{_sha256(temporary / name)}  {name}\n" for name in (TENSORS, PROGRESS))
-    (temporary / SUMS).write_text(sums, encoding="ascii")
+    (temporary / SUMS).write_text(_sums(temporary), encoding="ascii")
     for name in (TENSORS, PROGRESS, SUMS):
         flush(temporary / name)
     flush(temporary)
@@ -166,16 +165,24 @@ def progress_as_dict(progress: Progress) -> dict[str, object]:
 
 def _load(path: Path) -> tuple[Progress, dict[str, Tensor]]:
     try:
-        lines = (path / SUMS).read_text(encoding="ascii").splitlines()
-        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-        for name in (TENSORS, PROGRESS):
-            if sums.get(name) != _sha256(path / name):
-                raise CheckpointError(f"{name} does not match its checksum")
-        return _PROGRESS.validate_json((path / PROGRESS).read_bytes()), load_file(path / TENSORS)
+        if (path / SUMS).read_bytes() != _sums(path).encode("ascii"):
+            raise CheckpointError("its files do not match their checksums")
+        progress = _PROGRESS.validate_json((path / PROGRESS).read_bytes())
+        if path.name != _name(progress.step):
+            raise CheckpointError(f"it is of step {progress.step}")
+        return progress, load_file(path / TENSORS)
     except OSError as error:
         raise CheckpointError(f"{Path(str(error.filename)).name} cannot be read") from None
     except (ValueError, ValidationError, SafetensorError):
         raise CheckpointError("a file is malformed") from None
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _sums(path: Path) -> str:
+    return "".join(f"{_sha256(path / name)}  {name}\n" for name in (TENSORS, PROGRESS))
 
 
 def _sha256(path: Path) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import yaml
 from pydantic import PositiveInt, ValidationError
+from safetensors import SafetensorError
 
 from seqmodels.config import Strict, explain
 from seqmodels.errors import CheckpointError, ConfigError, DataError
@@ -65,7 +66,7 @@ def train(recipe: Recipe) -> Path:
         torch.set_num_threads(recipe.run.threads)
     if recipe.run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device is 'cuda', but torch finds no CUDA device; set run.device=cpu")
-    with _locked(directory), Reporter(directory) as reporter:
+    with _refusals(directory), _locked(directory), Reporter(directory) as reporter:
         saved = _saved_run(directory, recipe)
         if (directory / FINISHED).is_file():
             reporter.say(f"{directory} is finished; nothing to do")
@@ -91,6 +92,19 @@ def train(recipe: Recipe) -> Path:
 
 
 # Before step 0
+
+
+@contextmanager
+def _refusals(directory: Path) -> Iterator[None]:
+    """A disk that is full, or may only be read, ends a run; what was saved before is whole."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error  # safetensors writes by itself
+        raise CheckpointError(
+            f"{directory} could not be written to ({reason}). The last checkpoint is kept: mend that, such as by "
+            "making room, and give the same command again"
+        ) from error
 
 
 @contextmanager

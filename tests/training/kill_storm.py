@@ -1,9 +1,10 @@
 """Kill a training run with SIGKILL, again and again, and compare its end with that of a run left alone.
 
-    python -m tests.training.kill_storm --kills 100
+    python -m tests.training.kill_storm --kills 1000
 
 Runs are forked from one process that has imported everything, so a kill costs a fraction of a second. A child says in
 shared memory what it is doing; the parent waits for the phase it wants to hit, then strikes at a random moment in it.
+In a save a child strikes itself: before a given one of the system calls that it makes there, each in its turn.
 """
 
 import argparse
@@ -30,36 +31,36 @@ import training.run
 from training.config import parse_recipe
 
 PHASES = ("start-up", "step", "validation", "save")
+SYSTEM_CALLS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+CALLS_OF_TWO_SAVES = 60  # about: one makes 20 to 40, as it finds more or less to remove
 TIMEOUT_S = 120.0
 Shared = mmap.mmap  # byte 0: the phase; byte 1: how often it was entered, modulo 256
 
 
 def recipe_fields(number: int, directory: Path) -> dict[str, Any]:
-    """Two runs that between them use all that a checkpoint holds."""
-    if number % 2 == 0:  # carried state, dropout, noise, chunks of many lengths, 16 bits, averages, plateau
-        return {
-            "task": "generate",
-            "data": {
-                "generated": "language-model",
-                "tokenizer": {"kind": "word", "vocab_size": 120},
-                "chunk_length": 8,
-                "vary_chunk_length": True,
-            },
-            "model": {
-                "architecture": "generator",
-                "decoder": {"embedding_size": 8, "dropout": 0.2, "recurrent": {"cell": "lstm", "hidden_size": 8}},
-            },
-            "optim": {"learning_rate": 0.01, "lr_scheduler_type": "plateau", "gradient_noise": 1e-4},
-            "run": _run(directory, ema_decay=0.9, tokens_per_batch=128, bf16=True),
-        }
-    return {  # length buckets, accumulation, momentum, warm-up, snapshots
+    """Four runs that between them use all that a checkpoint holds."""
+    sections, settings = (_language_model, _classifier, _tagger, _translator)[number % 4]()
+    return {**sections, "run": _run(directory, **settings)}
+
+
+def _language_model() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Carried state, dropout, noise, chunks of many lengths, 16 bits, averages, plateau."""
+    words = {"kind": "word", "vocab_size": 120}
+    decoder = {"embedding_size": 8, "dropout": 0.2, "recurrent": {"cell": "lstm", "hidden_size": 8}}
+    return {
+        "task": "generate",
+        "data": {"generated": "language-model", "tokenizer": words, "chunk_length": 8, "vary_chunk_length": True},
+        "model": {"architecture": "generator", "decoder": decoder},
+        "optim": {"learning_rate": 0.01, "lr_scheduler_type": "plateau", "gradient_noise": 1e-4},
+    }, {"ema_decay": 0.9, "tokens_per_batch": 128, "bf16": True}
+
+
+def _classifier() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Length buckets, accumulation, momentum, warm-up, snapshots."""
+    return {
         "task": "classify",
         "data": {"generated": "sentiment", "tokenizer": {"kind": "word", "vocab_size": 200}},
-        "model": {
-            "architecture": "classifier",
-            "dropout": 0.1,
-            "encoder": {"input": "text", "embedding_size": 8, "recurrent": {"cell": "gru", "hidden_size": 8}},
-        },
+        "model": {"architecture": "classifier", "dropout": 0.1, "encoder": _text_encoder("gru")},
         "optim": {
             "optimizer": "sgd",
             "momentum": 0.9,
@@ -69,8 +70,39 @@ def recipe_fields(number: int, directory: Path) -> dict[str, Any]:
             "num_cycles": 3,
             "warmup_steps": 5,
         },
-        "run": _run(directory, gradient_accumulation_steps=2, tokens_per_batch=256, keep_snapshots=True),
-    }
+    }, {"gradient_accumulation_steps": 2, "tokens_per_batch": 256, "keep_snapshots": True}
+
+
+def _tagger() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both directions, clipping of each number, patience."""
+    encoder = _text_encoder("lstm", bidirectional=True, num_layers=2, dropout=0.2)
+    return {
+        "task": "tag",
+        "data": {"generated": "number-tags", "tokenizer": {"kind": "character", "vocab_size": 60}},
+        "model": {"architecture": "tagger", "encoder": encoder},
+        "optim": {"optimizer": "rmsprop", "learning_rate": 3e-3, "momentum": 0.5, "clip_value": 0.1},
+    }, {"tokens_per_batch": 512, "early_stopping_patience": 4}
+
+
+def _translator() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two vocabularies, attention, label smoothing, frozen weights, beam search in validation."""
+    decoder = {"embedding_size": 8, "attention": "additive", "recurrent": {"cell": "gru", "hidden_size": 8}}
+    return {
+        "task": "translate",
+        "data": {"generated": "numbers-en-fr", "tokenizer": {"kind": "word", "vocab_size": 100}},
+        "model": {
+            "architecture": "generator",
+            "label_smoothing": 0.1,
+            "encoder": _text_encoder("rnn_tanh"),
+            "decoder": decoder,
+        },
+        "optim": {"optimizer": "adamw", "weight_decay": 0.01, "freeze": ["encoder.embedding.*"], "warmup_steps": 10},
+        "generation": {"num_beams": 2, "max_new_tokens": 8},
+    }, {"tokens_per_batch": 256, "max_eval_samples": 8}
+
+
+def _text_encoder(cell: str, **recurrent: Any) -> dict[str, Any]:
+    return {"input": "text", "embedding_size": 8, "recurrent": {"cell": cell, "hidden_size": 8, **recurrent}}
 
 
 def _run(directory: Path, **settings: Any) -> dict[str, Any]:
@@ -99,11 +131,12 @@ def storm(kills: int, seed: int = 1) -> Counter[str]:
         while sum(hits.values()) < kills:
             alone, stormy = Path(folder) / f"alone-{number}", Path(folder) / f"stormy-{number}"
             assert _finish(recipe_fields(number, alone)), "the uninterrupted run failed"
-            # Half of the kills wanted, so that both recipes get their share.
-            limit = min(kills, sum(hits.values()) + -(-kills // 2))
+            # A quarter of the kills wanted, so that every recipe gets its share.
+            limit = min(kills, sum(hits.values()) + -(-kills // 4))
             while sum(hits.values()) < limit:
                 rarest = min(PHASES, key=lambda phase: (hits[phase], source.random()))
-                hit = _kill_in(rarest, recipe_fields(number, stormy), source)
+                call = hits["save"] % CALLS_OF_TWO_SAVES + 1 if rarest == "save" else 0
+                hit = _kill_in(rarest, recipe_fields(number, stormy), source, call)
                 if hit is None:  # it was done before we struck
                     break
                 hits[hit] += 1
@@ -114,20 +147,24 @@ def storm(kills: int, seed: int = 1) -> Counter[str]:
     return hits
 
 
-def _kill_in(phase: str, fields: dict[str, Any], source: random.Random) -> str | None:
-    """Start, wait for the phase, kill. Returns the phase that was hit, None if the run ended first."""
+def _kill_in(phase: str, fields: dict[str, Any], source: random.Random, call: int = 0) -> str | None:
+    """Start, wait for the phase, kill. Returns the phase that was hit, None if the run ended first.
+
+    call: 0, or which of the system calls of saves the child is to die before.
+    """
     shared = mmap.mmap(-1, 2)
-    child = _fork(fields, shared)
-    entries = 1 if phase == "start-up" else source.randint(1, 9 if phase == "step" else 2)
-    seen, last, deadline = 0, -1, time.monotonic() + TIMEOUT_S
-    while seen < entries:
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return None
-        assert time.monotonic() < deadline, f"phase {phase} never came"
-        if PHASES[shared[0]] == phase and shared[1] != last:
-            seen, last = seen + 1, shared[1]
-    time.sleep(source.random() * (0.15 if phase == "start-up" else 0.003))
-    os.kill(child, signal.SIGKILL)
+    child = _fork(fields, shared, call)
+    if not call:
+        entries = 1 if phase == "start-up" else source.randint(1, 9 if phase == "step" else 2)
+        seen, last, deadline = 0, -1, time.monotonic() + TIMEOUT_S
+        while seen < entries:
+            if os.waitpid(child, os.WNOHANG)[0]:
+                return None
+            assert time.monotonic() < deadline, f"phase {phase} never came"
+            if PHASES[shared[0]] == phase and shared[1] != last:
+                seen, last = seen + 1, shared[1]
+        time.sleep(source.random() * (0.15 if phase == "start-up" else 0.003))
+        os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     return PHASES[shared[0]] if os.WIFSIGNALED(status) else None
 
@@ -136,7 +173,7 @@ def _finish(fields: dict[str, Any]) -> bool:
     return os.waitpid(_fork(fields, mmap.mmap(-1, 2)), 0)[1] == 0
 
 
-def _fork(fields: dict[str, Any], shared: Shared) -> int:
+def _fork(fields: dict[str, Any], shared: Shared, call: int = 0) -> int:
     child = os.fork()
     if child:
         return child
@@ -144,6 +181,8 @@ def _fork(fields: dict[str, Any], shared: Shared) -> int:
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         _announce(shared)
+        if call:
+            _die_before(call, shared)
         training.run.train(parse_recipe(fields))
         code = 0
     finally:
@@ -168,6 +207,35 @@ def _announce(shared: Shared) -> None:
     training.loop.Trainer._step = announced("step", training.loop.Trainer._step)  # type: ignore[method-assign]
     training.loop.Trainer._validate = announced("validation", training.loop.Trainer._validate)  # type: ignore[method-assign]
     training.loop.Trainer._save = announced("save", training.loop.Trainer._save)  # type: ignore[method-assign]
+
+
+def _die_before(call: int, shared: Shared) -> None:
+    """Kill this process before one of the calls by which its saves change the disk, counted from 1.
+
+    Python tells an audit hook of those that open, rename, make and remove; `flush` is wrapped, of which it tells
+    nothing. The tensors are written by one call of the library, which a random moment may hit as well.
+    """
+    made = 0
+
+    def count() -> None:
+        nonlocal made
+        if PHASES[shared[0]] == "save":
+            made += 1
+            if made == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event: str, _: tuple[Any, ...]) -> None:
+        if event in SYSTEM_CALLS:
+            count()
+
+    flush = training.checkpoint.flush
+
+    def counted_flush(path: Path) -> None:
+        count()
+        flush(path)
+
+    sys.addaudithook(audit)
+    training.checkpoint.flush = counted_flush
 
 
 def main() -> int:

@@ -1,15 +1,20 @@
 """Checkpoints are whole or absent, and a damaged one falls back to the one before it."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from seqmodels.errors import CheckpointError
+from tests.training.corruption import corrupt
 from tests.training.kill_storm import PHASES, outcome, recipe_fields
 from training import checkpoint
 from training.checkpoint import Progress
@@ -112,6 +117,59 @@ def test_going_on_from_a_damaged_newest_ends_with_the_same_bits(tmp_path: Path) 
     (mended / "metrics.jsonl").open("a").write('{"step": 999}\n')  # a line of after the checkpoint
     train(parse_recipe(recipe_fields(0, mended)))
     assert outcome(mended) == outcome(alone)
+
+
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_full_or_read_only_disk_ends_a_run_that_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    """At each of the five flushes of the third save: nothing is lost of what was saved before."""
+    alone, refused = tmp_path / "alone", tmp_path / "refused"
+    train(parse_recipe(recipe_fields(1, alone)))
+    saves, flushes = 0, 0
+    save, flush = checkpoint.save, checkpoint.flush
+
+    def counted_save(*given: Any) -> None:
+        nonlocal saves, flushes
+        saves, flushes = saves + 1, 0
+        save(*given)
+
+    def refusing_flush(path: Path) -> None:
+        nonlocal flushes
+        if saves == 3 and flushes == number:
+            raise OSError(code, os.strerror(code), str(path))
+        flushes += 1
+        flush(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", counted_save)
+        patch.setattr(checkpoint, "flush", refusing_flush)
+        with pytest.raises(CheckpointError, match=f"{os.strerror(code)}.*The last checkpoint is kept"):
+            train(parse_recipe(recipe_fields(1, refused)))
+    found = checkpoint.load_newest(refused / "checkpoints")
+    assert found is not None and not found[2] and found[0].step >= 10
+    train(parse_recipe(recipe_fields(1, refused)))
+    assert outcome(refused) == outcome(alone)
+
+
+def test_a_file_that_may_not_grow_is_an_error_and_no_traceback(tmp_path: Path) -> None:
+    """A limit of the system's own, which the library that writes tensors meets as well."""
+    made = recipe_fields(1, tmp_path / "run")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(made), encoding="utf-8")
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+    command = [limited + "from training.__main__ import main; sys.exit(main(['train', sys.argv[1]]))"]
+    done = subprocess.run(
+        [sys.executable, "-c", *command, str(tmp_path / "recipe.yaml")],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "could not be written to" in done.stderr
+
+
+def test_damaged_checkpoints_are_never_loaded() -> None:
+    """300 of them; `make kill-storm` does 10,000."""
+    assert corrupt(300).total() == 300
 
 
 def test_a_shorter_log_than_the_checkpoint_says_is_an_error(tmp_path: Path) -> None:
