@@ -60,16 +60,37 @@ class BackboneConfig(Strict):
         return -(-self.image_size[0] // shrink), -(-self.image_size[1] // shrink)
 
 
-class TextEncoderConfig(Strict):
-    input: Literal["text"] = "text"
-    vocab_size: PositiveInt
-    embedding_size: PositiveInt = 256
-    dropout: Probability = 0.0  # on embeddings and on outputs
+class StackConfig(Strict):
+    """What encoders and decoders with a recurrent stack have in common."""
+
     recurrent: RecurrentConfig = RecurrentConfig()
+    dropout: Probability = 0.0  # on what the stack reads, and on the outputs
+    input_dropout: Probability | None = None  # on what the stack reads, where that is not as `dropout`
+    locked_dropout: bool = False  # one mask for all steps of a row, between layers too (Gal and Ghahramani 2016)
+
+    @property
+    def rate_on_inputs(self) -> float:
+        return self.dropout if self.input_dropout is None else self.input_dropout
+
+    @model_validator(mode="after")
+    def _check_dropout(self) -> Self:
+        between = self.recurrent.dropout if self.recurrent.num_layers > 1 else 0.0
+        if self.locked_dropout and not (self.dropout or self.input_dropout or between):
+            raise ValueError(
+                "locked_dropout does nothing where no dropout is above 0; set dropout, input_dropout or "
+                "recurrent.dropout (between layers), or remove it"
+            )
+        return self
 
     @property
     def output_size(self) -> int:
         return self.recurrent.output_size
+
+
+class TextEncoderConfig(StackConfig):
+    input: Literal["text"] = "text"
+    vocab_size: PositiveInt
+    embedding_size: PositiveInt = 256
 
 
 class ImageEncoderConfig(Strict):
@@ -82,26 +103,14 @@ class ImageEncoderConfig(Strict):
         return self.backbone.channels[-1]
 
 
-class FrameEncoderConfig(Strict):
+class FrameEncoderConfig(StackConfig):
     input: Literal["frames"] = "frames"
     backbone: BackboneConfig = BackboneConfig()
-    dropout: Probability = 0.0
-    recurrent: RecurrentConfig = RecurrentConfig()
-
-    @property
-    def output_size(self) -> int:
-        return self.recurrent.output_size
 
 
-class FeatureEncoderConfig(Strict):
+class FeatureEncoderConfig(StackConfig):
     input: Literal["features"] = "features"
     feature_size: PositiveInt
-    dropout: Probability = 0.0
-    recurrent: RecurrentConfig = RecurrentConfig()
-
-    @property
-    def output_size(self) -> int:
-        return self.recurrent.output_size
 
 
 EncoderConfig = Annotated[
@@ -109,13 +118,11 @@ EncoderConfig = Annotated[
 ]
 
 
-class DecoderConfig(Strict):
+class DecoderConfig(StackConfig):
     """A recurrent decoder over tokens, with attention over the encoder's memory if there is one."""
 
     vocab_size: Annotated[int, Field(ge=4)]
     embedding_size: PositiveInt = 256
-    dropout: Probability = 0.0
-    recurrent: RecurrentConfig = RecurrentConfig()
     attention: AttentionKind = "none"
     tie_embeddings: bool = False  # the output layer uses the embedding matrix (Press and Wolf 2017)
     # The same in every model of this format: each tokenizer begins with <pad>, <unk>, <bos>, <eos>.

@@ -5,6 +5,7 @@ with the row on axis 0, and a State. Layers run one after another, each as one f
 direction runs over each row reversed within its own length, so padding is never read and nothing is packed.
 """
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from seqmodels.cells import CellWeights
 from seqmodels.config import Cell, RecurrentConfig
+from seqmodels.dropout import locked_mask
 from seqmodels.state import State
 
 NUM_GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
@@ -35,10 +37,13 @@ class Recurrent(nn.Module):
         bidirectional: bool = False,
         residual: bool = False,
         dropout: float = 0.0,
+        locked_dropout: bool = False,
     ) -> None:
+        """dropout: between layers. locked_dropout: with one mask for all steps of a row."""
         super().__init__()
         self.cell, self.hidden_size, self.num_layers = cell, hidden_size, num_layers
-        self.bidirectional, self.residual, self.dropout = bidirectional, residual, dropout
+        self.bidirectional, self.residual = bidirectional, residual
+        self.dropout, self.locked_dropout = dropout, locked_dropout
         self.output_size = hidden_size * (2 if bidirectional else 1)
         sizes = [input_size] + [self.output_size] * (num_layers - 1)
         self.forward_layers = nn.ModuleList(_fused_layer(cell, size, hidden_size) for size in sizes)
@@ -47,7 +52,7 @@ class Recurrent(nn.Module):
         )
 
     @classmethod
-    def from_config(cls, config: RecurrentConfig, input_size: int) -> "Recurrent":
+    def from_config(cls, config: RecurrentConfig, input_size: int, locked_dropout: bool = False) -> "Recurrent":
         return cls(
             config.cell,
             input_size,
@@ -56,6 +61,7 @@ class Recurrent(nn.Module):
             config.bidirectional,
             config.residual,
             config.dropout,
+            locked_dropout,
         )
 
     @property
@@ -79,23 +85,30 @@ class Recurrent(nn.Module):
         return State(weight.new_zeros(rows, self.state_width))
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, state: State | None = None) -> tuple[Tensor, State]:
+        drawn = self._draw(x)
         if self.bidirectional:
-            return self._both_directions(x, lengths), self.initial_state(x.shape[0])
+            return self._both_directions(x, lengths, drawn), self.initial_state(x.shape[0])
         state = state if state is not None else self.initial_state(x.shape[0])
         if lengths is None:
-            return self._one_direction(x, state)
-        return self._ragged(x, lengths, state)
+            return self._one_direction(x, state, drawn)
+        return self._ragged(x, lengths, state, drawn)
 
-    def _one_direction(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def _draw(self, x: Tensor) -> "_Drawn":
+        if not (self.training and self.locked_dropout and self.dropout > 0):
+            return _Drawn([])
+        between = x.new_empty(x.shape[0], 1, self.output_size)
+        return _Drawn([locked_mask(between, self.dropout) for _ in range(self.num_layers - 1)])
+
+    def _one_direction(self, x: Tensor, state: State, drawn: "_Drawn") -> tuple[Tensor, State]:
         parts = state.values.view(-1, self._parts, self.num_layers, self.hidden_size)
         finals = []
         for index, layer in enumerate(self.forward_layers):
             y, final = _run(layer, x, parts[:, :, index])
-            x = self._between(index, x, y)
+            x = self._between(index, x, y, drawn)
             finals.append(final)
         return x, State(torch.stack(finals, dim=2).flatten(1))
 
-    def _ragged(self, x: Tensor, lengths: Tensor, state: State) -> tuple[Tensor, State]:
+    def _ragged(self, x: Tensor, lengths: Tensor, state: State, drawn: "_Drawn") -> tuple[Tensor, State]:
         """Rows end at different steps: run from one end to the next, and keep each row's state where it ends.
 
         A fused kernel gives the same bits for T steps at once or split, so cutting costs launches, not exactness.
@@ -103,28 +116,38 @@ class Recurrent(nn.Module):
         ends = sorted(set(lengths.tolist()))
         outputs, kept = [], state.values
         for start, end in pairwise([0, *ends]):
-            y, state = self._one_direction(x[:, start:end], state)
+            y, state = self._one_direction(x[:, start:end], state, drawn)
             outputs.append(y)
             kept = torch.where((lengths >= end)[:, None], state.values, kept)
         rest = x.new_zeros(x.shape[0], x.shape[1] - ends[-1], self.output_size)
         return torch.cat([*outputs, rest], dim=1), State(kept)
 
-    def _both_directions(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+    def _both_directions(self, x: Tensor, lengths: Tensor | None, drawn: "_Drawn") -> Tensor:
         mirror = _mirror(x.shape[0], x.shape[1], lengths, x.device)
         for index, (ahead, back) in enumerate(zip(self.forward_layers, self.backward_layers, strict=True)):
             zeros = x.new_zeros(x.shape[0], self._parts, self.hidden_size)
             y_ahead, _ = _run(ahead, x, zeros)
             y_back, _ = _run(back, _take(x, mirror), zeros)
-            x = self._between(index, x, torch.cat([y_ahead, _take(y_back, mirror)], dim=2))
+            x = self._between(index, x, torch.cat([y_ahead, _take(y_back, mirror)], dim=2), drawn)
         return x
 
-    def _between(self, index: int, x: Tensor, y: Tensor) -> Tensor:
+    def _between(self, index: int, x: Tensor, y: Tensor, drawn: "_Drawn") -> Tensor:
         """What the next layer reads, given this layer's input x and output y."""
         if self.residual and index > 0:
             y = y + x
-        if index < self.num_layers - 1:
-            y = F.dropout(y, self.dropout, self.training)
-        return y
+        if index == self.num_layers - 1:
+            return y
+        return y * drawn.masks[index] if drawn.masks else F.dropout(y, self.dropout, self.training)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What training draws once for a forward pass, so that all steps share it, in whatever pieces they are computed.
+
+    masks: for what stands between two layers a factor (B, 1, output_size); none where each step draws its own.
+    """
+
+    masks: list[Tensor]
 
 
 def _fused_layer(cell: Cell, input_size: int, hidden_size: int) -> nn.RNNBase:

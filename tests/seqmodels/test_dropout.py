@@ -1,0 +1,116 @@
+"""Dropout of each kind: what is left out, at which steps, and that nothing is in evaluation mode."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from seqmodels.config import ModelConfig
+from seqmodels.decoder import Decoder
+from seqmodels.encoders import FeatureEncoder
+from seqmodels.errors import ConfigError
+from seqmodels.recurrent import Recurrent
+from tests.seqmodels.builders import make_model
+
+SIZE = 12
+WHERE: dict[str, dict[str, Any]] = {
+    "inputs": {"input_dropout": 0.5},
+    "between layers": {"recurrent": {"dropout": 0.5}},
+    "outputs": {"dropout": 0.5, "input_dropout": 0.0},
+}
+
+
+def pass_on(recurrent: Recurrent) -> None:
+    """Let a stack of ReLU cells give what it reads, at each step, so that a mask shows in what comes out."""
+    with torch.no_grad():
+        for layer in recurrent.forward_layers:
+            layer.get_parameter("weight_ih_l0").copy_(torch.eye(SIZE))
+            layer.get_parameter("weight_hh_l0").zero_()
+
+
+def stack(**options: Any) -> dict[str, Any]:
+    recurrent = {"cell": "rnn_relu", "hidden_size": SIZE, "num_layers": 2, **options.pop("recurrent", {})}
+    return {"recurrent": recurrent, **options}
+
+
+def factors_of_encoder(options: dict[str, Any]) -> Tensor:
+    """What a feature encoder multiplies each number by in training: (B, S, D)."""
+    encoder = {"input": "features", "feature_size": SIZE, **stack(**options)}
+    encoder = make_model(architecture="tagger", encoder=encoder, labels=["a", "b"]).encoder.train()  # type: ignore[union-attr, assignment]
+    assert isinstance(encoder, FeatureEncoder)
+    pass_on(encoder.recurrent)
+    values: Tensor = encoder(torch.ones(20, 7, SIZE), torch.full((20,), 7))[0].values
+    return values
+
+
+def factors_of_decoder(options: dict[str, Any]) -> Tensor:
+    """The same of a decoder, from its embeddings to what the output layer reads: (B, T, E)."""
+    decoder = {"vocab_size": 9, "embedding_size": SIZE, **stack(**options)}
+    decoder = make_model(architecture="generator", decoder=decoder).decoder.train()  # type: ignore[union-attr, assignment]
+    assert isinstance(decoder, Decoder)
+    pass_on(decoder.recurrent)
+    torch.nn.init.ones_(decoder.embedding.weight)
+    outputs, _ = decoder.read(torch.randint(0, 9, (20, 7)), decoder.start(None, 20))
+    return decoder.features(outputs, None)
+
+
+@pytest.mark.parametrize("factors_of", [factors_of_encoder, factors_of_decoder])
+@pytest.mark.parametrize("where", WHERE)
+def test_a_locked_mask_is_the_same_at_all_steps_and_another_for_each_row(where: str, factors_of: Any) -> None:
+    """Gal and Ghahramani 2016."""
+    factors = factors_of({**WHERE[where], "locked_dropout": True})
+    assert set(factors.unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(factors, factors[:, :1].expand_as(factors))
+    assert not torch.equal(factors[0], factors[1])
+    assert float((factors == 0).float().mean()) == pytest.approx(0.5, abs=0.12)
+
+
+@pytest.mark.parametrize("factors_of", [factors_of_encoder, factors_of_decoder])
+@pytest.mark.parametrize("where", WHERE)
+def test_a_plain_mask_differs_from_step_to_step(where: str, factors_of: Any) -> None:
+    factors = factors_of(WHERE[where])
+    assert set(factors.unique().tolist()) == {0.0, 2.0}
+    assert not torch.equal(factors[:, 0], factors[:, 1])
+
+
+def test_the_rate_on_inputs_is_that_of_dropout_where_it_has_none_of_its_own() -> None:
+    factors = factors_of_encoder({"dropout": 0.5, "locked_dropout": True})
+    assert set(factors.unique().tolist()) == {0.0, 4.0}
+
+
+def test_a_ragged_batch_that_is_read_in_pieces_has_one_mask() -> None:
+    recurrent = Recurrent("rnn_relu", SIZE, SIZE, 2, dropout=0.5, locked_dropout=True)
+    pass_on(recurrent)
+    y, _ = recurrent(torch.ones(4, 7, SIZE), torch.tensor([2, 7, 3, 5]))
+    assert torch.equal(y[1], y[1, :1].expand(7, SIZE))
+    assert set(y[1].unique().tolist()) == {0.0, 2.0}
+
+
+def test_masks_come_from_the_global_generator_alone() -> None:
+    """A run that goes on restores it, and nothing else."""
+    recurrent = Recurrent("lstm", SIZE, SIZE, 2, bidirectional=True, dropout=0.5, locked_dropout=True)
+    x, state = torch.randn(4, 7, SIZE), torch.get_rng_state()
+    first, second = recurrent(x)[0], recurrent(x)[0]
+    torch.set_rng_state(state)
+    assert torch.equal(recurrent(x)[0], first)
+    assert not torch.equal(first, second)
+
+
+def test_in_evaluation_nothing_is_dropped() -> None:
+    options = {"dropout": 0.5, "input_dropout": 0.3, "locked_dropout": True, "recurrent": {"dropout": 0.4}}
+    plain, dropping = (
+        make_model(architecture="generator", decoder={"vocab_size": 9, **stack(**chosen)}) for chosen in ({}, options)
+    )
+    labels, lengths = torch.randint(0, 9, (6, 8)), torch.full((6,), 8)
+    assert torch.equal(plain.logprobs(labels, lengths), dropping.logprobs(labels, lengths))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("between", [{}, {"num_layers": 1, "dropout": 0.5}])
+def test_locking_what_does_not_drop_is_refused(between: dict[str, Any]) -> None:
+    options = {"locked_dropout": True, "recurrent": between}
+    with pytest.raises(ConfigError, match="decoder: locked_dropout does nothing"):
+        ModelConfig.parse({"architecture": "generator", "decoder": {"vocab_size": 9, **options}})
+    with pytest.raises(ConfigError, match=r"encoder.*: locked_dropout does nothing"):
+        encoder = {"input": "text", "vocab_size": 9, **options}
+        ModelConfig.parse({"architecture": "tagger", "labels": ["a", "b"], "encoder": encoder})
