@@ -91,6 +91,7 @@ class TextEncoderConfig(StackConfig):
     input: Literal["text"] = "text"
     vocab_size: PositiveInt
     embedding_size: PositiveInt = 256
+    embedding_dropout: Probability = 0.0  # of whole words, at all their places in a batch (Gal and Ghahramani 2016)
 
 
 class ImageEncoderConfig(Strict):
@@ -123,6 +124,7 @@ class DecoderConfig(StackConfig):
 
     vocab_size: Annotated[int, Field(ge=4)]
     embedding_size: PositiveInt = 256
+    embedding_dropout: Probability = 0.0  # of whole words, at all their places in a batch (Gal and Ghahramani 2016)
     attention: AttentionKind = "none"
     tie_embeddings: bool = False  # the output layer uses the embedding matrix (Press and Wolf 2017)
     # The same in every model of this format: each tokenizer begins with <pad>, <unk>, <bos>, <eos>.

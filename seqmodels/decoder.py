@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from seqmodels.attention import Attention
 from seqmodels.config import DecoderConfig
-from seqmodels.dropout import dropout
+from seqmodels.dropout import dropout, embed
 from seqmodels.recurrent import Recurrent
 from seqmodels.state import Memory, State
 
@@ -21,7 +21,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, memory_size: int | None, summary_size: int | None) -> None:
         super().__init__()
         self.dropout, self.locked_dropout = config.dropout, config.locked_dropout
-        self.input_dropout = config.rate_on_inputs
+        self.input_dropout, self.embedding_dropout = config.rate_on_inputs, config.embedding_dropout
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
         nn.init.normal_(self.embedding.weight, std=config.embedding_size**-0.5)
         self.recurrent = Recurrent.from_config(config.recurrent, config.embedding_size, config.locked_dropout)
@@ -51,7 +51,8 @@ class Decoder(nn.Module):
 
     def read(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """Tokens (B, T) through the recurrence alone: (outputs (B, T, H), State after T)."""
-        embedded = dropout(self.embedding(tokens), self.input_dropout, self.training, self.locked_dropout)
+        embedded = embed(tokens, self.embedding, self.embedding_dropout, self.training)
+        embedded = dropout(embedded, self.input_dropout, self.training, self.locked_dropout)
         outputs, state = self.recurrent(embedded, None, state)
         return outputs, state
 

@@ -17,7 +17,7 @@ from seqmodels.config import (
     StackConfig,
     TextEncoderConfig,
 )
-from seqmodels.dropout import dropout
+from seqmodels.dropout import dropout, embed
 from seqmodels.recurrent import Recurrent
 from seqmodels.state import Memory, State
 from seqmodels.vision import Backbone
@@ -59,11 +59,12 @@ class TextEncoder(RecurrentEncoder):
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__(config, config.embedding_size)
+        self.embedding_dropout = config.embedding_dropout
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
         nn.init.normal_(self.embedding.weight, std=config.embedding_size**-0.5)
 
     def forward(self, inputs: Tensor, lengths: Tensor, state: State | None = None) -> Encoded:
-        return self.read(self.embedding(inputs), lengths, state)
+        return self.read(embed(inputs, self.embedding, self.embedding_dropout, self.training), lengths, state)
 
 
 class FeatureEncoder(RecurrentEncoder):

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from seqmodels.config import ModelConfig
 from seqmodels.decoder import Decoder
+from seqmodels.dropout import embed
 from seqmodels.encoders import FeatureEncoder
 from seqmodels.errors import ConfigError
 from seqmodels.recurrent import Recurrent
-from tests.seqmodels.builders import make_model
+from tests.seqmodels.builders import make_language_model, make_model
 
 SIZE = 12
 WHERE: dict[str, dict[str, Any]] = {
@@ -87,6 +88,51 @@ def test_a_ragged_batch_that_is_read_in_pieces_has_one_mask() -> None:
     assert set(y[1].unique().tolist()) == {0.0, 2.0}
 
 
+def test_embedding_dropout_drops_words_wherever_they_stand() -> None:
+    """Gal and Ghahramani 2016: a word is there at all its places in a pass, scaled by 1 / (1 - p), or at none."""
+    table = torch.nn.Embedding(500, 3)
+    tokens = torch.randint(0, 500, (40, 50))
+    factors = embed(tokens, table, 0.2, training=True) / table(tokens)
+    assert torch.allclose(factors, factors.round(decimals=2), atol=1e-5)
+    seen_words = tokens.unique().tolist()
+    words = {word: {round(f, 2) for f in factors[tokens == word].flatten().tolist()} for word in seen_words}
+    assert all(seen in ({0.0}, {1.25}) for seen in words.values())
+    assert sum(seen == {0.0} for seen in words.values()) / len(words) == pytest.approx(0.2, abs=0.05)
+    assert not torch.equal(embed(tokens, table, 0.2, training=True), embed(tokens, table, 0.2, training=True))
+    assert torch.equal(embed(tokens, table, 0.2, training=False), table(tokens))
+
+
+def test_a_dropped_word_learns_nothing_as_an_input_and_is_still_a_target() -> None:
+    """Only the look-up drops words; a tied output layer has the whole table."""
+    table = torch.nn.Embedding(50, 3)
+    tokens = torch.arange(50)[None]
+    embedded = embed(tokens, table, 0.5, training=True)
+    embedded.sum().backward()
+    assert table.weight.grad is not None
+    assert torch.equal((table.weight.grad == 0).all(1), (embedded[0] == 0).all(1))
+    model = make_language_model(vocab_size=9, tie_embeddings=True, embedding_dropout=0.9).train()
+    model(torch.randint(0, 9, (4, 6)), torch.full((4,), 6)).loss.backward()
+    gradient = model.decoder.embedding.weight.grad
+    assert gradient is not None and bool((gradient != 0).any(1).all())
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_both_parts_that_read_words_drop_them(part: str) -> None:
+    kinds = {"encoder": {"input": "text"}, "decoder": {}}
+    section = {"vocab_size": 9, "embedding_size": SIZE, "embedding_dropout": 0.5, **stack(), **kinds[part]}
+    made = {"architecture": "tagger", "labels": ["a", "b"]} if part == "encoder" else {"architecture": "generator"}
+    module = getattr(make_model(**made, **{part: section}), part).train()  # type: ignore[arg-type]
+    pass_on(module.recurrent)
+    torch.nn.init.ones_(module.embedding.weight)
+    tokens = torch.randint(0, 9, (20, 7))
+    if part == "encoder":
+        values = module(tokens, torch.full((20,), 7))[0].values
+    else:
+        values, _ = module.read(tokens, module.start(None, 20))
+    per_word = [set(values[tokens == word].flatten().tolist()) for word in range(9)]
+    assert {0.0} in per_word and {2.0} in per_word and all(len(seen) == 1 for seen in per_word)
+
+
 def test_masks_come_from_the_global_generator_alone() -> None:
     """A run that goes on restores it, and nothing else."""
     recurrent = Recurrent("lstm", SIZE, SIZE, 2, bidirectional=True, dropout=0.5, locked_dropout=True)
@@ -99,6 +145,7 @@ def test_masks_come_from_the_global_generator_alone() -> None:
 
 def test_in_evaluation_nothing_is_dropped() -> None:
     options = {"dropout": 0.5, "input_dropout": 0.3, "locked_dropout": True, "recurrent": {"dropout": 0.4}}
+    options["embedding_dropout"] = 0.2
     plain, dropping = (
         make_model(architecture="generator", decoder={"vocab_size": 9, **stack(**chosen)}) for chosen in ({}, options)
     )
