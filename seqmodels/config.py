@@ -39,6 +39,7 @@ class RecurrentConfig(Strict):
     bidirectional: bool = False
     residual: bool = False  # add each layer's input to its output, from the second layer on
     dropout: Probability = 0.0  # between layers
+    weight_dropout: Probability = 0.0  # of single recurrent weights, the same at all steps (Merity et al. 2018)
 
     @property
     def output_size(self) -> int:

@@ -11,8 +11,10 @@ from seqmodels.decoder import Decoder
 from seqmodels.dropout import embed
 from seqmodels.encoders import FeatureEncoder
 from seqmodels.errors import ConfigError
+from seqmodels.kernels import packed
 from seqmodels.recurrent import Recurrent
 from tests.seqmodels.builders import make_language_model, make_model
+from tests.seqmodels.test_recurrent import equations
 
 SIZE = 12
 WHERE: dict[str, dict[str, Any]] = {
@@ -144,7 +146,12 @@ def test_masks_come_from_the_global_generator_alone() -> None:
 
 
 def test_in_evaluation_nothing_is_dropped() -> None:
-    options = {"dropout": 0.5, "input_dropout": 0.3, "locked_dropout": True, "recurrent": {"dropout": 0.4}}
+    options = {
+        "dropout": 0.5,
+        "input_dropout": 0.3,
+        "locked_dropout": True,
+        "recurrent": {"dropout": 0.4, "weight_dropout": 0.6},
+    }
     options["embedding_dropout"] = 0.2
     plain, dropping = (
         make_model(architecture="generator", decoder={"vocab_size": 9, **stack(**chosen)}) for chosen in ({}, options)
@@ -161,3 +168,79 @@ def test_locking_what_does_not_drop_is_refused(between: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"encoder.*: locked_dropout does nothing"):
         encoder = {"input": "text", "vocab_size": 9, **options}
         ModelConfig.parse({"architecture": "tagger", "labels": ["a", "b"], "encoder": encoder})
+
+
+@pytest.mark.parametrize("other_length", [9, 4])  # rows of two lengths are read in two pieces
+@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "gru", "lstm"])
+def test_weight_dropout_changes_the_recurrence_alike_at_all_steps(cell: str, other_length: int) -> None:
+    """Merity et al. 2018. A weight that is left out gets no gradient, which tells the mask; the equations with the
+    weights that are left, scaled, must then give the same outputs and gradients at all steps."""
+    model = Recurrent(cell, SIZE, SIZE, weight_dropout=0.4).double()  # type: ignore[arg-type]
+    raw = model.forward_layers[0].get_parameter("weight_hh_l0")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.abs_().mul_(0.3)  # where no ReLU is at 0, each weight that is there has a gradient
+    x = torch.rand(2, 9, SIZE, dtype=torch.double)
+    y, _ = model(x, torch.tensor([9, other_length]))
+    weight = torch.randn(9, SIZE, dtype=torch.double)
+    (gradient,) = torch.autograd.grad((y[0] * weight).sum(), raw)
+    kept = gradient != 0
+    assert float(kept.double().mean()) == pytest.approx(0.6, abs=0.1)
+    left = (raw.detach() * kept / 0.6).requires_grad_()
+    whole, _ = equations(model, x[0], 9)
+    twin = Recurrent(cell, SIZE, SIZE).double()  # type: ignore[arg-type]
+    twin.load_state_dict(model.state_dict())
+    twin.forward_layers[0].weight_hh_l0 = torch.nn.Parameter(left)
+    want, _ = equations(twin, x[0], 9)
+    assert torch.allclose(y[0], want, atol=1e-10) and not torch.allclose(y[0], whole, atol=1e-3)
+    (expected,) = torch.autograd.grad((want * weight).sum(), twin.forward_layers[0].get_parameter("weight_hh_l0"))
+    assert torch.allclose(gradient, expected * kept / 0.6, atol=1e-9)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "gru", "lstm"])
+def test_weight_dropout_reaches_every_layer_and_direction_anew_in_each_pass(cell: str, bidirectional: bool) -> None:
+    model = Recurrent(cell, SIZE, SIZE, 3, bidirectional, weight_dropout=0.4)  # type: ignore[arg-type]
+    names = [name for name, _ in model.named_parameters() if "weight_hh" in name]
+    assert len(names) == (6 if bidirectional else 3)
+    masks = []
+    for _ in range(2):
+        model.zero_grad()
+        model(torch.randn(8, 5, SIZE))[0].square().sum().backward()
+        gradients = dict(model.named_parameters())
+        masks.append([gradients[name].grad == 0 for name in names])
+    for first, second in zip(*masks, strict=True):
+        assert 0.25 < float(first.float().mean()) < 0.75 and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "gru", "lstm"])
+def test_weight_dropout_leaves_the_weights_themselves_alone(cell: str) -> None:
+    """State dict, optimizer and evaluation know the raw weights, under the names that they have without it."""
+    torch.manual_seed(0)
+    plain = Recurrent(cell, SIZE, SIZE, 2)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    model = Recurrent(cell, SIZE, SIZE, 2, weight_dropout=0.5)  # type: ignore[arg-type]
+    x = torch.randn(8, 5, SIZE)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(x)[0].sum().backward()
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    gradient = model.forward_layers[0].get_parameter("weight_hh_l0").grad
+    assert gradient is not None
+    expected = plain.forward_layers[0].get_parameter("weight_hh_l0") - 0.1 * gradient
+    optimizer.step()
+    assert torch.allclose(model.forward_layers[0].get_parameter("weight_hh_l0"), expected)
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(x)[0], plain(x)[0])
+    assert torch.equal(packed(model)(x)[0], packed(plain)(x)[0])
+
+
+def test_weight_dropout_computes_on_the_same_fused_kernel() -> None:
+    x = torch.randn(8, 5, SIZE)
+    called = []
+    for rate in (0.0, 0.5):
+        model = Recurrent("lstm", SIZE, SIZE, weight_dropout=rate)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            model(x)
+        called.append({event.key for event in profile.key_averages() if "rnn" in event.key or "lstm" in event.key})
+    assert called[0] == called[1] and called[0]
