@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError, model_validator
 
 from seqmodels.errors import ConfigError
 
@@ -128,6 +128,9 @@ class DecoderConfig(StackConfig):
     embedding_dropout: Probability = 0.0  # of whole words, at all their places in a batch (Gal and Ghahramani 2016)
     attention: AttentionKind = "none"
     tie_embeddings: bool = False  # the output layer uses the embedding matrix (Press and Wolf 2017)
+    # AR and TAR (Merity et al. 2017), in `loss`; never in `nll`.
+    activation_penalty: NonNegativeFloat = 0.0  # times the mean square of what the output layer reads
+    temporal_activation_penalty: NonNegativeFloat = 0.0  # times that of the stack's changes from step to step
     # The same in every model of this format: each tokenizer begins with <pad>, <unk>, <bos>, <eos>.
     pad_token_id: Literal[0] = 0
     bos_token_id: Literal[2] = 2

@@ -146,13 +146,9 @@ def test_masks_come_from_the_global_generator_alone() -> None:
 
 
 def test_in_evaluation_nothing_is_dropped() -> None:
-    options = {
-        "dropout": 0.5,
-        "input_dropout": 0.3,
-        "locked_dropout": True,
-        "recurrent": {"dropout": 0.4, "weight_dropout": 0.6},
-    }
-    options["embedding_dropout"] = 0.2
+    recurrent = {"dropout": 0.4, "weight_dropout": 0.6}
+    rates = {"dropout": 0.5, "input_dropout": 0.3, "embedding_dropout": 0.2}
+    options = {**rates, "locked_dropout": True, "recurrent": recurrent}
     plain, dropping = (
         make_model(architecture="generator", decoder={"vocab_size": 9, **stack(**chosen)}) for chosen in ({}, options)
     )

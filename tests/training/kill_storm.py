@@ -36,7 +36,7 @@ Shared = mmap.mmap  # byte 0: the phase; byte 1: how often it was entered, modul
 
 def recipe_fields(number: int, directory: Path) -> dict[str, Any]:
     """Two runs that between them use all that a checkpoint holds."""
-    if number % 2 == 0:  # carried state, dropout, averages, plateau
+    if number % 2 == 0:  # carried state, dropout of every kind, averages, plateau
         return {
             "task": "generate",
             "data": {
@@ -46,7 +46,21 @@ def recipe_fields(number: int, directory: Path) -> dict[str, Any]:
             },
             "model": {
                 "architecture": "generator",
-                "decoder": {"embedding_size": 8, "dropout": 0.2, "recurrent": {"cell": "lstm", "hidden_size": 8}},
+                "decoder": {
+                    "embedding_size": 8,
+                    "embedding_dropout": 0.1,
+                    "dropout": 0.2,
+                    "locked_dropout": True,
+                    "activation_penalty": 0.1,
+                    "temporal_activation_penalty": 0.1,
+                    "recurrent": {
+                        "cell": "lstm",
+                        "hidden_size": 8,
+                        "num_layers": 2,
+                        "dropout": 0.1,
+                        "weight_dropout": 0.2,
+                    },
+                },
             },
             "optim": {"learning_rate": 0.01, "lr_scheduler_type": "plateau"},
             "run": _run(directory, ema_decay=0.9, tokens_per_batch=128),
