@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError, model_validator
 
 from seqmodels.errors import ConfigError
 
@@ -39,6 +39,7 @@ class RecurrentConfig(Strict):
     bidirectional: bool = False
     residual: bool = False  # add each layer's input to its output, from the second layer on
     dropout: Probability = 0.0  # between layers
+    weight_dropout: Probability = 0.0  # of single recurrent weights, the same at all steps (Merity et al. 2018)
 
     @property
     def output_size(self) -> int:
@@ -60,16 +61,38 @@ class BackboneConfig(Strict):
         return -(-self.image_size[0] // shrink), -(-self.image_size[1] // shrink)
 
 
-class TextEncoderConfig(Strict):
-    input: Literal["text"] = "text"
-    vocab_size: PositiveInt
-    embedding_size: PositiveInt = 256
-    dropout: Probability = 0.0  # on embeddings and on outputs
+class StackConfig(Strict):
+    """What encoders and decoders with a recurrent stack have in common."""
+
     recurrent: RecurrentConfig = RecurrentConfig()
+    dropout: Probability = 0.0  # on what the stack reads, and on the outputs
+    input_dropout: Probability | None = None  # on what the stack reads, where that is not as `dropout`
+    locked_dropout: bool = False  # one mask for all steps of a row, between layers too (Gal and Ghahramani 2016)
+
+    @property
+    def rate_on_inputs(self) -> float:
+        return self.dropout if self.input_dropout is None else self.input_dropout
+
+    @model_validator(mode="after")
+    def _check_dropout(self) -> Self:
+        between = self.recurrent.dropout if self.recurrent.num_layers > 1 else 0.0
+        if self.locked_dropout and not (self.dropout or self.input_dropout or between):
+            raise ValueError(
+                "locked_dropout does nothing where no dropout is above 0; set dropout, input_dropout or "
+                "recurrent.dropout (between layers), or remove it"
+            )
+        return self
 
     @property
     def output_size(self) -> int:
         return self.recurrent.output_size
+
+
+class TextEncoderConfig(StackConfig):
+    input: Literal["text"] = "text"
+    vocab_size: PositiveInt
+    embedding_size: PositiveInt = 256
+    embedding_dropout: Probability = 0.0  # of whole words, at all their places in a batch (Gal and Ghahramani 2016)
 
 
 class ImageEncoderConfig(Strict):
@@ -82,26 +105,14 @@ class ImageEncoderConfig(Strict):
         return self.backbone.channels[-1]
 
 
-class FrameEncoderConfig(Strict):
+class FrameEncoderConfig(StackConfig):
     input: Literal["frames"] = "frames"
     backbone: BackboneConfig = BackboneConfig()
-    dropout: Probability = 0.0
-    recurrent: RecurrentConfig = RecurrentConfig()
-
-    @property
-    def output_size(self) -> int:
-        return self.recurrent.output_size
 
 
-class FeatureEncoderConfig(Strict):
+class FeatureEncoderConfig(StackConfig):
     input: Literal["features"] = "features"
     feature_size: PositiveInt
-    dropout: Probability = 0.0
-    recurrent: RecurrentConfig = RecurrentConfig()
-
-    @property
-    def output_size(self) -> int:
-        return self.recurrent.output_size
 
 
 EncoderConfig = Annotated[
@@ -109,15 +120,17 @@ EncoderConfig = Annotated[
 ]
 
 
-class DecoderConfig(Strict):
+class DecoderConfig(StackConfig):
     """A recurrent decoder over tokens, with attention over the encoder's memory if there is one."""
 
     vocab_size: Annotated[int, Field(ge=4)]
     embedding_size: PositiveInt = 256
-    dropout: Probability = 0.0
-    recurrent: RecurrentConfig = RecurrentConfig()
+    embedding_dropout: Probability = 0.0  # of whole words, at all their places in a batch (Gal and Ghahramani 2016)
     attention: AttentionKind = "none"
     tie_embeddings: bool = False  # the output layer uses the embedding matrix (Press and Wolf 2017)
+    # AR and TAR (Merity et al. 2017), in `loss`; never in `nll`.
+    activation_penalty: NonNegativeFloat = 0.0  # times the mean square of what the output layer reads
+    temporal_activation_penalty: NonNegativeFloat = 0.0  # times that of the stack's changes from step to step
     # The same in every model of this format: each tokenizer begins with <pad>, <unk>, <bos>, <eos>.
     pad_token_id: Literal[0] = 0
     bos_token_id: Literal[2] = 2

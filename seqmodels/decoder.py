@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from seqmodels.attention import Attention
 from seqmodels.config import DecoderConfig
+from seqmodels.dropout import dropout, embed
 from seqmodels.recurrent import Recurrent
 from seqmodels.state import Memory, State
 
@@ -19,10 +20,11 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig, memory_size: int | None, summary_size: int | None) -> None:
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout, self.locked_dropout = config.dropout, config.locked_dropout
+        self.input_dropout, self.embedding_dropout = config.rate_on_inputs, config.embedding_dropout
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
         nn.init.normal_(self.embedding.weight, std=config.embedding_size**-0.5)
-        self.recurrent = Recurrent.from_config(config.recurrent, config.embedding_size)
+        self.recurrent = Recurrent.from_config(config.recurrent, config.embedding_size, config.locked_dropout)
         self.bridge = nn.Linear(summary_size, self.recurrent.state_width) if summary_size else None
         feature_size = self.recurrent.output_size
         self.attention = None
@@ -49,16 +51,18 @@ class Decoder(nn.Module):
 
     def read(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """Tokens (B, T) through the recurrence alone: (outputs (B, T, H), State after T)."""
-        outputs, state = self.recurrent(F.dropout(self.embedding(tokens), self.dropout, self.training), None, state)
+        embedded = embed(tokens, self.embedding, self.embedding_dropout, self.training)
+        embedded = dropout(embedded, self.input_dropout, self.training, self.locked_dropout)
+        outputs, state = self.recurrent(embedded, None, state)
         return outputs, state
 
     def features(self, outputs: Tensor, context: Tensor | None) -> Tensor:
-        """What the output layer reads. outputs (..., H), context (..., D) or None -> (..., E)."""
+        """What the output layer reads. outputs (B, T, H), context (B, T, D) or None -> (B, T, E)."""
         if context is not None:
             outputs = torch.cat([outputs, context], dim=-1)
         if self.combine is not None:
             outputs = torch.tanh(self.combine(outputs))
-        return F.dropout(outputs, self.dropout, self.training)
+        return dropout(outputs, self.dropout, self.training, self.locked_dropout)
 
     def project(self, features: Tensor) -> Tensor:
         """(..., E) -> logits (..., V)."""

@@ -14,8 +14,10 @@ from seqmodels.config import (
     FeatureEncoderConfig,
     FrameEncoderConfig,
     ImageEncoderConfig,
+    StackConfig,
     TextEncoderConfig,
 )
+from seqmodels.dropout import dropout, embed
 from seqmodels.recurrent import Recurrent
 from seqmodels.state import Memory, State
 from seqmodels.vision import Backbone
@@ -26,19 +28,20 @@ Encoded = tuple[Memory, State | None]
 class RecurrentEncoder(nn.Module):
     """Steps of features (B, S, in) -> Memory of the same S. The common half of the encoders below."""
 
-    def __init__(self, recurrent: Recurrent, dropout: float) -> None:
+    def __init__(self, config: StackConfig, input_size: int) -> None:
         super().__init__()
-        self.recurrent = recurrent
-        self.dropout = dropout
-        self.output_size = recurrent.output_size
+        self.recurrent = Recurrent.from_config(config.recurrent, input_size, config.locked_dropout)
+        self.dropout, self.locked_dropout = config.dropout, config.locked_dropout
+        self.input_dropout = config.rate_on_inputs
+        self.output_size = self.recurrent.output_size
 
     def read(self, steps: Tensor, lengths: Tensor, state: State | None) -> Encoded:
         """steps: (B, S, in); lengths: (B,), at least 1 each."""
-        steps = F.dropout(steps, self.dropout, self.training)
+        steps = dropout(steps, self.input_dropout, self.training, self.locked_dropout)
         # A causal stack needs lengths only to stop its state at the row's end.
         ragged = self.recurrent.bidirectional or state is not None
         values, after = self.recurrent(steps, lengths if ragged else None, state)
-        values = F.dropout(values, self.dropout, self.training)
+        values = dropout(values, self.dropout, self.training, self.locked_dropout)
         memory = Memory(values, _mask(lengths, steps.shape[1]), self._summary(values, lengths))
         return memory, None if state is None else after
 
@@ -55,19 +58,20 @@ class TextEncoder(RecurrentEncoder):
     """Token ids (B, S) of int64."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
-        super().__init__(Recurrent.from_config(config.recurrent, config.embedding_size), config.dropout)
+        super().__init__(config, config.embedding_size)
+        self.embedding_dropout = config.embedding_dropout
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
         nn.init.normal_(self.embedding.weight, std=config.embedding_size**-0.5)
 
     def forward(self, inputs: Tensor, lengths: Tensor, state: State | None = None) -> Encoded:
-        return self.read(self.embedding(inputs), lengths, state)
+        return self.read(embed(inputs, self.embedding, self.embedding_dropout, self.training), lengths, state)
 
 
 class FeatureEncoder(RecurrentEncoder):
     """Numeric features over time (B, S, feature_size) of float32."""
 
     def __init__(self, config: FeatureEncoderConfig) -> None:
-        super().__init__(Recurrent.from_config(config.recurrent, config.feature_size), config.dropout)
+        super().__init__(config, config.feature_size)
 
     def forward(self, inputs: Tensor, lengths: Tensor, state: State | None = None) -> Encoded:
         return self.read(inputs, lengths, state)
@@ -79,7 +83,7 @@ class FrameEncoder(RecurrentEncoder):
     def __init__(self, config: FrameEncoderConfig) -> None:
         backbone = Backbone(config.backbone)
         size = backbone.output_size * backbone.grid[0] * backbone.grid[1]  # a flat grid still knows where things are
-        super().__init__(Recurrent.from_config(config.recurrent, size), config.dropout)
+        super().__init__(config, size)
         self.backbone = backbone
 
     def forward(self, inputs: Tensor, lengths: Tensor, state: State | None = None) -> Encoded:

@@ -112,28 +112,44 @@ class SequenceGenerator(nn.Module):
         For truncated back-propagation of a language model, `state` is where the last chunk ended, and labels begin
         with that chunk's last token. Only real targets are projected to the vocabulary.
         """
-        features, after = self._features(labels, inputs, lengths, state)
+        outputs, features, after = self._read(labels, inputs, lengths, state)
         real = _targets(labels, label_lengths)
         logits = self.decoder.project(features[real])  # (M, V) for the M real targets
         out = _labelled(logits, labels[:, 1:][real], self.config.label_smoothing)
-        return Output(out.loss, out.nll, out.num_targets, None, after)
+        return Output(out.loss + self._penalty(outputs, features, real), out.nll, out.num_targets, None, after)
 
     def logprobs(
         self, labels: Tensor, label_lengths: Tensor, inputs: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:
         """The log-probability in nats of each target given those before it: (B, T), 0 beyond a row's end."""
-        features, _ = self._features(labels, inputs, lengths, None)
+        _, features, _ = self._read(labels, inputs, lengths, None)
         scores = self.decoder.project(features).float().log_softmax(-1)
         chosen = scores.gather(2, labels[:, 1:, None])[:, :, 0]
         return chosen.masked_fill(~_targets(labels, label_lengths), 0.0)
 
-    def _features(
+    def _read(
         self, labels: Tensor, inputs: Tensor | None, lengths: Tensor | None, state: State | None
-    ) -> tuple[Tensor, State]:
+    ) -> tuple[Tensor, Tensor, State]:
+        """The stack's outputs (B, T, H), what the output layer reads (B, T, E), and the State after T."""
         memory = None if inputs is None else self.encode(inputs, lengths)
         state = state if state is not None else self.start(memory, len(labels))
         outputs, state = self.decoder.read(labels[:, :-1], state)
-        return self.decoder.features(outputs, self.decoder.attend(outputs, memory)), state
+        return outputs, self.decoder.features(outputs, self.decoder.attend(outputs, memory)), state
+
+    def _penalty(self, outputs: Tensor, features: Tensor, real: Tensor) -> Tensor | float:
+        """Activation regularisation, and temporal (Merity et al. 2017), as means over real positions (B, T).
+
+        As in the authors' code, the first is of what the output layer reads, dropout included, and the second of the
+        last layer's outputs before it, within the steps at hand: none between two chunks of running text.
+        """
+        assert self.config.decoder is not None
+        alpha, beta = self.config.decoder.activation_penalty, self.config.decoder.temporal_activation_penalty
+        penalty: Tensor | float = 0.0
+        if alpha > 0:
+            penalty = penalty + alpha * _mean_square(features[real])
+        if beta > 0:
+            penalty = penalty + beta * _mean_square((outputs[:, 1:] - outputs[:, :-1])[real[:, 1:]])
+        return penalty
 
     def encode(self, inputs: Tensor, lengths: Tensor | None = None) -> Memory:
         """inputs as the encoder takes them -> Memory with the attention's keys in place."""
@@ -162,6 +178,11 @@ def build_model(config: ModelConfig) -> Model:
 def _targets(labels: Tensor, label_lengths: Tensor) -> Tensor:
     """Which of the T shifted positions hold a real target: (B, T)."""
     return torch.arange(1, labels.shape[1], device=labels.device) < label_lengths[:, None]
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    """0 of no numbers at all."""
+    return x.square().sum() / max(1, x.numel())
 
 
 def _labelled(logits: Tensor, labels: Tensor, smoothing: float) -> Output:

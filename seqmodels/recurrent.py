@@ -5,6 +5,8 @@ with the row on axis 0, and a State. Layers run one after another, each as one f
 direction runs over each row reversed within its own length, so padding is never read and nothing is packed.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -13,9 +15,17 @@ from torch.nn import functional as F
 
 from seqmodels.cells import CellWeights
 from seqmodels.config import Cell, RecurrentConfig
+from seqmodels.dropout import locked_mask
 from seqmodels.state import State
 
 NUM_GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
+# What `nn.RNNBase` calls in the end, by its `mode`.
+_KERNELS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "LSTM": torch.lstm,
+    "GRU": torch.gru,
+    "RNN_TANH": torch.rnn_tanh,
+    "RNN_RELU": torch.rnn_relu,
+}
 
 
 class Recurrent(nn.Module):
@@ -35,10 +45,16 @@ class Recurrent(nn.Module):
         bidirectional: bool = False,
         residual: bool = False,
         dropout: float = 0.0,
+        locked_dropout: bool = False,
+        weight_dropout: float = 0.0,
     ) -> None:
+        """dropout: between layers. locked_dropout: with one mask for all steps of a row. weight_dropout: of single
+        weights from hidden to hidden, the same at all steps of a forward pass (Merity et al. 2018).
+        """
         super().__init__()
         self.cell, self.hidden_size, self.num_layers = cell, hidden_size, num_layers
-        self.bidirectional, self.residual, self.dropout = bidirectional, residual, dropout
+        self.bidirectional, self.residual = bidirectional, residual
+        self.dropout, self.locked_dropout, self.weight_dropout = dropout, locked_dropout, weight_dropout
         self.output_size = hidden_size * (2 if bidirectional else 1)
         sizes = [input_size] + [self.output_size] * (num_layers - 1)
         self.forward_layers = nn.ModuleList(_fused_layer(cell, size, hidden_size) for size in sizes)
@@ -47,7 +63,7 @@ class Recurrent(nn.Module):
         )
 
     @classmethod
-    def from_config(cls, config: RecurrentConfig, input_size: int) -> "Recurrent":
+    def from_config(cls, config: RecurrentConfig, input_size: int, locked_dropout: bool = False) -> "Recurrent":
         return cls(
             config.cell,
             input_size,
@@ -56,6 +72,8 @@ class Recurrent(nn.Module):
             config.bidirectional,
             config.residual,
             config.dropout,
+            locked_dropout,
+            config.weight_dropout,
         )
 
     @property
@@ -79,23 +97,34 @@ class Recurrent(nn.Module):
         return State(weight.new_zeros(rows, self.state_width))
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, state: State | None = None) -> tuple[Tensor, State]:
+        drawn = self._draw(x)
         if self.bidirectional:
-            return self._both_directions(x, lengths), self.initial_state(x.shape[0])
+            return self._both_directions(x, lengths, drawn), self.initial_state(x.shape[0])
         state = state if state is not None else self.initial_state(x.shape[0])
         if lengths is None:
-            return self._one_direction(x, state)
-        return self._ragged(x, lengths, state)
+            return self._one_direction(x, state, drawn)
+        return self._ragged(x, lengths, state, drawn)
 
-    def _one_direction(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def _draw(self, x: Tensor) -> "_Drawn":
+        drawn = _Drawn()
+        if self.training and self.weight_dropout > 0:
+            for layer in (*self.forward_layers, *self.backward_layers):
+                drawn.matrices[layer] = F.dropout(layer.get_parameter("weight_hh_l0"), self.weight_dropout)
+        if self.training and self.locked_dropout and self.dropout > 0:
+            between = x.new_empty(x.shape[0], 1, self.output_size)
+            drawn.masks.extend(locked_mask(between, self.dropout) for _ in range(self.num_layers - 1))
+        return drawn
+
+    def _one_direction(self, x: Tensor, state: State, drawn: "_Drawn") -> tuple[Tensor, State]:
         parts = state.values.view(-1, self._parts, self.num_layers, self.hidden_size)
         finals = []
         for index, layer in enumerate(self.forward_layers):
-            y, final = _run(layer, x, parts[:, :, index])
-            x = self._between(index, x, y)
+            y, final = _run(layer, x, parts[:, :, index], drawn)
+            x = self._between(index, x, y, drawn)
             finals.append(final)
         return x, State(torch.stack(finals, dim=2).flatten(1))
 
-    def _ragged(self, x: Tensor, lengths: Tensor, state: State) -> tuple[Tensor, State]:
+    def _ragged(self, x: Tensor, lengths: Tensor, state: State, drawn: "_Drawn") -> tuple[Tensor, State]:
         """Rows end at different steps: run from one end to the next, and keep each row's state where it ends.
 
         A fused kernel gives the same bits for T steps at once or split, so cutting costs launches, not exactness.
@@ -103,28 +132,40 @@ class Recurrent(nn.Module):
         ends = sorted(set(lengths.tolist()))
         outputs, kept = [], state.values
         for start, end in pairwise([0, *ends]):
-            y, state = self._one_direction(x[:, start:end], state)
+            y, state = self._one_direction(x[:, start:end], state, drawn)
             outputs.append(y)
             kept = torch.where((lengths >= end)[:, None], state.values, kept)
         rest = x.new_zeros(x.shape[0], x.shape[1] - ends[-1], self.output_size)
         return torch.cat([*outputs, rest], dim=1), State(kept)
 
-    def _both_directions(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+    def _both_directions(self, x: Tensor, lengths: Tensor | None, drawn: "_Drawn") -> Tensor:
         mirror = _mirror(x.shape[0], x.shape[1], lengths, x.device)
         for index, (ahead, back) in enumerate(zip(self.forward_layers, self.backward_layers, strict=True)):
             zeros = x.new_zeros(x.shape[0], self._parts, self.hidden_size)
-            y_ahead, _ = _run(ahead, x, zeros)
-            y_back, _ = _run(back, _take(x, mirror), zeros)
-            x = self._between(index, x, torch.cat([y_ahead, _take(y_back, mirror)], dim=2))
+            y_ahead, _ = _run(ahead, x, zeros, drawn)
+            y_back, _ = _run(back, _take(x, mirror), zeros, drawn)
+            x = self._between(index, x, torch.cat([y_ahead, _take(y_back, mirror)], dim=2), drawn)
         return x
 
-    def _between(self, index: int, x: Tensor, y: Tensor) -> Tensor:
+    def _between(self, index: int, x: Tensor, y: Tensor, drawn: "_Drawn") -> Tensor:
         """What the next layer reads, given this layer's input x and output y."""
         if self.residual and index > 0:
             y = y + x
-        if index < self.num_layers - 1:
-            y = F.dropout(y, self.dropout, self.training)
-        return y
+        if index == self.num_layers - 1:
+            return y
+        return y * drawn.masks[index] if drawn.masks else F.dropout(y, self.dropout, self.training)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What training draws once for a forward pass, so that all steps share it, in whatever pieces they are computed.
+
+    masks: for what stands between two layers a factor (B, 1, output_size); none where each step draws its own.
+    matrices: what a layer has as W_h (G·H, H) in this pass, where weights are dropped.
+    """
+
+    masks: list[Tensor] = field(default_factory=list)
+    matrices: dict[nn.Module, Tensor] = field(default_factory=dict)
 
 
 def _fused_layer(cell: Cell, input_size: int, hidden_size: int) -> nn.RNNBase:
@@ -150,11 +191,27 @@ def _fused_layer(cell: Cell, input_size: int, hidden_size: int) -> nn.RNNBase:
     return layer
 
 
-def _run(layer: nn.Module, x: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
+def _run(layer: nn.Module, x: Tensor, parts: Tensor, drawn: _Drawn) -> tuple[Tensor, Tensor]:
     """One fused call. x: (B, T, in); parts: (B, 2 or 1, H), hidden and cell. Returns y (B, T, H) and parts after T."""
     first = [part[None].contiguous() for part in parts.unbind(1)]  # kernels want (1, B, H)
-    y, last = layer(x, tuple(first) if len(first) == 2 else first[0])
+    hidden = tuple(first) if len(first) == 2 else first[0]
+    if layer in drawn.matrices:
+        y, last = _run_with(drawn.matrices[layer], layer, x, hidden)
+    else:
+        y, last = layer(x, hidden)
     return y, torch.stack([part[0] for part in last], 1) if isinstance(last, tuple) else last[0][:, None]
+
+
+def _run_with(
+    matrix: Tensor, layer: nn.Module, x: Tensor, hidden: Tensor | tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
+    """The same fused kernel with another W_h. It is given all weights here, so that the flat list of them that a layer
+    keeps, which would go on holding its own W_h, has no part in it. On a GPU, cuDNN copies them to one piece of memory
+    at each call, and torch warns of that once."""
+    input_weight, *biases = (layer.get_parameter(name) for name in ("weight_ih_l0", "bias_ih_l0", "bias_hh_l0"))
+    kernel = _KERNELS[str(layer.mode)]
+    y, *last = kernel(x, hidden, [input_weight, matrix, *biases], True, 1, 0.0, layer.training, False, True)
+    return y, tuple(last) if len(last) == 2 else last[0]
 
 
 def _mirror(rows: int, steps: int, lengths: Tensor | None, device: torch.device) -> Tensor:

@@ -327,9 +327,15 @@ def _check_model(recipe: Recipe) -> None:
             fix = "name them in data.label_names" if name == "labels" else "use data.max_input_length"
             raise ConfigError(f"model.{name} is decided by the data; {fix}")
     try:
-        task = recipe.model_config_with(Facts.unknown()).task
+        config = recipe.model_config_with(Facts.unknown())
     except ConfigError as error:
         raise ConfigError(_with_neighbour(f"model.{error}", _model_field_names())) from None
+    task = config.task
+    if recipe.data.chunk_length == 1 and config.decoder and config.decoder.temporal_activation_penalty:
+        raise ConfigError(
+            "model.decoder.temporal_activation_penalty does nothing where data.chunk_length is 1: a single step has no "
+            "change; raise it"
+        )
     if task != recipe.task:
         raise ConfigError(f"task is {recipe.task!r}, but the `model` section describes a model for {task!r}")
 

@@ -145,6 +145,50 @@ def test_label_smoothing_by_hand() -> None:
     assert float(out.loss) == pytest.approx(total / int(LENGTHS.sum()), rel=1e-5)
 
 
+def test_activation_penalties_by_hand() -> None:
+    """Merity et al. 2017: alpha times the mean square of dropped outputs, beta times that of the raw ones' change."""
+    options = {"dropout": 0.5, "activation_penalty": 2.0, "temporal_activation_penalty": 3.0}
+    model = make_language_model(0, vocab_size=6, **options).train()
+    labels, lengths = torch.tensor([[2, 4, 5, 4, 3], [2, 4, 3, 0, 0]]), torch.tensor([5, 3])
+    random = torch.get_rng_state()
+    out = model(labels, lengths)
+    torch.set_rng_state(random)
+    raw, _ = model.decoder.read(labels[:, :-1], model.start(None, 2))
+    dropped = model.decoder.features(raw, None)
+    squares = torch.cat([dropped[0, :4], dropped[1, :2]]).square()
+    changes = torch.stack([raw[b, t + 1] - raw[b, t] for b, t in ((0, 0), (0, 1), (0, 2), (1, 0))]).square()
+    assert (squares == 0).any() and squares.shape == (6, 8) and changes.shape == (4, 8)
+    penalty = 2 * float(squares.detach().mean()) + 3 * float(changes.detach().mean())
+    assert float(out.loss.detach() - out.nll) == pytest.approx(penalty, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["activation_penalty", "temporal_activation_penalty"])
+def test_activation_penalties_do_not_see_padding(name: str) -> None:
+    model = make_language_model(0, vocab_size=6, **{name: 1.0})
+    labels, lengths = torch.tensor([[2, 4, 5, 4, 3], [2, 4, 3, 0, 0]]), torch.tensor([5, 3])
+    other = labels.clone()
+    other[1, 3:] = 5
+    assert torch.equal(model(labels, lengths).loss, model(other, lengths).loss)
+    assert float(model(labels[:, :2], torch.tensor([0, 0])).loss.detach()) == 0.0
+
+
+def test_activation_penalties_make_activations_smaller_and_slower() -> None:
+    """What they are for: the same steps of training with each, and without."""
+    sizes = {}
+    for name in ("neither", "activation_penalty", "temporal_activation_penalty"):
+        model = make_language_model(0, vocab_size=9, **({} if name == "neither" else {name: 1.0}))
+        labels, lengths = torch.randint(4, 9, (16, 12)), torch.full((16,), 12)  # the model's seed is this text's too
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        for _ in range(60):
+            optimizer.zero_grad()
+            model(labels, lengths).loss.backward()
+            optimizer.step()
+        raw = model.decoder.read(labels[:, :-1], model.start(None, 16))[0].detach()
+        sizes[name] = float(raw.square().mean()), float(raw.diff(dim=1).square().mean())
+    assert sizes["activation_penalty"][0] < 0.8 * sizes["neither"][0]
+    assert sizes["temporal_activation_penalty"][1] < 0.8 * sizes["neither"][1]
+
+
 def test_a_carried_state_makes_chunks_equal_the_whole() -> None:
     """Truncated back-propagation: the loss over two chunks with carried state is the loss over the whole."""
     model = make_language_model(0, vocab_size=9)

@@ -44,9 +44,17 @@ def recipe_fields(number: int, directory: Path) -> dict[str, Any]:
 
 
 def _language_model() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Carried state, dropout, noise, chunks of many lengths, 16 bits, averages, plateau."""
+    """Carried state, dropout of every kind, noise, chunks of many lengths, 16 bits, averages, plateau."""
     words = {"kind": "word", "vocab_size": 120}
-    decoder = {"embedding_size": 8, "dropout": 0.2, "recurrent": {"cell": "lstm", "hidden_size": 8}}
+    decoder = {
+        "embedding_size": 8,
+        "embedding_dropout": 0.1,
+        "dropout": 0.2,
+        "locked_dropout": True,
+        "activation_penalty": 0.1,
+        "temporal_activation_penalty": 0.1,
+        "recurrent": {"cell": "lstm", "hidden_size": 8, "num_layers": 2, "dropout": 0.1, "weight_dropout": 0.2},
+    }
     return {
         "task": "generate",
         "data": {"generated": "language-model", "tokenizer": words, "chunk_length": 8, "vary_chunk_length": True},

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from seqmodels.errors import ConfigError
-from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, fields
+from tests.training.recipes import CLASSIFIER, DECODER, LANGUAGE_MODEL, fields
 from training.config import load_recipe, parse_recipe
 
 ROOT = Path(__file__).parent.parent.parent
@@ -105,6 +105,22 @@ def test_a_missing_file_and_a_broken_one(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("task: [", encoding="utf-8")
     with pytest.raises(ConfigError, match="not YAML"):
         load_recipe(tmp_path / "broken.yaml")
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "words"),
+    [
+        ({"locked_dropout": True}, {}, r"model\.decoder: locked_dropout does nothing"),
+        ({"temporal_activation_penalty": 1.0}, {"chunk_length": 1}, "does nothing where data.chunk_length is 1"),
+        ({"activation_penalty": -1.0}, {}, "activation_penalty"),
+        ({"weight_dropout": 0.5}, {}, r"model\.decoder\.weight_dropout is no setting"),
+        ({"embedding_dropout": 1.0}, {}, "embedding_dropout"),
+    ],
+)
+def test_regularisation_that_does_nothing_is_refused(options: dict[str, Any], data: dict[str, Any], words: str) -> None:
+    model = {**LANGUAGE_MODEL, "decoder": {**DECODER, **options}}
+    with pytest.raises(ConfigError, match=words):
+        parse_recipe(fields("generate", model=model, data={"generated": "language-model", **data}))
 
 
 @pytest.mark.parametrize(
