@@ -131,6 +131,10 @@ class OptimSection(Strict):
     clip_value: PositiveFloat | None = None
     gradient_noise: NonNegativeFloat = 0.0  # eta: variance eta / (1 + step) ** 0.55 is added (Neelakantan et al. 2015)
     freeze: tuple[str, ...] = ()  # patterns of parameter names, such as "encoder.*"
+    # By pattern: the step from which it learns (Howard and Ruder 2018); what its rate is multiplied by, where the first
+    # pattern that matches counts.
+    unfreeze_steps: dict[str, PositiveInt] = Field(default_factory=dict)
+    learning_rate_factors: dict[str, PositiveFloat] = Field(default_factory=dict)
 
     @check(mode="after")
     def _check(self) -> Self:

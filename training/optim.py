@@ -6,8 +6,9 @@ or a gradient is not finite, the weights stay untouched. Knows no task, no file 
 
 import fnmatch
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,33 +59,59 @@ FULL = Precision()
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
     """Stop training the parameters whose names match a pattern. Raises ConfigError where none does."""
-    names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
-        matched = set(fnmatch.filter(names, pattern))
-        if not matched:
-            raise ConfigError(f"optim.freeze holds {pattern!r}, which matches no parameter; there are {some(names)}")
-        for name, parameter in model.named_parameters():
-            if name in matched:
-                parameter.requires_grad_(False)
+        for _, parameter in matching(model, pattern, "optim.freeze"):
+            parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("optim.freeze leaves nothing to train; remove a pattern")
 
 
+def matching(model: nn.Module, pattern: str, field: str) -> list[tuple[str, nn.Parameter]]:
+    """The parameters whose names match. Raises ConfigError, which names the recipe's field, where none does."""
+    found = [(name, value) for name, value in model.named_parameters() if fnmatch.fnmatchcase(name, pattern)]
+    if not found:
+        names = some([name for name, _ in model.named_parameters()])
+        raise ConfigError(f"{field} holds {pattern!r}, which matches no parameter; there are {names}")
+    return found
+
+
 def build_optimizer(section: OptimSection, model: nn.Module) -> Optimizer:
-    """The recipe's optimizer over all parameters that are not frozen."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """The recipe's optimizer, of all parameters that are not frozen. Raises ConfigError for a pattern of no match."""
+    groups = _groups(section, model)
     rate, decay, momentum = section.learning_rate, section.weight_decay, section.momentum
     match section.optimizer:
         case "adam":
-            return Adam(parameters, rate, weight_decay=decay, fused=True)
+            return Adam(groups, rate, weight_decay=decay, fused=True)
         case "adamw":
-            return AdamW(parameters, rate, weight_decay=decay, fused=True)
+            return AdamW(groups, rate, weight_decay=decay, fused=True)
         case "sgd":
-            return SGD(parameters, rate, momentum=momentum, nesterov=section.nesterov, weight_decay=decay, fused=True)
+            return SGD(groups, rate, momentum=momentum, nesterov=section.nesterov, weight_decay=decay, fused=True)
         case "rmsprop":
-            return RMSprop(parameters, rate, momentum=momentum, weight_decay=decay)
+            return RMSprop(groups, rate, momentum=momentum, weight_decay=decay)
         case "adagrad":
-            return Adagrad(parameters, rate, weight_decay=decay, fused=True)
+            return Adagrad(groups, rate, weight_decay=decay, fused=True)
+
+
+def _groups(section: OptimSection, model: nn.Module) -> list[dict[str, Any]]:
+    """Parameters by what their learning rate is multiplied by, each group with its `factor`."""
+    factors = dict.fromkeys(model.parameters(), 1.0)
+    for pattern, factor in reversed(section.learning_rate_factors.items()):  # so that the first match counts
+        factors |= {parameter: factor for _, parameter in matching(model, pattern, "optim.learning_rate_factors")}
+    for pattern in section.unfreeze_steps:
+        matching(model, pattern, "optim.unfreeze_steps")
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter, factor in factors.items():
+        if parameter.requires_grad:
+            groups.setdefault(factor, []).append(parameter)
+    return [{"params": parameters, "factor": factor} for factor, parameters in groups.items()]
+
+
+def hold(model: nn.Module, unfreeze_steps: Mapping[str, int], step: int) -> None:
+    """Drop the gradients of parameters whose turn has not come: the optimizer then leaves them alone."""
+    for pattern, first in unfreeze_steps.items():
+        if step < first:
+            for _, parameter in matching(model, pattern, "optim.unfreeze_steps"):
+                parameter.grad = None
 
 
 def learning_rate(section: OptimSection, step: int, total_steps: int, plateau_scale: float = 1.0) -> float:
@@ -147,6 +174,7 @@ def update(
         num_targets += int(out.num_targets)
         num_tokens += _num_tokens(batch)
         carried = out.state.detach().float() if out.state is not None else None
+    hold(model, section.unfreeze_steps, step)
     gradients = list(_gradients(optimizer))
     for gradient in gradients:
         gradient /= max(1, num_targets) * precision.loss_scale
@@ -204,7 +232,7 @@ def _gradients(optimizer: Optimizer) -> Iterator[Tensor]:
 
 def _step(optimizer: Optimizer, rate: float, measure_ratio: bool) -> float | None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["factor"]
     if not measure_ratio:
         optimizer.step()
         return None

@@ -82,13 +82,20 @@ def _classifier() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _tagger() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both directions, clipping of each number, patience."""
+    """Both directions, clipping of each number, patience, rates by parameter, late learners."""
     encoder = _text_encoder("lstm", bidirectional=True, num_layers=2, dropout=0.2)
     return {
         "task": "tag",
         "data": {"generated": "number-tags", "tokenizer": {"kind": "character", "vocab_size": 60}},
         "model": {"architecture": "tagger", "encoder": encoder},
-        "optim": {"optimizer": "rmsprop", "learning_rate": 3e-3, "momentum": 0.5, "clip_value": 0.1},
+        "optim": {
+            "optimizer": "rmsprop",
+            "learning_rate": 3e-3,
+            "momentum": 0.5,
+            "clip_value": 0.1,
+            "learning_rate_factors": {"encoder.embedding.*": 0.5},
+            "unfreeze_steps": {"encoder.recurrent.*": 21},
+        },
     }, {"tokens_per_batch": 512, "early_stopping_patience": 4}
 
 

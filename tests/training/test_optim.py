@@ -213,6 +213,46 @@ def test_bfloat16_trains_as_float32_does_but_for_its_digits() -> None:
     assert torch.allclose(weights[0], weights[1], atol=5e-3) and not torch.equal(weights[0], weights[1])
 
 
+class Two(nn.Module):
+    """Two slopes, whose gradients are the mean inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = Slope(), Slope()
+
+    def forward(self, labels: Tensor) -> Output:
+        low, high = self.low(labels), self.high(labels)
+        return Output(low.loss + high.loss, low.nll + high.nll, low.num_targets)
+
+
+def test_parameters_have_rates_of_their_own() -> None:
+    section = FREE.model_copy(update={"learning_rate_factors": {"low.*": 0.1, "*.weight": 2.0}})
+    model = Two()
+    run(model, slope_batch((1.0, 3.0)), section=section)
+    assert model.low.weight.tolist() == pytest.approx([1 - 0.05, 2 - 0.15])  # the first pattern counts
+    assert model.high.weight.tolist() == pytest.approx([1 - 1.0, 2 - 3.0])
+    wrong = FREE.model_copy(update={"learning_rate_factors": {"middle.*": 0.1}})
+    with pytest.raises(ConfigError, match=r"learning_rate_factors holds 'middle\.\*'.*low\.weight"):
+        build_optimizer(wrong, model)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_what_is_unfrozen_later_moves_from_then_on(name: str) -> None:
+    settings = {"optimizer": name, "weight_decay": 0.1, "unfreeze_steps": {"low.*": 2}}
+    section = OptimSection.model_validate(settings)
+    model = Two()
+    optimizer = build_optimizer(section, model)
+    moved = []
+    for step in range(4):
+        before = model.low.weight.detach().clone(), model.high.weight.detach().clone()
+        update(model, [slope_batch((1.0, 3.0))], optimizer, section, 0.1, step=step)
+        now = model.low.weight, model.high.weight
+        moved.append(tuple(not torch.equal(one, two) for one, two in zip(before, now, strict=True)))
+    assert moved == [(False, True), (False, True), (True, True), (True, True)]
+    with pytest.raises(ConfigError, match="unfreeze_steps holds 'middle'"):
+        build_optimizer(section.model_copy(update={"unfreeze_steps": {"middle": 3}}), model)
+
+
 def test_frozen_parameters_stay_and_a_pattern_must_match() -> None:
     made, rows = recipe(), generate("sentiment")["train"][:60]
     codec = Codec.train(made, rows)
