@@ -1,5 +1,6 @@
 """Several model directories that answer as one: the mean of what their members say, taken by hand."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from seqmodels.__main__ import main
 from seqmodels.config import Average
 from seqmodels.ensemble import Averaged, Mean
 from seqmodels.errors import ConfigError, InputError
@@ -315,3 +317,49 @@ def test_the_nll_of_a_batch(directories: dict[str, list[Path]], average: Average
         out = averaged(labels=piece, label_lengths=torch.tensor([piece.shape[1]]), state=state)
         total, state = total + float(out.nll) * int(out.num_targets), out.state
     assert total == pytest.approx(float(nats.sum()), abs=1e-4)
+
+
+def test_command_line(directories: dict[str, list[Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Directories, then the file; options may stand before, between and after."""
+    lines = tmp_path / "lines.txt"
+    lines.write_text("the fox\na dog\n")
+    one, two, three = map(str, directories["translator"])
+    pipeline = Pipeline.from_pretrained([one, two, three], average="logprob")
+    want = pipeline(["the fox", "a dog"], num_beams=3, max_new_tokens=5)
+    options = ["--average", "logprob", "--num-beams", "3", "--max-new-tokens", "5"]
+    for arguments in (
+        [one, two, three, str(lines), *options],
+        [*options, one, two, three, str(lines)],
+        [one, *options[:2], two, three, *options[2:], str(lines)],
+    ):
+        assert main(["generate", *arguments]) == 0
+        assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == want
+    assert main(["generate", one, "--max-new-tokens", "5", str(lines)]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert answers == Pipeline.from_pretrained(one)(["the fox", "a dog"], max_new_tokens=5)
+    lines.write_text('{"text": "the fox", "target": "a dog"}\n')
+    assert main(["score", one, two, str(lines)]) == 0
+    assert json.loads(capsys.readouterr().out) == Pipeline.from_pretrained([one, two]).score(["the fox"], ["a dog"])[0]
+
+
+def test_mistakes_on_the_command_line(
+    directories: dict[str, list[Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two, _ = map(str, directories["translator"])
+    (tmp_path / "lines.txt").write_text("the fox\n")
+    file, nothing = str(tmp_path / "lines.txt"), str(tmp_path / "nothing")
+    mistakes = {
+        (one, nothing, file): "nothing is no directory; give model directories, then at most one file",
+        (one, file, two): "lines.txt is no directory; give model directories, then",
+        (one, two, nothing): "cannot read",
+        (one, str(tmp_path), file): "is no model directory",
+        (one, str(directories["tagger"][0]), file): "cannot answer as one: their tasks differ",
+        (one, file, "--average", "logprob"): "--average is 'logprob', but one model has nothing to average",
+    }
+    for arguments, message in mistakes.items():
+        assert main(["generate", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    with pytest.raises(SystemExit):
+        main(["generate", one, "--num-beans", "3", file])
+    assert "unrecognized arguments: --num-beans" in capsys.readouterr().err
