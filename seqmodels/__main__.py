@@ -1,4 +1,5 @@
-"""python -m seqmodels predict | generate | score MODEL_DIR: offline use of a saved model.
+"""python -m seqmodels predict | generate | score MODEL_DIR [MODEL_DIR ...] [FILE]: offline use of a saved model, or of
+several that answer as one.
 
 One JSON object or one plain text per input line; one JSON object per output line, in the same order. A line that
 cannot be answered gets {"error": ...} in the place of its answer, and the exit status is 1 in the end.
@@ -16,9 +17,9 @@ from typing import Any, get_args
 
 import torch
 
-from seqmodels.config import Weights
+from seqmodels.config import Average, Weights
 from seqmodels.decoding.params import SearchParams
-from seqmodels.errors import InputError, SeqModelsError
+from seqmodels.errors import ConfigError, InputError, SeqModelsError
 from seqmodels.pipeline import Job, Pipeline
 
 CHUNK = 256  # lines read, answered and written together
@@ -28,14 +29,16 @@ TAKES_FILES = {"image": '{"image": "FILE"}', "frames": '{"frames": ["FILE", ...]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where some lines could not be answered, 2 for a mistake in the command."""
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
+        directories, file = _directories_and_file(options.paths)
         given = {name: getattr(options, name) for name in SEARCHES_WITH if hasattr(options, name)}
-        pipeline = Pipeline.from_pretrained(options.model, options.device, options.max_rows, **given)
+        average = _average(options.average, directories)
+        pipeline = Pipeline.from_pretrained(directories, options.device, options.max_rows, average=average, **given)
         _check_command(options.command, pipeline)
-        with _opened(options.input) as lines:
+        with _opened(file) as lines:
             failed = _answer_all(pipeline, options, lines)
     except SeqModelsError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -51,6 +54,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. argparse takes paths up to the first option; those that stand after it come here."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if unknown := [text for text in rest if text.startswith("-") and text != "-"]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.paths += rest
+    return options
+
+
+def _directories_and_file(paths: Sequence[str]) -> tuple[list[str], str]:
+    """The models, and the file of input lines, which is the one path beyond the first that is no directory."""
+    first, *others = paths
+    files = [path for path in others if path == "-" or not Path(path).is_dir()]
+    if files and (len(files) > 1 or others[-1] != files[0]):
+        raise ConfigError(f"{files[0]} is no directory; give model directories, then at most one file of input lines")
+    return [first, *others[: len(others) - len(files)]], files[0] if files else "-"
+
+
+def _average(given: Average | None, directories: Sequence[str]) -> Average:
+    if given and len(directories) == 1:
+        raise ConfigError(f"--average is {given!r}, but one model has nothing to average; name several or leave it out")
+    return given or "probability"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m seqmodels", description="Use a saved model on lines of input.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="predict | generate | score")
@@ -58,8 +86,19 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="text, from a generator: greedy, beam search or sampling")
     score = commands.add_parser("score", help="log-probabilities of given texts, from a generator")
     for command in (predict, generate, score):
-        command.add_argument("model", metavar="MODEL_DIR", help="a directory that training saved")
-        command.add_argument("input", nargs="?", default="-", metavar="FILE", help="input lines; - is standard input")
+        command.usage = f"python -m seqmodels {command.prog.split()[-1]} [options] MODEL_DIR [MODEL_DIR ...] [FILE]"
+        command.add_argument(
+            "paths",
+            nargs="+",
+            metavar="PATH",
+            help="one or more directories that training saved, of which several answer as one model; then the file of "
+            "input lines, without which (or as -) standard input is read",
+        )
+        command.add_argument(
+            "--average",
+            choices=get_args(Average),
+            help="of what several models predict: their probabilities (default), or their log-probabilities",
+        )
         command.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
         command.add_argument("--threads", type=_positive, help="CPU threads (default: torch's own choice)")
         command.add_argument(

@@ -18,6 +18,7 @@ from seqmodels.errors import ConfigError
 Cell = Literal["rnn_tanh", "rnn_relu", "gru", "lstm"]
 AttentionKind = Literal["none", "dot", "general", "additive"]
 Weights = Literal["float32", "int8", "float16", "bfloat16"]  # of a decoder's step; int8 on CPUs, the last two on GPUs
+Average = Literal["probability", "logprob"]  # of what the members of an ensemble predict
 Pooling = Literal["last", "mean", "max", "attention"]
 Task = Literal["classify", "tag", "translate", "caption", "generate"]
 UNION_MEMBER = re.compile(r"(constrained|function)-.*|[a-z-]+\[.*\]|float|int|str|bool|tuple|dict", re.DOTALL)

@@ -13,11 +13,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from seqmodels.config import Average
 from seqmodels.decoding.padding import ROW_FLOOR, bucket, grouped, has_steps, pad_inputs
 from seqmodels.decoding.request import Event, Failed, Finished
+from seqmodels.ensemble import Mean
 from seqmodels.errors import DeadlineError
 from seqmodels.kernels import packed
-from seqmodels.models import Model, SequenceClassifier, SequenceGenerator
+from seqmodels.models import Model, SequenceClassifier, SequenceGenerator, chosen
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +38,21 @@ class ForwardRequest:
 class Forward:
     """Answers waiting requests in batches of one padded length. Not thread-safe: one thread owns it."""
 
-    def __init__(self, model: Model, max_positions: int = 8192, row_floor: int = ROW_FLOOR) -> None:
-        """max_positions: input positions in one batch, padding included."""
-        self._model = cast(Model, packed(model))
+    def __init__(
+        self,
+        models: Model | Sequence[Model],
+        max_positions: int = 8192,
+        row_floor: int = ROW_FLOOR,
+        average: Average = "probability",
+    ) -> None:
+        """models: one, or the members of an ensemble, whose predictions are averaged as `average` says.
+        max_positions: input positions in one batch, padding included."""
+        members = models if isinstance(models, Sequence) else [models]
+        self._models = [cast(Model, packed(member)) for member in members]
+        self._average = average
         self._max_positions = max_positions
         self._row_floor = row_floor
-        self._device = next(model.parameters()).device
+        self._device = next(members[0].parameters()).device
         self._waiting: deque[ForwardRequest] = deque()
 
     @property
@@ -83,16 +94,35 @@ class Forward:
         inputs, lengths = None, None
         if padded[0].inputs is not None:
             inputs, lengths = pad_inputs([r.inputs for r in padded if r.inputs is not None], self._device)
-        if isinstance(self._model, SequenceGenerator):
+        if isinstance(self._models[0], SequenceGenerator):
             labels, label_lengths = pad_inputs([torch.tensor(r.labels) for r in padded], self._device)
             assert label_lengths is not None
-            logprobs = self._model.logprobs(labels, label_lengths, inputs, lengths).cpu()
+            logprobs = chosen(self._scores(labels, inputs, lengths), labels, label_lengths).cpu()
             return [logprobs[row, : len(request.labels) - 1] for row, request in enumerate(group)]
         assert inputs is not None
-        probabilities = self._model.predict(inputs, lengths)[0].float().softmax(-1).cpu()
-        if isinstance(self._model, SequenceClassifier):
+        probabilities = self._probabilities(inputs, lengths).cpu()
+        if isinstance(self._models[0], SequenceClassifier):
             return list(probabilities[: len(group)])
         return [probabilities[row, : _length(request)] for row, request in enumerate(group)]
+
+    def _scores(self, labels: Tensor, inputs: Tensor | None, lengths: Tensor | None) -> Tensor:
+        """The log-probability of every token at each place of labels (B, T+1): (B, T, V)."""
+        mean = Mean(self._average)
+        for model in self._models:
+            assert isinstance(model, SequenceGenerator)
+            mean.add(model.predict(labels, inputs, lengths))
+        return mean.logprobs
+
+    def _probabilities(self, inputs: Tensor, lengths: Tensor | None) -> Tensor:
+        """Of labels: (B, C) of classifiers, (B, S, C) of taggers."""
+        mean = Mean(self._average)
+        for model in self._models:
+            assert not isinstance(model, SequenceGenerator)
+            logits = model.predict(inputs, lengths)[0].float()
+            if len(self._models) == 1:
+                return logits.softmax(-1)
+            mean.add(logits.log_softmax(-1))
+        return mean.logprobs.exp()
 
 
 def _length(request: ForwardRequest) -> int:

@@ -33,6 +33,10 @@ class Output:
     state: State | None = None
 
 
+# Logits (..., C), what each should have been (...), and the State after the batch of those that carry one.
+Targeted = tuple[Tensor, Tensor, State | None]
+
+
 class Labeller(nn.Module):
     """Encoder + linear: what classifier and tagger have in common. They differ in what the linear layer reads."""
 
@@ -45,8 +49,12 @@ class Labeller(nn.Module):
 
     def forward(self, inputs: Tensor, labels: Tensor, lengths: Tensor | None = None) -> Output:
         """labels: (B,) of a classifier, (B, S) of a tagger, IGNORE where a position has none."""
-        logits, _ = self.predict(inputs, lengths)
-        return _labelled(logits, labels, self.config.label_smoothing)
+        logits, targets, _ = self.target_logits(inputs, labels, lengths)
+        return labelled(logits, targets, self.config.label_smoothing)
+
+    def target_logits(self, inputs: Tensor, labels: Tensor, lengths: Tensor | None = None) -> Targeted:
+        """What `forward` compares: logits (B, C) with labels (B,), or (B, S, C) with (B, S)."""
+        return self.predict(inputs, lengths)[0], labels, None
 
     def predict(
         self, inputs: Tensor, lengths: Tensor | None = None, state: State | None = None
@@ -115,17 +123,32 @@ class SequenceGenerator(nn.Module):
         outputs, features, after = self._read(labels, inputs, lengths, state)
         real = _targets(labels, label_lengths)
         logits = self.decoder.project(features[real])  # (M, V) for the M real targets
-        out = _labelled(logits, labels[:, 1:][real], self.config.label_smoothing)
+        out = labelled(logits, labels[:, 1:][real], self.config.label_smoothing)
         return Output(out.loss + self._penalty(outputs, features, real), out.nll, out.num_targets, None, after)
+
+    def target_logits(
+        self,
+        labels: Tensor,
+        label_lengths: Tensor,
+        inputs: Tensor | None = None,
+        lengths: Tensor | None = None,
+        state: State | None = None,
+    ) -> Targeted:
+        """What `forward` compares: logits (M, V) with the M real targets (M,); and the State after them."""
+        _, features, after = self._read(labels, inputs, lengths, state)
+        real = _targets(labels, label_lengths)
+        return self.decoder.project(features[real]), labels[:, 1:][real], after
 
     def logprobs(
         self, labels: Tensor, label_lengths: Tensor, inputs: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:
         """The log-probability in nats of each target given those before it: (B, T), 0 beyond a row's end."""
+        return chosen(self.predict(labels, inputs, lengths), labels, label_lengths)
+
+    def predict(self, labels: Tensor, inputs: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """The log-probability of every token at each place of labels (B, T+1), given what stands before: (B, T, V)."""
         _, features, _ = self._read(labels, inputs, lengths, None)
-        scores = self.decoder.project(features).float().log_softmax(-1)
-        chosen = scores.gather(2, labels[:, 1:, None])[:, :, 0]
-        return chosen.masked_fill(~_targets(labels, label_lengths), 0.0)
+        return self.decoder.project(features).float().log_softmax(-1)
 
     def _read(
         self, labels: Tensor, inputs: Tensor | None, lengths: Tensor | None, state: State | None
@@ -175,6 +198,11 @@ def build_model(config: ModelConfig) -> Model:
     return MODELS[config.architecture](config)
 
 
+def chosen(scores: Tensor, labels: Tensor, label_lengths: Tensor) -> Tensor:
+    """scores (B, T, V) of every token -> those of the targets among labels (B, T+1): (B, T), 0 beyond a row's end."""
+    return scores.gather(2, labels[:, 1:, None])[:, :, 0].masked_fill(~_targets(labels, label_lengths), 0.0)
+
+
 def _targets(labels: Tensor, label_lengths: Tensor) -> Tensor:
     """Which of the T shifted positions hold a real target: (B, T)."""
     return torch.arange(1, labels.shape[1], device=labels.device) < label_lengths[:, None]
@@ -185,7 +213,7 @@ def _mean_square(x: Tensor) -> Tensor:
     return x.square().sum() / max(1, x.numel())
 
 
-def _labelled(logits: Tensor, labels: Tensor, smoothing: float) -> Output:
+def labelled(logits: Tensor, labels: Tensor, smoothing: float) -> Output:
     """Loss and nll of logits (..., C) against labels (...), positions with IGNORE left out.
 
     Label smoothing (Szegedy et al. 2016) mixes the target with the uniform distribution.

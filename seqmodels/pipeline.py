@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from seqmodels.captured import captured
-from seqmodels.config import Weights, explain
+from seqmodels.config import Average, Weights, explain
 from seqmodels.decoding.constraints import Phrases, WordEdges, missing
 from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.padding import ROW_FLOOR
@@ -25,15 +25,16 @@ from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.request import Event, Failed, Finished, Request
 from seqmodels.decoding.saved import Maker, SavedState, fingerprint
 from seqmodels.decoding.search import Hypothesis
+from seqmodels.ensemble import Directories, as_paths, common_reader, load_members, revision_of
 from seqmodels.errors import InputError, SeqModelsError
 from seqmodels.forward import Forward, ForwardRequest
-from seqmodels.models import SequenceGenerator
-from seqmodels.pretrained import Pretrained, load_pretrained
+from seqmodels.models import Model, SequenceGenerator
+from seqmodels.pretrained import Pretrained
 from seqmodels.reading import Reader, Reading
 from seqmodels.rendering import Text, TextStream, render_label, render_score, render_sequence, render_tags
 from seqmodels.selftest import find_row_floor
-from seqmodels.shortlist import Shortlist
-from seqmodels.stepper import Stepper
+from seqmodels.shortlist import Shortlist, has_shortlist
+from seqmodels.stepper import Decodes, Ensemble, Stepper
 from seqmodels.tokenizer import BOS, EOS, UNK, Tokenizer
 
 
@@ -58,35 +59,43 @@ class Job:
 
 
 class Pipeline:
-    """A loaded model directory, ready to answer."""
+    """A loaded model directory, or several that answer as one, ready to answer."""
 
     def __init__(
         self,
-        pretrained: Pretrained,
+        pretrained: Pretrained | Sequence[Pretrained],
         max_rows: int = 256,
         decoder_weights: Weights = "float32",
         shortlist: Shortlist | None = None,
         prefix_cache_states: int = 1024,
+        average: Average = "probability",
     ) -> None:
-        """decoder_weights: in which a generator's search computes. shortlist: what it chooses its tokens from, whose
-        own logits are float32 whatever decoder_weights is. Scores of given texts stay in float32, over all tokens.
+        """pretrained: one, or the members of an ensemble as `load_members` gives them: it is asked like one model, and
+        has the search defaults of its first. average: of what members predict for labels and for each next token, their
+        probabilities or their log-probabilities, which counts a member's doubt for more.
+
+        decoder_weights: in which a generator's search computes. shortlist: what it chooses its tokens from, whose own
+        logits are float32 whatever decoder_weights is. Scores of given texts stay in float32, over all tokens.
         max_rows, prefix_cache_states: of the engine."""
-        self.config = pretrained.config
-        self.revision = pretrained.revision
+        members = pretrained if isinstance(pretrained, Sequence) else [pretrained]
+        self._pretrained = common_reader(members)
+        self.config = self._pretrained.config
+        self.revision = revision_of(members, average)
+        self.members = tuple(member.revision for member in members)
+        self.average = average
         self.decoder_weights = decoder_weights
-        self._pretrained = pretrained
-        self._reader = Reader(pretrained)
+        self._reader = Reader(self._pretrained)
         self._shortlist = shortlist
-        model = pretrained.model
-        stepper = captured(Stepper(model, decoder_weights)) if isinstance(model, SequenceGenerator) else None
+        models = [member.model for member in members]
+        stepper = _stepper(models, decoder_weights, average)
         self._maker = Maker(
             revision=self.revision,
             decoder_weights=decoder_weights,
             shortlist=shortlist.fingerprint if shortlist else "",
         )
-        floor = find_row_floor(model, stepper)
+        floor = find_row_floor(models, stepper, average)
         self.batch_invariant = floor is not None
-        self._forward = Forward(model, row_floor=floor or ROW_FLOOR)
+        self._forward = Forward(models, row_floor=floor or ROW_FLOOR, average=average)
         self._engine, self._stepper = None, stepper
         if stepper:
             self._edges = WordEdges(*(torch.tensor(f, device=stepper.device) for f in self._tokenizer.word_edges()))
@@ -101,17 +110,20 @@ class Pipeline:
     @classmethod
     def from_pretrained(
         cls,
-        directory: str | Path,
+        directory: Directories,
         device: str | torch.device = "cpu",
         max_rows: int = 256,
         decoder_weights: Weights = "float32",
         shortlist: bool = False,
         prefix_cache_states: int = 1024,
+        average: Average = "probability",
     ) -> "Pipeline":
-        """shortlist: whether to use the directory's. Raises ModelDirectoryError, ConfigError."""
-        pretrained = load_pretrained(directory, device)
-        chosen = Shortlist.load(Path(directory), pretrained) if shortlist else None
-        return cls(pretrained, max_rows, decoder_weights, chosen, prefix_cache_states)
+        """directory: one, or a list of those whose models are to answer as one, by `average` of what they predict.
+        shortlist: whether to use the directory's; of several, that of the first that has one. Raises
+        ModelDirectoryError, and ConfigError, also where models of a list do not fit together."""
+        members = load_members(directory, device)
+        chosen = _load_shortlist(as_paths(directory), members[0]) if shortlist else None
+        return cls(members, max_rows, decoder_weights, chosen, prefix_cache_states, average)
 
     @property
     def task(self) -> str:
@@ -119,8 +131,11 @@ class Pipeline:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """How it was loaded: whether answers are the same bits in any company, and what a generator computes with."""
+        """How it was loaded: whether answers are the same bits in any company, what a generator computes with, and the
+        revisions of an ensemble's members."""
         facts: dict[str, Any] = {"batch_invariant": self.batch_invariant}
+        if len(self.members) > 1:
+            facts |= {"members": list(self.members), "average": self.average}
         if self._engine:
             facts |= {"decoder_weights": self.decoder_weights, "shortlist": self._shortlist is not None}
         return facts
@@ -401,6 +416,19 @@ class Pipeline:
         """A generator's, for what it writes."""
         assert self._pretrained.target_tokenizer is not None
         return self._pretrained.target_tokenizer
+
+
+def _stepper(models: Sequence[Model], decoder_weights: Weights, average: Average) -> Decodes | None:
+    """With which generators search, as one; None for other models."""
+    steppers = [captured(Stepper(one, decoder_weights)) for one in models if isinstance(one, SequenceGenerator)]
+    if len(steppers) < 2:
+        return steppers[0] if steppers else None
+    return Ensemble(steppers, average)
+
+
+def _load_shortlist(directories: Sequence[Path], pretrained: Pretrained) -> Shortlist:
+    """Of the first that has one: members have the same tokenizers, so each member's fits them all."""
+    return Shortlist.load(next(filter(has_shortlist, directories), directories[0]), pretrained)
 
 
 def _new_id() -> str:

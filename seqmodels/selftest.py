@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from seqmodels.config import FeatureEncoderConfig, ModelConfig, TextEncoderConfig
+from seqmodels.config import Average, FeatureEncoderConfig, ModelConfig, TextEncoderConfig
 from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.request import Finished, Request
@@ -23,22 +23,29 @@ LENGTHS = (1, 3, 7, 12, 14, 20)
 COPIES = 8  # of each sample request, when all come at once
 
 
-def find_row_floor(model: Model, stepper: Decodes | None = None) -> int | None:
+def find_row_floor(
+    models: Model | Sequence[Model], stepper: Decodes | None = None, average: Average = "probability"
+) -> int | None:
     """The smallest number of rows from which on answers are the same to the last bit, alone and together.
 
-    stepper: with which a generator will decode (one in float32 where left out). None where no floor helps: the model
+    models: one, or the members of an ensemble, with their average. stepper: with which a generator will decode (one in
+    float32 of the first where left out). None where no floor helps: the model
     still works, but the last digits of its scores may vary with load.
     """
+    members = models if isinstance(models, Sequence) else [models]
     for floor in FLOORS:
-        if all(_same(alone, together) for alone, together in _answers(model, stepper, floor)):
+        if all(_same(alone, together) for alone, together in _answers(members, stepper, floor, average)):
             return floor
     return None
 
 
-def _answers(model: Model, stepper: Decodes | None, floor: int) -> list[tuple[object, object]]:
+def _answers(
+    members: Sequence[Model], stepper: Decodes | None, floor: int, average: Average
+) -> list[tuple[object, object]]:
     """Each sample request's answer when it comes alone, and when all come at once."""
+    model = members[0]
     forward = _sample_forward(model.config)
-    worker = Forward(model, row_floor=floor)
+    worker = Forward(members, row_floor=floor, average=average)
     pairs = list(zip(_each(worker, forward), _all(worker, forward), strict=True))
     if isinstance(model, SequenceGenerator):
         stepper = stepper or Stepper(model)

@@ -4,10 +4,11 @@ The same equations as `Decoder` and `Recurrent`, on weights packed once for sing
 One kernel serves prefix and generation, so a token gives a state the same bits in either.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,13 @@ from torch.nn import functional as F
 
 from seqmodels.attention import padding_bias
 from seqmodels.cells import CellWeights
-from seqmodels.config import Cell, ModelConfig, Weights
+from seqmodels.config import Average, Cell, ModelConfig, Weights
 from seqmodels.errors import ConfigError
 from seqmodels.kernels import LINEAR, Linear, PackedLinear, packed
 from seqmodels.models import SequenceGenerator
 from seqmodels.record import Record
 from seqmodels.state import Memory, MemoryGroup, State
 
-Average = Literal["probability", "logprob"]
 # For each group its logits (R, K, V), or (R, K, L) of the tokens on its shortlist; State; for each memory, where the
 # rows looked (R, K, S).
 Stepped = tuple[list[Tensor], State, list[Tensor]]
@@ -260,14 +260,19 @@ class Ensemble:
         predictions, states, looks = [], [], []
         for index, (member, own) in enumerate(zip(self._members, self._own(state), strict=True)):
             logits, after, weights = member.step(tokens, own, [self._own_group(group, index) for group in groups])
-            predictions.append([lane.log_softmax(-1) for lane in logits])
+            predictions.append(logits)
             states.append(after)
             if member.attends and self.output_attentions:
                 looks.append(weights)
-        stacked = [torch.stack(lane) for lane in zip(*predictions, strict=True)]
-        average = torch.logsumexp if self._average == "probability" else torch.mean
-        means = [average(lane, 0) for lane in stacked]
+        means = [self._mean(torch.stack(lane)) for lane in zip(*predictions, strict=True)]
         return means, _side_by_side(states), [torch.stack(lane).mean(0) for lane in zip(*looks, strict=True)]
+
+    def _mean(self, logits: Tensor) -> Tensor:
+        """The members' logits (M, R, K, V) -> logits of their mean, as high as theirs are in the mean: a repetition
+        penalty depends on the height, which the search's softmax does not."""
+        logprobs = logits.log_softmax(-1)
+        mean = logprobs.mean(0) if self._average == "logprob" else logprobs.logsumexp(0) - math.log(len(logits))
+        return mean + (logits[..., :1] - logprobs[..., :1]).mean(0)  # the first of a shortlist is never its padding
 
     def _own_group(self, group: Group, index: int) -> Group:
         """What one member sees of a group."""

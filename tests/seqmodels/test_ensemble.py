@@ -5,12 +5,13 @@ import random
 import pytest
 import torch
 
+from seqmodels.config import Average
 from seqmodels.decoding.generate import generate
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.request import Request
 from seqmodels.errors import ConfigError
 from seqmodels.selftest import find_row_floor
-from seqmodels.stepper import Average, Ensemble, Stepper
+from seqmodels.stepper import Ensemble, Stepper
 from tests.seqmodels.builders import make_language_model, make_translator
 from tests.seqmodels.test_engine import random_request, run_schedule
 
@@ -29,6 +30,8 @@ def test_of_one_model_it_is_that_model() -> None:
     requests = [
         Request("beams", torch.arange(9), SearchParams(num_beams=4, num_return_sequences=4, max_new_tokens=8)),
         Request("sample", torch.arange(5), SearchParams(do_sample=True, max_new_tokens=8), seed=3),
+        # A penalty depends on the height of the logits, not only on the probabilities.
+        Request("penalty", torch.arange(7), SearchParams(repetition_penalty=1.7, max_new_tokens=12)),
     ]
     for average in ("probability", "logprob"):
         twice = Ensemble([Stepper(MEMBERS[0]), Stepper(MEMBERS[0])], average)
