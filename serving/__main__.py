@@ -94,7 +94,7 @@ def _check(config: ServeConfig) -> None:
     """Raise now, in one line, what would otherwise stand in a replica's log."""
     import torch
 
-    from seqmodels.pretrained import load_pretrained
+    from seqmodels.ensemble import load_members
     from seqmodels.shortlist import Shortlist, has_shortlist
 
     load_key_hashes(config.api_keys_file)
@@ -108,14 +108,16 @@ def _check(config: ServeConfig) -> None:
             f"decoder_weights is {config.decoder_weights!r}, which is for GPUs, and this would run on a CPU; "
             "use float32 or int8"
         )
-    if config.shortlist and not any(map(has_shortlist, config.models.values())):
+    everywhere = [directory for directories in config.directories.values() for directory in directories]
+    if config.shortlist and not any(map(has_shortlist, everywhere)):
         raise ConfigError(
             "shortlist is true, but no model has one; learn it with `python -m training shortlist MODEL_DIR`"
         )
-    for directory in config.models.values():
-        pretrained = load_pretrained(directory)  # on the CPU: a GPU is the replicas'
-        if config.shortlist and has_shortlist(directory):
-            Shortlist.load(Path(directory), pretrained)
+    for directories in config.directories.values():
+        members = load_members(directories)  # on the CPU: a GPU is the replicas'
+        for directory, member in zip(directories, members, strict=True):
+            if config.shortlist and has_shortlist(directory):
+                Shortlist.load(Path(directory), member)
     _check_port(config)
 
 

@@ -55,7 +55,8 @@ class Autoscaling(Strict):
 class ServeConfig(Strict):
     """One service: its models, where it listens, what it may use and what it allows."""
 
-    models: dict[str, str] = Field(min_length=1)  # name that clients use -> model directory
+    # Name that clients use -> model directory, or a list of those whose models answer as one.
+    models: dict[str, str | Annotated[list[str], Field(min_length=1)]] = Field(min_length=1)
     host: str = "127.0.0.1"  # loopback unless told otherwise
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPU when there is one, CPU otherwise
@@ -80,7 +81,7 @@ class ServeConfig(Strict):
 
     @field_validator("models")
     @classmethod
-    def _check_names(cls, models: dict[str, str]) -> dict[str, str]:
+    def _check_names(cls, models: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
         for name in models:
             if not MODEL_NAME.fullmatch(name):
                 raise ValueError(f"{name!r} cannot name a model; use letters, digits, '.', '_' and '-' (at most 100)")
@@ -103,6 +104,11 @@ class ServeConfig(Strict):
         if self.device == "cpu" and self.num_gpus:
             raise ValueError(f"num_gpus is {self.num_gpus}, but device is 'cpu'; leave one of them out")
         return self
+
+    @property
+    def directories(self) -> dict[str, list[str]]:
+        """Of each model: one, or those of an ensemble's members."""
+        return {name: [given] if isinstance(given, str) else given for name, given in self.models.items()}
 
     @property
     def is_loopback(self) -> bool:

@@ -59,14 +59,14 @@ def load_pipelines(config: ServeConfig) -> dict[str, Pipeline]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
         name: Pipeline.from_pretrained(
-            directory,
+            directories,
             device,
             config.max_rows,
             config.decoder_weights,
-            config.shortlist and has_shortlist(directory),
+            config.shortlist and any(map(has_shortlist, directories)),
             config.prefix_cache_states,
         )
-        for name, directory in config.models.items()
+        for name, directories in config.directories.items()
     }
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from seqmodels.pretrained import load_pretrained
+from seqmodels.pipeline import Pipeline
+from seqmodels.pretrained import load_pretrained, save_pretrained
 from seqmodels.shortlist import FILE, NONE, Shortlist
 from seqmodels.tokenizer import EOS
 from serving.__main__ import _check, main, read_config
 from serving.deployments import load_pipelines
+from tests.serving.model_directories import save_all
 
 
 def test_command_line(models: dict[str, str]) -> None:
@@ -102,6 +104,30 @@ def test_a_shortlist_is_used(with_shortlist: Path) -> None:
     assert pipelines["mood"](["Some text."])[0]["label"] in ("bad", "good")
     assert pipelines["tr"].facts == {"batch_invariant": True, "decoder_weights": "float32", "shortlist": True}
     assert pipelines["mood"].facts == {"batch_invariant": True}
+
+
+def test_a_list_of_directories_answers_as_one(
+    tmp_path: Path, models: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = save_all(tmp_path / "others")["mood"]  # the same weights, but for what is changed here
+    pretrained = load_pretrained(other)
+    with torch.no_grad():
+        pretrained.model.head.bias += torch.tensor([1.0, -1.0])  # type: ignore[union-attr]
+    save_pretrained(pretrained.model, Path(other), source_tokenizer=pretrained.source_tokenizer)
+    service = tmp_path / "s.yaml"
+    service.write_text(f"models: {{both: [{models['mood']}, {other}], tr: {models['en-de']}}}\n")
+    pipelines = load_pipelines(read_config([str(service), "--device", "cpu"]))
+    scores = [
+        pipeline(["Some text."])[0]["scores"]
+        for pipeline in (Pipeline.from_pretrained(models["mood"]), Pipeline.from_pretrained(other), pipelines["both"])
+    ]
+    for label, score in scores[2].items():
+        assert score == pytest.approx((scores[0][label] + scores[1][label]) / 2)
+    assert pipelines["both"].facts["members"] == [load_pretrained(path).revision for path in (models["mood"], other)]
+    service.write_text(f"models: {{both: [{models['mood']}, {models['en-de']}]}}\n")
+    assert "cannot answer as one: their tasks differ" in one_line_error(capsys, str(service), "--device", "cpu")
+    service.write_text("models: {both: []}\n")
+    assert "models.both" in one_line_error(capsys, str(service))
 
 
 def test_no_model_has_a_shortlist(tmp_path: Path, models: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
