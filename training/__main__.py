@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from seqmodels.config import Weights
+from seqmodels.config import Average, Weights
 from seqmodels.errors import ConfigError, SeqModelsError
 from training.config import Recipe, differences, load_recipe
 
@@ -25,9 +25,13 @@ EVALUATE_HELP = """\
 examples:
   python -m training evaluate models/sentiment --baseline
   python -m training evaluate models/multi30k-en-de --split test generation.num_beams=5 run.device=cuda
+  python -m training evaluate models/seed-1 models/seed-2 models/seed-3
+
+Several models answer as one, with the recipe and the search of the first.
 
 The last line of the output is JSON; it is also written to evaluation-SPLIT.json in the model directory, with int8 or a
-shortlist to evaluation-SPLIT-int8-shortlist.json or the like.
+shortlist to evaluation-SPLIT-int8-shortlist.json or the like, and of several models beside the first of them, to
+evaluation-SPLIT-ensemble-REVISION.json.
 """
 SHORTLIST_HELP = """\
 A step of the search then looks at a few hundred target tokens in place of the whole vocabulary: those that the source's
@@ -77,7 +81,17 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
     score = commands.add_parser("evaluate", help="score a model", epilog=EVALUATE_HELP, formatter_class=raw)
     score.add_argument("directory", type=Path, metavar="MODEL_DIR", help="a finished run")
-    score.add_argument("overrides", nargs="*", metavar="key=value", help="settings that go before those of its recipe")
+    score.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="MODEL_DIR | key=value",
+        help="further runs, which answer with the first as one; settings that go before those of its recipe",
+    )
+    score.add_argument(
+        "--average",
+        choices=get_args(Average),
+        help="of what several models predict: their probabilities (default), or their log-probabilities",
+    )
     score.add_argument("--split", default="test", choices=("train", "validation", "test"), help="default: test")
     score.add_argument("--baseline", action="store_true", help="also score a baseline that cannot see order or motion")
     score.add_argument("--decoder-weights", default="float32", choices=get_args(Weights), help="default: float32")
@@ -106,11 +120,18 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    recipe, params = _recipe_of(options.directory, options.overrides)
+    others = [Path(text) for text in options.overrides if "=" not in text and Path(text).is_dir()]
+    if options.average and not others:
+        raise ConfigError(f"--average is {options.average!r}, but one model has nothing to average; leave it out")
+    overrides = [text for text in options.overrides if Path(text) not in others]
+    recipe, params = _recipe_of(options.directory, overrides)
     from training.run import evaluate_directory
 
     loading = {"decoder_weights": options.decoder_weights, "shortlist": options.shortlist}
-    result = evaluate_directory(options.directory, recipe, options.split, params, options.baseline, loading)
+    average: Average = options.average or "probability"
+    result = evaluate_directory(
+        options.directory, recipe, options.split, params, options.baseline, loading, others, average
+    )
     for name, value in result["scores"].items():
         print(f"{name:>24}  {value:.4f}  {result['signatures'].get(name, '')}".rstrip())
     print(json.dumps(result))

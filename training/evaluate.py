@@ -1,4 +1,4 @@
-"""Score a model directory on rows, through the same pipeline that serves it.
+"""Score a model directory on rows, or several that answer as one, through the same pipeline that serves them.
 
 Generated text is generated freely, with the directory's own search defaults. A language model is scored by its
 likelihood, forward only, the state carried from chunk to chunk.
@@ -6,15 +6,15 @@ likelihood, forward only, the state carried from chunk to chunk.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from seqmodels.config import ModelConfig
+from seqmodels.config import Average, ModelConfig
+from seqmodels.ensemble import Averaged, Directories, load_members
 from seqmodels.errors import ConfigError, DataError
+from seqmodels.models import Model
 from seqmodels.pipeline import Pipeline
-from seqmodels.pretrained import load_pretrained
 from seqmodels.rendering import is_bio
 from seqmodels.state import State
 from seqmodels.tokenizer import BOS
@@ -40,24 +40,26 @@ class Evaluation:
 
 
 def evaluate(
-    directory: Path,
+    directory: Directories,
     rows: Sequence[Row],
     codec: Codec,
     device: str = "cpu",
     params: dict[str, Any] | None = None,
     loading: Mapping[str, Any] | None = None,
+    average: Average = "probability",
 ) -> Evaluation:
     """All scores of the directory's task. params: search parameters that go before the directory's own. loading:
-    options of `Pipeline.from_pretrained`, for what is generated. Raises ConfigError, DataError."""
+    options of `Pipeline.from_pretrained`, for what is generated. average: of several directories' predictions. Raises
+    ConfigError, DataError."""
     loading = applicable(codec.config, loading or {})
     if not rows:
         raise DataError("there are no rows to evaluate on")
     if codec.config.task == "generate":
-        return _score_language_model(directory, rows, codec, device)
-    pipeline = Pipeline.from_pretrained(directory, device, **loading)
+        return _score_language_model(directory, rows, codec, device, average)
+    pipeline = Pipeline.from_pretrained(directory, device, average=average, **loading)
     # A classifier reads the beginning of what is too long, in training as here; let the others do what they can.
     answers = pipeline.run([pipeline.prepare(row.item, params, truncate=True) for row in rows])
-    nll = _mean_nll(directory, rows, codec, device)
+    nll = _mean_nll(_model(directory, device, average), rows, codec, device)
     if codec.config.task == "classify":
         return _score_labels(rows, [answer["label"] for answer in answers], nll)
     if codec.config.task == "tag":
@@ -140,8 +142,13 @@ def _score_texts(rows: Sequence[Row], texts: Sequence[str], nll: float) -> Evalu
     return Evaluation(scores, len(rows), signatures, _samples(rows, texts))
 
 
+def _model(directory: Directories, device: str, average: Average) -> Model | Averaged:
+    members = [member.model for member in load_members(directory, device)]
+    return members[0] if len(members) == 1 else Averaged(members, average)
+
+
 @torch.no_grad()
-def _mean_nll(directory: Path, rows: Sequence[Row], codec: Codec, device: str) -> float:
+def _mean_nll(model: Model | Averaged, rows: Sequence[Row], codec: Codec, device: str) -> float:
     """Nats per target, each target given those before it; rows that do not fit the model are left out.
 
     Raises DataError where nothing is left: 0 would look like the best of all scores.
@@ -149,7 +156,6 @@ def _mean_nll(directory: Path, rows: Sequence[Row], codec: Codec, device: str) -
     examples = codec.encode(rows)
     if not examples:
         raise DataError("every row to evaluate on is longer than the model or data.max_target_length allows")
-    model = load_pretrained(directory, device).model
     batches = Buckets(examples, codec, NLL_TOKENS_PER_BATCH, NLL_ROWS_PER_BATCH, seed=0)
     total, count = 0.0, 0
     for index in range(len(batches)):
@@ -162,14 +168,17 @@ def _mean_nll(directory: Path, rows: Sequence[Row], codec: Codec, device: str) -
 
 
 @torch.no_grad()
-def _score_language_model(directory: Path, rows: Sequence[Row], codec: Codec, device: str) -> Evaluation:
+def _score_language_model(
+    directory: Directories, rows: Sequence[Row], codec: Codec, device: str, average: Average
+) -> Evaluation:
     """nll counts words and ends of texts; a BOS in mid-stream is no word, though its small cost is counted."""
-    model = load_pretrained(directory, device).model
+    model = _model(directory, device, average)
     streams = Streams(codec.encode(rows), EVALUATION_ROWS, CHUNK_LENGTH)
     total, count, state = 0.0, 0, None
     for index in range(len(streams)):
         batch = {name: value.to(device) for name, value in streams.batch(0, index).items()}
         out = model(**batch, state=state)
+        assert out.state is not None, "a language model gives one to go on from"
         state = State(out.state.values)
         total += float(out.nll) * int(out.num_targets)
         count += int(out.num_targets) - int((batch["labels"][:, 1:] == BOS).sum())
@@ -179,12 +188,12 @@ def _score_language_model(directory: Path, rows: Sequence[Row], codec: Codec, de
         "perplexity": metrics.perplexity(total / count),
         "bits_per_character": metrics.bits_per_character(total, characters),
     }
-    return Evaluation(scores, len(rows), samples=_free_samples(directory, device))
+    return Evaluation(scores, len(rows), samples=_free_samples(directory, device, average))
 
 
-def _free_samples(directory: Path, device: str) -> list[dict[str, str]]:
+def _free_samples(directory: Directories, device: str, average: Average) -> list[dict[str, str]]:
     """What the model writes of its own accord."""
-    pipeline = Pipeline.from_pretrained(directory, device)
+    pipeline = Pipeline.from_pretrained(directory, device, average=average)
     answers = pipeline.run([pipeline.prepare(None, {"seed": seed}) for seed in range(1, NUM_FREE_SAMPLES + 1)])
     return [
         {"seed": str(seed), "text": sequence["text"]}

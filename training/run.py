@@ -22,7 +22,8 @@ import yaml
 from pydantic import PositiveInt, ValidationError
 from safetensors import SafetensorError
 
-from seqmodels.config import Strict, explain
+from seqmodels.config import Average, Strict, explain
+from seqmodels.ensemble import common_reader, load_members, revision_of
 from seqmodels.errors import CheckpointError, ConfigError, DataError
 from seqmodels.pretrained import load_pretrained, save_pretrained, tokenizer_names
 from seqmodels.rendering import is_bio
@@ -328,28 +329,33 @@ def evaluate_directory(
     params: Mapping[str, Any],
     with_baseline: bool = False,
     loading: Mapping[str, Any] = MappingProxyType({}),
+    others: Sequence[Path] = (),
+    average: Average = "probability",
 ) -> dict[str, Any]:
     """Score a finished model on one split of its data, or of other data, and write the result beside it.
 
-    loading: see `evaluate`. Raises DataError for a split that is cut from other data than the run's: what was trained
-    on could be in it; ConfigError for a loading option that changes nothing.
+    loading: see `evaluate`. others: models that answer with it as one, by the average of what all predict. Raises
+    DataError for a split that is cut from other data than the run's: what was trained on could be in it; ConfigError
+    for a loading option that changes nothing, and for models that do not fit together.
     """
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    saved = load_pretrained(directory)
+    directories = [directory, *others]
+    members = load_members(directories)
+    saved = common_reader(members)
     loading = applicable(saved.config, loading)  # before the data, which may take a while
     codec = Codec(
         saved.config, saved.source_tokenizer, saved.target_tokenizer, saved.preprocessor, recipe.data.max_target_length
     )
-    rows = _rows_to_score(directory, recipe, split, with_baseline)
-    result = evaluate(directory, rows[split], codec, recipe.run.device, dict(params), loading)
+    rows, *_ = [_rows_to_score(member, recipe, split, with_baseline) for member in directories]  # each checks its own
+    result = evaluate(directories, rows[split], codec, recipe.run.device, dict(params), loading, average)
     scores = dict(result.scores)
     if with_baseline:
         name, score = _baseline(recipe, rows["train"], rows[split])
         scores[name] = score
     report = {
-        "model": directory.name,
-        "revision": saved.revision,
+        "model": " ".join(member.name for member in directories),
+        "revision": revision_of(members, average),
         "data": _data_name(recipe.data),
         "split": split,
         "rows": result.num_rows,
@@ -358,13 +364,16 @@ def evaluate_directory(
         "search": {**saved.generation.model_dump(mode="json", exclude_defaults=True), **params},
         "loading": loading,
     }
-    checkpoint.write_whole(directory / _report_name(split, loading), json.dumps(report, indent=1) + "\n")
+    ways = [name if value is True else str(value) for name, value in loading.items() if value not in ("float32", False)]
+    if others:
+        report["average"] = average
+        ways.append(f"ensemble-{report['revision']}")
+    checkpoint.write_whole(directory / _report_name(split, ways), json.dumps(report, indent=1) + "\n")
     return report
 
 
-def _report_name(split: str, loading: Mapping[str, Any]) -> str:
+def _report_name(split: str, ways: Sequence[str]) -> str:
     """`evaluation-test.json`; other ways of loading have files of their own: `evaluation-test-int8-shortlist.json`."""
-    ways = [name if value is True else str(value) for name, value in loading.items() if value not in ("float32", False)]
     return "-".join(["evaluation", split, *ways]) + ".json"
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +14,7 @@ from seqmodels.errors import ConfigError
 from seqmodels.models import Model
 from seqmodels.pipeline import Pipeline
 from tests.seqmodels.builders import make_language_model, make_model
-from tests.training.recipes import TAGGER, TRANSLATOR, WORDS, fields, recipe
+from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TAGGER, TRANSLATOR, WORDS, fields, recipe
 from training.__main__ import main
 from training.data.generated import generate
 from training.data.rows import Row
@@ -295,3 +296,37 @@ def test_help_shows_examples() -> None:
             env={**os.environ, "COLUMNS": "120"},
         )
         assert "examples:" in done.stdout and f"python -m training {command}" in done.stdout
+
+
+@pytest.mark.parametrize("task", ["classify", "translate", "generate"])
+def test_evaluate_takes_models_that_answer_as_one(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twice the same model scores as the model does; two models of the same data as the mean of what they predict."""
+    data = {"classify": "sentiment", "translate": "numbers-en-fr", "generate": "language-model"}[task]
+    model = {"classify": CLASSIFIER, "translate": TRANSLATOR, "generate": LANGUAGE_MODEL}[task]
+    source = {"generated": data, "tokenizer": WORDS}
+    recipe = write_recipe(tmp_path / "recipe.yaml", task=task, data=source, model=model)
+    directories = [str(tmp_path / name) for name in "ab"]
+    for seed, directory in enumerate(directories, start=1):
+        settings = [f"run.output_dir={directory}", f"run.seed={seed}", "run.max_eval_samples=4"]
+        settings += ["generation.max_new_tokens=3"] if task != "classify" else []
+        assert main(["train", recipe, *settings]) == 0
+    capsys.readouterr()
+
+    def scored(*given: str) -> dict[str, Any]:
+        assert main(["evaluate", *given, "--split", "validation"]) == 0
+        result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return result
+
+    alone, other = (scored(directory) for directory in directories)
+    twice = scored(directories[0], directories[0])
+    assert twice["scores"] == pytest.approx(alone["scores"], rel=1e-4)
+    both = scored(*directories, "--average", "probability")
+    # The logarithm is concave: the mean probability is at least as good as the mean of log-probabilities.
+    assert both["scores"]["nll"] <= (alone["scores"]["nll"] + other["scores"]["nll"]) / 2 + 1e-6
+    assert both["scores"]["nll"] not in (alone["scores"]["nll"], other["scores"]["nll"])
+    assert both["model"] == "a b" and both["revision"] not in (alone["revision"], other["revision"])
+    assert (tmp_path / "a" / f"evaluation-validation-ensemble-{both['revision']}.json").exists()
+    assert main(["evaluate", directories[0], "--average", "logprob"]) == 2
+    assert "--average is 'logprob', but one model" in capsys.readouterr().err
