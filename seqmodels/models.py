@@ -209,8 +209,8 @@ def _targets(labels: Tensor, label_lengths: Tensor) -> Tensor:
 
 
 def _mean_square(x: Tensor) -> Tensor:
-    """0 of no numbers at all."""
-    return x.square().sum() / max(1, x.numel())
+    """0 of no numbers at all. In float32, whatever the numbers are of."""
+    return x.float().square().sum() / max(1, x.numel())
 
 
 def labelled(logits: Tensor, labels: Tensor, smoothing: float) -> Output:

@@ -74,6 +74,17 @@ class Memory(Record):
     keys: Tensor | None = None
     bias: Tensor | None = None
 
+    def concat(self, *others: "Memory") -> "Memory":
+        """Rows of this memory, then rows of the others; S grows to the longest, and what is filled up is masked."""
+        everyone = (self, *others)
+        first, *rest = (one.padded(max(each.values.shape[1] for each in everyone)) for one in everyone)
+        return Record.concat(first, *rest)
+
+    def put(self, places: Tensor, other: "Memory") -> "Memory":
+        """See Record. S grows to the other's where that is longer."""
+        positions = max(self.values.shape[1], other.values.shape[1])
+        return Record.put(self.padded(positions), places, other.padded(positions))
+
     def padded(self, positions: int) -> "Memory":
         """The same with S filled up to so many positions, which are masked; unchanged where S is as large."""
         missing = positions - self.values.shape[1]

@@ -72,7 +72,8 @@ Groups = Sequence[Group]
 
 
 class Decodes(Protocol):
-    """What the engine asks of a model. A memory is whatever `encode` returns."""
+    """What the engine asks of a model. A memory is whatever `encode` returns; the logits of a step are the engine's to
+    write over."""
 
     config: ModelConfig
     device: torch.device
@@ -350,8 +351,10 @@ class _GruStep:
         self, weights: CellWeights, cell: Cell, linear: Callable[..., Linear], embedding: Tensor | None = None
     ) -> None:
         halves = _halves(weights, gates=3, sigmoids=(0, 1))  # torch's order: reset, update, candidate
-        self._from_input: Callable[[Tensor], Tensor] = linear(halves.input, halves.input_bias)
-        if embedding is not None:
+        self._from_input: Callable[[Tensor], Tensor]
+        if embedding is None:
+            self._from_input = linear(halves.input, halves.input_bias)
+        else:
             table = F.linear(embedding, halves.input, halves.input_bias).detach()
             self._from_input = partial(F.embedding, weight=table)
         self._from_hidden = linear(halves.recurrent, halves.recurrent_bias)

@@ -32,6 +32,7 @@ from training.optim import (
     Precision,
     Update,
     build_optimizer,
+    check_schedule,
     cycles_done,
     freeze,
     learning_rate,
@@ -41,8 +42,9 @@ from training.report import Reporter
 
 TOO_LARGE = "the model is too large for this machine's memory; lower the sizes in `model`"
 MAX_SKIPPED_IN_A_ROW = 5
-# Of float16, as torch's own scaler: where it begins, how far it may rise, and after how many good steps it does.
-FIRST_LOSS_SCALE, MAX_LOSS_SCALE, STEPS_OF_A_SCALE = 2.0**16, 2.0**24, 2000
+# Of float16: where the scale of the loss begins, between what it moves, and after how many good steps it rises. The
+# loss of an update is a sum over some thousand targets, so these are torch's own numbers over about as much.
+FIRST_LOSS_SCALE, MIN_LOSS_SCALE, MAX_LOSS_SCALE, STEPS_OF_A_SCALE = 2.0**4, 2.0**-12, 2.0**12, 2000
 Evaluate = Callable[[Path], dict[str, float]]  # the scores of a model directory on the validation split
 
 
@@ -63,6 +65,7 @@ class Trainer:
         self.evaluate, self.metric, self.reporter = evaluate, metric, reporter
         self.steps_per_epoch = -(-len(batches) // recipe.run.gradient_accumulation_steps)
         self.total_steps = _total_steps(recipe, self.steps_per_epoch)
+        check_schedule(recipe.optim, self.total_steps)
         self.eval_steps = recipe.run.eval_steps or self.steps_per_epoch
         torch.manual_seed(recipe.run.seed)
         self.model = new_model(recipe, codec).to(recipe.run.device)
@@ -147,7 +150,7 @@ class Trainer:
         """Half of it where a number overflowed, twice after long without. Returns whether the overflow was the
         scale's, so that the next step may go well."""
         progress = self.progress
-        if skipped and progress.loss_scale > 1:
+        if skipped and progress.loss_scale > MIN_LOSS_SCALE:
             progress.loss_scale, progress.scaled_well = progress.loss_scale / 2, 0
             return True
         progress.scaled_well += not skipped
@@ -159,7 +162,7 @@ class Trainer:
         progress = self.progress
         scale_was_too_large = self.recipe.run.fp16 and self._move_loss_scale(done.skipped)
         if done.skipped:
-            progress.skipped += 1
+            progress.skipped += not scale_was_too_large
             progress.skipped_in_a_row += not scale_was_too_large
             if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise DivergedError(

@@ -137,6 +137,16 @@ def learning_rate(section: OptimSection, step: int, total_steps: int, plateau_sc
             return section.learning_rate
 
 
+def check_schedule(section: OptimSection, total_steps: int) -> None:
+    """Raises ConfigError for cycles that are too short to fall in."""
+    steps = total_steps - section.warmup_steps
+    if section.num_cycles > 1 and steps < 2 * section.num_cycles:
+        raise ConfigError(
+            f"optim.num_cycles is {section.num_cycles}, but a run of {total_steps} steps has {max(0, steps)} after its "
+            "warm-up; give each cycle two at least"
+        )
+
+
 def cycles_done(section: OptimSection, step: int, total_steps: int) -> int:
     """How many cycles of the rate have ended after so many steps; see `learning_rate`."""
     done = (step - section.warmup_steps) * section.num_cycles / max(1, total_steps - section.warmup_steps)

@@ -72,7 +72,8 @@ def train(recipe: Recipe) -> Path:
         if (directory / FINISHED).is_file():
             reporter.say(f"{directory} is finished; nothing to do")
             return directory
-        rows = load_rows(recipe, say=reporter.say)
+        with _reading():
+            rows = load_rows(recipe, say=reporter.say)
         codec = _prepare(directory, recipe, rows, saved, reporter)
         examples = codec.encode(rows["train"])
         batches = _batches(recipe, codec, examples)
@@ -103,9 +104,18 @@ def _refusals(directory: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error  # safetensors writes by itself
         raise CheckpointError(
-            f"{directory} could not be written to ({reason}). The last checkpoint is kept: mend that, such as by "
-            "making room, and give the same command again"
+            f"{directory} could not be written to ({reason}). Mend that, such as by making room, and give the same "
+            "command again: what was saved before is kept"
         ) from error
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """What the system cannot read is the data's fault, not the run directory's."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{error.filename or 'the data'} cannot be read: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -135,7 +145,7 @@ def _saved_run(directory: Path, recipe: Recipe) -> RunFile | None:
         if (directory / "config.json").exists():
             raise ConfigError(f"run.output_dir {directory} holds a model that no run made; name another directory")
         return None
-    for key, was, now in differences(saved.recipe, _plain(recipe)):
+    for key, was, now in differences(_completed(saved.recipe), _plain(recipe)):
         raise CheckpointError(
             f"{directory} was begun with {key}={was}, but the recipe now says {now}; put it back, or name another "
             "run.output_dir"
@@ -214,6 +224,14 @@ def _read_tokenizer(directory: Path, digest: str | None) -> Tokenizer | None:
 
 def _digest(tokenizer: Tokenizer | None) -> str | None:
     return tokenizer.fingerprint if tokenizer else None
+
+
+def _completed(saved: dict[str, Any]) -> dict[str, Any]:
+    """A recipe of an earlier version, with the defaults of the fields that have come since."""
+    try:
+        return _plain(parse_recipe(saved))
+    except ConfigError:  # then the differences tell
+        return saved
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:

@@ -143,6 +143,8 @@ class Engine:
             )
         if request.shortlist is not None and not (request.shortlist > self._eos).any():
             raise InputError("shortlist holds no word; add some, or leave it out", param="shortlist")
+        if request.shortlist is not None and not (request.shortlist == self._eos).any():
+            raise InputError(f"shortlist lacks token {self._eos}, which ends a text; add it", param="shortlist")
         for name in ("output_attentions", "coverage_penalty"):
             if getattr(request.params, name) and not self._model.output_attentions:
                 reason = "this model has not" if not self._model.attends else "this ensemble has over different grids"

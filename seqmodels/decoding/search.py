@@ -82,7 +82,7 @@ class Search(Record):
 
     def wants_all(self, standing: Standing | None) -> bool:
         """Whether `advance` has to be given the log-probabilities of the whole vocabulary."""
-        return standing is not None or self.details is not None
+        return standing is not None or (self.details is not None and self.details.top_tokens is not None)
 
     def normalised(self, scores: Tensor) -> Tensor:
         """scores (R, X) of hypotheses that are `length` tokens long -> divided by the length penalty."""

@@ -51,17 +51,17 @@ class Sources:
             length, alone = _length(group[0]), len(group)
             if length:
                 room = min(ROWS, POSITIONS // length) - alone
-                room = min(room, positions // length, self._room(length))
+                room = min(room, positions // length, self._room(group[0]))
                 alike = (other for other in waiting if _length(other) == length and other not in self._ahead)
                 group += islice(alike, max(0, room))
                 positions -= (len(group) - alone) * length
             self._ahead.update(zip(group, self._encode(group), strict=True))
         return [self._ahead.pop(request) for request in requests]
 
-    def _room(self, length: int) -> int:
+    def _room(self, request: Request) -> int:
         """How many more of that length may wait encoded."""
-        held = sum(map(_length, self._ahead))
-        return min(MAX_AHEAD - len(self), (MAX_POSITIONS_AHEAD - held) // length)
+        held = sum(map(_looked_at, self._ahead))
+        return min(MAX_AHEAD - len(self), (MAX_POSITIONS_AHEAD - held) // _looked_at(request))
 
     def forget(self, requests: Iterable[Request]) -> None:
         for request in requests:
@@ -75,10 +75,15 @@ class Sources:
             return [Encoded(None, self._model.start(None, 1))] * len(requests)
         memory = self._model.encode(*pad_inputs(inputs, self._model.device))
         state = self._model.start(memory, len(padded))
-        looked_at = memory.padded(padded_length(inputs[0], LANES)) if self._model.attends else None
+        looked_at = memory.padded(_looked_at(requests[0])) if self._model.attends else None
         rows = torch.arange(len(requests), device=self._model.device)[:, None]
         return [Encoded(looked_at and looked_at.select(row), state.select(row)) for row in rows]
 
 
 def _length(request: Request) -> int:
     return padded_length(request.inputs)
+
+
+def _looked_at(request: Request) -> int:
+    """Positions of its memory once it is as long as its lane's."""
+    return padded_length(request.inputs, LANES)

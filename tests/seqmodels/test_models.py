@@ -258,3 +258,17 @@ def test_tasks_follow_from_what_goes_in_and_out() -> None:
         config = ModelConfig.parse({"architecture": architecture, "encoder": ENCODERS[kind], **parts})
         assert config.task == task
     assert ModelConfig.parse({"architecture": "generator", "decoder": decoder}).task == "generate"
+
+
+def test_memories_of_unequal_length_stay_masked_when_they_meet() -> None:
+    model = make_translator(1)
+    with torch.inference_mode():
+        short, long = (model.encode(torch.randint(4, 40, (2, n)), torch.full((2,), n)) for n in (2, 4))
+    for together in (
+        short.concat(long),
+        long.concat(short),
+        long.select(torch.tensor([0, 1, 0, 1])).put(torch.tensor([0, 1]), short),
+    ):
+        assert together.bias is not None
+        assert torch.equal(together.bias[:, 0] == 0, together.mask)
+        assert torch.equal(together.mask.sum(1).sort().values, torch.tensor([2, 2, 4, 4]))

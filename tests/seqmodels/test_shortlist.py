@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.generate import generate
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.request import Request
@@ -86,6 +87,12 @@ def by_hand(
     mean = torch.stack(probabilities).mean(0).gather(1, places[:, None])[:, 0]
     logprobs: list[float] = mean.log().tolist()
     return logprobs
+
+
+def test_a_list_that_cannot_end_a_text_is_refused() -> None:
+    engine = Engine(make_translator(0))
+    with pytest.raises(InputError, match=f"shortlist lacks token {EOS}"):
+        engine.submit(Request("a", torch.tensor([5, 6]), SearchParams(), shortlist=torch.tensor([5, 6])))
 
 
 class Leaky(Stepper):

@@ -75,9 +75,9 @@ def test_what_is_read_ahead_keeps_to_the_budget_of_a_turn(positions: int, rows: 
     assert stepper.calls == [(rows, 12)]
 
 
-@pytest.mark.parametrize(("limit", "held"), [({"MAX_AHEAD": 5}, 5), ({"MAX_POSITIONS_AHEAD": 40}, 3)])
+@pytest.mark.parametrize(("limit", "held"), [({"MAX_AHEAD": 5}, 5), ({"MAX_POSITIONS_AHEAD": 100}, 3)])
 def test_few_wait_encoded(monkeypatch: pytest.MonkeyPatch, limit: dict[str, int], held: int) -> None:
-    """Sources of 12 positions with padding."""
+    """Sources whose memories have 32 positions, with the padding of their lane."""
     for name, value in limit.items():
         monkeypatch.setattr(sources_module, name, value)
     engine = Engine(Counting(make_translator(1)), max_rows=2)

@@ -145,7 +145,7 @@ def test_a_full_or_read_only_disk_ends_a_run_that_can_go_on(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", counted_save)
         patch.setattr(checkpoint, "flush", refusing_flush)
-        with pytest.raises(CheckpointError, match=f"{os.strerror(code)}.*The last checkpoint is kept"):
+        with pytest.raises(CheckpointError, match=f"{os.strerror(code)}.*what was saved before is kept"):
             train(parse_recipe(recipe_fields(1, refused)))
     found = checkpoint.load_newest(refused / "checkpoints")
     assert found is not None and not found[2] and found[0].step >= 10
@@ -165,6 +165,15 @@ def test_a_file_that_may_not_grow_is_an_error_and_no_traceback(tmp_path: Path) -
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "could not be written to" in done.stderr
+    train(parse_recipe(made))
+    report = limited.replace("20_000, 20_000", "10, 10") + "from training.__main__ import main; "
+    command = [report + "sys.exit(main(['evaluate', sys.argv[1]]))"]
+    done = subprocess.run(
+        [sys.executable, "-c", *command, str(tmp_path / "run")],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and os.strerror(errno.EFBIG) in done.stderr
 
 
 def test_damaged_checkpoints_are_never_loaded() -> None:

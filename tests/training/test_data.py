@@ -459,13 +459,17 @@ def test_streams_are_contiguous_and_chunks_overlap_by_one() -> None:
 
 
 @pytest.mark.parametrize("vary", [False, True])
-@pytest.mark.parametrize(("num_tokens", "rows", "chunk"), [(23, 3, 4), (100, 8, 7), (5, 4, 64), (1, 3, 3), (64, 8, 8)])
+@pytest.mark.parametrize(
+    ("num_tokens", "rows", "chunk"),
+    [(23, 3, 4), (100, 8, 7), (5, 4, 64), (1, 3, 3), (64, 8, 8), (25, 1, 1), (25, 2, 2)],
+)
 def test_every_token_is_a_target_once(num_tokens: int, rows: int, chunk: int, vary: bool) -> None:
     streams = stream_of(num_tokens, rows, chunk, 5, vary)
-    for epoch in (0, 1):
+    for epoch in range(30):
         seen: Counter[int] = Counter()
         for index in range(len(streams)):
             batch = streams.batch(epoch, index)
+            assert batch["labels"].shape[1] > 1
             for row, length in zip(batch["labels"].tolist(), batch["label_lengths"].tolist(), strict=True):
                 seen.update(row[1:length])
         assert seen == Counter(range(10, 10 + num_tokens))

@@ -1,7 +1,9 @@
 """The loop and the run directory: what is best, when to stop, what going on refuses."""
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 
 import training.loop
 import training.run
-from seqmodels.errors import CheckpointError, ConfigError
+from seqmodels.errors import CheckpointError, ConfigError, DataError
 from seqmodels.pretrained import load_pretrained
 from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TEXT_ENCODER, WORDS, fields, recipe
 from training.loop import MAX_SKIPPED_IN_A_ROW, Trainer
@@ -190,8 +192,51 @@ def test_a_loss_scale_falls_where_it_overflows_and_rises_after_long_without(
     PlantedLoss(monkeypatch, {0, 1, 2, 3, 4, 5, 6})  # more than MAX_SKIPPED_IN_A_ROW
     made = recipe(directory=tmp_path, run={"max_steps": 17})
     train(made.model_copy(update={"run": made.run.model_copy(update={"fp16": True})}))
-    scales = [2.0**power for power in (16, 15, 14, 13, 12, 11, 10, *[9] * 4, *[10] * 4, *[11] * 2)]
+    scales = [2.0**power for power in (4, 3, 2, 1, 0, -1, -2, *[-3] * 4, *[-2] * 4, *[-1] * 2)]
     assert precisions == [Precision(torch.float16, scale) for scale in scales]
+    assert "(loss or gradient not finite) | 0 |" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_update_is_given_its_step_its_share_of_the_rate_and_its_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[int, float, Precision]] = []
+
+    def spy(*others: Any, step: int, precision: Precision, **named: Any) -> Update:
+        model, batches, optimizer, section, rate, carried = others
+        assert carried is None or carried.values.dtype == torch.float32
+        (batch,) = batches
+        length = batch["labels"].shape[1] - 1
+        given.append((step, rate / length, precision))
+        return update(model, [batch], optimizer, section, rate, carried, step=step, precision=precision, **named)
+
+    monkeypatch.setattr(training.loop, "update", spy)
+    data = {"generated": "language-model", "tokenizer": WORDS, "chunk_length": 10, "vary_chunk_length": True}
+    run = {"max_steps": 6, "bf16": True}
+    train(recipe("generate", tmp_path, data=data, model=LANGUAGE_MODEL, optim={"learning_rate": 0.01}, run=run))
+    assert given == [(step, pytest.approx(0.01 / 10), Precision(torch.bfloat16)) for step in range(6)]
+
+
+def test_a_run_of_before_a_field_came_goes_on(tmp_path: Path) -> None:
+    train(recipe(directory=tmp_path))
+    path = tmp_path / "run.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    del saved["recipe"]["run"]["bf16"], saved["recipe"]["optim"]["num_cycles"]
+    path.write_text(json.dumps(saved), encoding="utf-8")
+    assert train(recipe(directory=tmp_path)) == tmp_path
+    with pytest.raises(CheckpointError, match=r"begun with run\.bf16=False, but the recipe now says True"):
+        train(recipe(directory=tmp_path, run={"bf16": True}))
+
+
+def test_data_that_cannot_be_read_is_not_the_run_directorys_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "rows.csv")
+
+    monkeypatch.setattr(training.run, "load_rows", failing)
+    with pytest.raises(DataError, match=r"rows\.csv cannot be read: Input/output error"):
+        train(recipe(directory=tmp_path))
 
 
 def test_snapshots_are_the_models_at_the_ends_of_cycles(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from training.optim import (
     Precision,
     add_noise,
     build_optimizer,
+    check_schedule,
     clip,
     cycles_done,
     freeze,
@@ -164,6 +165,13 @@ def test_cycles_end_where_the_rate_starts_again() -> None:
         2,
         3,
     ]
+
+
+def test_cycles_of_less_than_two_steps_are_refused() -> None:
+    section = OptimSection(warmup_steps=4, lr_scheduler_type="cosine_with_restarts", num_cycles=3)
+    check_schedule(section, total_steps=10)
+    with pytest.raises(ConfigError, match="num_cycles is 3, but a run of 9 steps has 5 after"):
+        check_schedule(section, total_steps=9)
 
 
 def test_noise_is_of_the_papers_size_and_comes_after_clipping() -> None:

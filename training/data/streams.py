@@ -71,12 +71,13 @@ class Streams:
     @lru_cache(maxsize=2)  # noqa: B019 - one object lives as long as the run
     def _ends(self, epoch: int) -> list[int]:
         """Where each chunk of an epoch ends: lengths drawn as Merity et al. 2018 do, one in twenty about half as long,
-        then stretched together so that every epoch has the same number of chunks."""
+        then stretched together so that every epoch has the same number of chunks, none of them empty."""
         draw = random.Random(f"{self._seed}:{epoch}:chunks")
         means = [self._chunk / 2 if draw.random() < SHORT_SHARE else self._chunk for _ in range(len(self))]
-        lengths = [max(1.0, draw.gauss(mean, min(DEVIATION, mean / 3))) for mean in means]
-        scale = self._length / sum(lengths)
-        return [round(end * scale) for end in accumulate(lengths)]
+        lengths = [max(0.0, draw.gauss(mean, min(DEVIATION, mean / 3)) - 1) for mean in means]  # beyond one step each
+        scale = (self._length - len(lengths)) / max(1.0, sum(lengths))
+        ends = [number + round(end * scale) for number, end in enumerate(accumulate(lengths), start=1)]
+        return [*ends[:-1], self._length]
 
     def _table(self, epoch: int) -> Tensor:
         """(B, 1 + length): a BOS, then the stream."""
