@@ -8,7 +8,7 @@ from torch import Tensor
 
 from seqmodels.config import ModelConfig
 from seqmodels.errors import ConfigError
-from seqmodels.models import IGNORE, SequenceGenerator
+from seqmodels.models import IGNORE, SequenceGenerator, _mean_square
 from seqmodels.state import State
 from seqmodels.stepper import Group, Stepper
 from tests.seqmodels.builders import make_language_model, make_model, make_translator
@@ -272,3 +272,9 @@ def test_memories_of_unequal_length_stay_masked_when_they_meet() -> None:
         assert together.bias is not None
         assert torch.equal(together.bias[:, 0] == 0, together.mask)
         assert torch.equal(together.mask.sum(1).sort().values, torch.tensor([2, 2, 4, 4]))
+
+
+def test_penalties_are_sums_of_float32_under_autocast() -> None:
+    few = torch.full((1000,), 1e-4, dtype=torch.float16)  # whose squares float16 does not have
+    penalty = _mean_square(few)
+    assert penalty.dtype == torch.float32 and float(penalty) == pytest.approx(1e-8, rel=1e-2)

@@ -157,23 +157,22 @@ def test_a_file_that_may_not_grow_is_an_error_and_no_traceback(tmp_path: Path) -
     """A limit of the system's own, which the library that writes tensors meets as well."""
     made = recipe_fields(1, tmp_path / "run")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(made), encoding="utf-8")
-    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
-    command = [limited + "from training.__main__ import main; sys.exit(main(['train', sys.argv[1]]))"]
-    done = subprocess.run(
-        [sys.executable, "-c", *command, str(tmp_path / "recipe.yaml")],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "could not be written to" in done.stderr
+
+    def run_limited(size: int, command: str, path: Path) -> str:
+        """The error of a command whose files may not grow beyond so many bytes."""
+        limit = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); "
+        call = f"from training.__main__ import main; sys.exit(main(['{command}', sys.argv[1]]))"
+        done = subprocess.run(
+            [sys.executable, "-c", limit + call, str(path)],
+            cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        return done.stderr
+
+    assert "could not be written to" in run_limited(20_000, "train", tmp_path / "recipe.yaml")
     train(parse_recipe(made))
-    report = limited.replace("20_000, 20_000", "10, 10") + "from training.__main__ import main; "
-    command = [report + "sys.exit(main(['evaluate', sys.argv[1]]))"]
-    done = subprocess.run(
-        [sys.executable, "-c", *command, str(tmp_path / "run")],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: ") and os.strerror(errno.EFBIG) in done.stderr
+    error = run_limited(10, "evaluate", tmp_path / "run")
+    assert error.startswith("error: ") and os.strerror(errno.EFBIG) in error
 
 
 def test_damaged_checkpoints_are_never_loaded() -> None:
