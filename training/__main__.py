@@ -1,5 +1,5 @@
-"""python -m training train RECIPE.yaml [key=value ...] · evaluate MODEL_DIR [--split test] [key=value ...] · shortlist
-MODEL_DIR"""
+"""python -m training train RECIPE.yaml [key=value ...] · evaluate MODEL_DIR [--split test] [key=value ...] · average
+MODEL_DIR ... --output NEW_DIR · shortlist MODEL_DIR"""
 
 import argparse
 import json
@@ -41,6 +41,14 @@ tokens were translated into in the training split, and the most frequent ones. M
   python -m training evaluate models/multi30k-en-de --split validation --shortlist
   python -m seqmodels generate models/multi30k-en-de --shortlist sentences.txt
 """
+AVERAGE_HELP = """\
+For models that one run passed through, or that were tuned from one: the snapshots of a cyclic schedule, say. Those of
+other seeds have no useful mean; let them answer together, as several directories of `evaluate`, `python -m seqmodels`
+or a service.
+
+  python -m training average models/run/snapshots/cycle-4 models/run/snapshots/cycle-5 --output models/mean
+  python -m training evaluate models/mean --split validation
+"""
 EVALUATION_KEYS = (
     *("data.id", "data.name", "data.revision", "data.path", "data.generated", "data.columns", "data.splits"),
     *("data.cut", "data.label_names", "data.max_target_length", "run.device", "run.threads"),
@@ -70,7 +78,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments)
     if unknown := [text for text in rest if text.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    options.overrides += rest
+    if rest and "overrides" not in options:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
     return options
 
 
@@ -102,6 +113,15 @@ def _parser() -> argparse.ArgumentParser:
         "--shortlist", action="store_true", help="search with the model's shortlist; nll stays over all tokens"
     )
     score.set_defaults(run=_evaluate)
+    mean = commands.add_parser(
+        "average",
+        help="make one model of several, with the mean of their weights",
+        epilog=AVERAGE_HELP,
+        formatter_class=raw,
+    )
+    mean.add_argument("directories", type=Path, nargs="+", metavar="MODEL_DIR", help="two or more, of one config")
+    mean.add_argument("--output", type=Path, required=True, metavar="NEW_DIR", help="where the mean is written")
+    mean.set_defaults(run=_average)
     shorten = commands.add_parser(
         "shortlist", help="learn a shortlist for a translator", epilog=SHORTLIST_HELP, formatter_class=raw
     )
@@ -138,6 +158,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     for name, value in result["scores"].items():
         print(f"{name:>24}  {value:.4f}  {result['signatures'].get(name, '')}".rstrip())
     print(json.dumps(result))
+
+
+def _average(options: argparse.Namespace) -> None:
+    from training.average import average_directories
+
+    average_directories(options.directories, options.output)
+    print(f"wrote {options.output}, the mean of {len(options.directories)} models")
 
 
 def _shortlist(options: argparse.Namespace) -> None:

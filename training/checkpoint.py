@@ -11,7 +11,7 @@ two are kept: if the newest is damaged, the one before it serves.
 import hashlib
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -41,6 +41,7 @@ class Progress:
     validations_without_better: int = 0
     plateau_scale: float = 1.0
     plateau_wait: int = 0
+    kept: list[tuple[float, int]] = field(default_factory=list)  # score and step of models to average at the end
     skipped: int = 0
     skipped_in_a_row: int = 0
     averaged: int = 0  # updates in the moving average of the weights

@@ -166,6 +166,10 @@ class RunSection(Strict):
     early_stopping_patience: PositiveInt | None = None  # validations without a better score
     metric_for_best_model: str | None = None  # None: the task's first in METRICS, span F1 where labels are BIO
     ema_decay: Fraction | None = None  # validate and keep the moving average of the weights
+    average_best: Annotated[int, Field(ge=2)] | None = None  # at the end, the mean of so many best validated models ...
+    average_last: Annotated[int, Field(ge=2)] | None = (
+        None  # ... or of the last: kept if it scores better than the best
+    )
     keep_snapshots: bool = False  # the model at the end of each cycle of the rate, in snapshots/ (Huang et al. 2017)
     bf16: bool = False  # forward pass and gradients in bfloat16 where that is safe; weights and sums in float32
     fp16: bool = False  # the same in float16, the loss scaled so that small gradients stay; CUDA only
@@ -177,6 +181,8 @@ class RunSection(Strict):
     def _check(self) -> Self:
         if self.num_train_epochs is None and self.max_steps is None:
             raise ValueError("run has no end; set run.num_train_epochs or run.max_steps")
+        if self.average_best and self.average_last:
+            raise ValueError("run.average_best and run.average_last are both set; choose one")
         if self.bf16 and self.fp16:
             raise ValueError("run.bf16 and run.fp16 are both set; choose one")
         if self.fp16 and self.device == "cpu":

@@ -19,9 +19,11 @@ from torch import Tensor
 from seqmodels.config import ModelConfig
 from seqmodels.errors import ConfigError
 from seqmodels.models import Model, build_model
-from seqmodels.pretrained import load_pretrained, save_pretrained
+from seqmodels.pretrained import RECIPE, load_pretrained, save_pretrained
 from seqmodels.state import State
 from training import checkpoint
+from training.average import averaged
+from training.average import save as save_average
 from training.checkpoint import Progress
 from training.config import LOWER_IS_BETTER, Recipe
 from training.data.batches import Batch, Batches
@@ -79,8 +81,8 @@ class Trainer:
         self._resume()
         self.started = time.monotonic() - self.progress.seconds
 
-    def run(self) -> None:
-        """From wherever the run stands to its end."""
+    def run(self) -> Path:
+        """From wherever the run stands to its end; returns the directory of the model that it results in."""
         while True:
             over = self._is_over()
             if self._validation_is_due(over):
@@ -88,10 +90,11 @@ class Trainer:
                 over = over or self._is_over()  # it may have been the last chance for a better score
             if self._snapshot_is_due():
                 self._save_model(self._snapshot)
+                shutil.copyfile(self.directory / RECIPE, self._snapshot / RECIPE)  # to be evaluated like a run
             if self._save_is_due():
                 self._save()
             if over:
-                break
+                return self._validate_average() if len(self.progress.kept) > 1 else self.best_directory
             done = self._step()
             if self.progress.step % self.recipe.run.logging_steps == 0:
                 self._log(done)
@@ -247,16 +250,13 @@ class Trainer:
         """Score the model as it would be served; keep it if it is the best so far."""
         progress, plateau = self.progress, self.recipe.optim
         candidate = self._candidate(progress.step)
-        # Validation must not move the random numbers of training, or its frequency would change the result.
-        with torch.random.fork_rng(devices=[0] if self.recipe.run.device == "cuda" else []):
-            self._save_model(candidate)
-            scores = self.evaluate(candidate)
-        score = -scores[self.metric] if self.metric in LOWER_IS_BETTER else scores[self.metric]
+        self._save_model(candidate)
+        scores = self._scores(candidate)
         progress.validated_step = progress.step
-        # Among equal scores the lower nll is better: BLEU, for one, stays 0 until four words in a row are right.
-        better = progress.best_score is None or (score, -scores["nll"]) > (progress.best_score, -progress.best_nll)
+        better = self._is_better(scores)
         if better:
-            progress.best_score, progress.best_nll, progress.best_step = score, scores["nll"], progress.step
+            progress.best_score, progress.best_nll = self._merit(scores)
+            progress.best_step = progress.step
             progress.validations_without_better = progress.plateau_wait = 0
         else:
             progress.validations_without_better += 1
@@ -264,7 +264,45 @@ class Trainer:
             if plateau.lr_scheduler_type == "plateau" and progress.plateau_wait >= plateau.plateau_patience:
                 progress.plateau_scale *= plateau.plateau_factor
                 progress.plateau_wait = 0
+        self._keep(self._merit(scores)[0])
         progress.log_bytes = self.reporter.log({"step": progress.step, "validation": scores, "best": better})
+
+    def _scores(self, candidate: Path) -> dict[str, float]:
+        """Validation must not move the random numbers of training, or its frequency would change the result."""
+        with torch.random.fork_rng(devices=[0] if self.recipe.run.device == "cuda" else []):
+            return self.evaluate(candidate)
+
+    def _merit(self, scores: dict[str, float]) -> tuple[float, float]:
+        """The score that decides, so that more is better; and the nll, which decides among equal scores: BLEU, for one,
+        stays 0 until four words in a row are right."""
+        score = scores[self.metric]
+        return -score if self.metric in LOWER_IS_BETTER else score, scores["nll"]
+
+    def _is_better(self, scores: dict[str, float]) -> bool:
+        (score, nll), best = self._merit(scores), self.progress.best_score
+        return best is None or (score, -nll) > (best, -self.progress.best_nll)
+
+    def _validate_average(self) -> Path:
+        """The mean of the models kept for it, or the best of all, whichever scores better."""
+        candidate = self.directory / "validated" / "average"
+        save_average(averaged(self.kept_directories), candidate)
+        scores = self._scores(candidate)
+        better = self._is_better(scores)
+        steps = [step for _, step in self.progress.kept]
+        self.reporter.log(
+            {"step": self.progress.step, "average_of": sorted(steps), "validation": scores, "best": better}
+        )
+        return candidate if better else self.best_directory
+
+    def _keep(self, score: float) -> None:
+        """Take the model that was just validated up among those to average at the end, if it is one."""
+        run, kept = self.recipe.run, self.progress.kept
+        kept.append((score, self.progress.step))
+        if run.average_best:
+            kept.sort(reverse=True)
+            del kept[run.average_best :]
+        else:
+            del kept[: max(0, len(kept) - (run.average_last or 0))]
 
     def _save_model(self, directory: Path) -> None:
         save_pretrained(
@@ -278,6 +316,11 @@ class Trainer:
 
     def _candidate(self, step: int) -> Path:
         return self.directory / "validated" / f"step-{step:08d}"
+
+    @property
+    def kept_directories(self) -> list[Path]:
+        """The models to average at the end."""
+        return [self._candidate(step) for _, step in sorted(self.progress.kept, key=lambda kept: kept[1])]
 
     @property
     def best_directory(self) -> Path:
@@ -295,8 +338,9 @@ class Trainer:
         self.reporter.flush()
         checkpoint.save(self.directory / "checkpoints", self.progress, self._tensors())
         self.saved_step = self.progress.step
+        needed = {*self.kept_directories, *([] if self.progress.best_step is None else [self.best_directory])}
         for candidate in (self.directory / "validated").glob("step-*"):
-            if self.progress.best_step is None or candidate != self.best_directory:
+            if candidate not in needed:
                 shutil.rmtree(candidate)
 
     def _tensors(self) -> dict[str, Tensor]:

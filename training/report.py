@@ -103,7 +103,8 @@ class Reporter:
                 self._board.add_scalar(name, value, step)
         if "validation" in line:
             scores = ", ".join(f"{name} {value:.4g}" for name, value in line["validation"].items())
-            self.say(f"step {step}: validation {scores}{'  (best so far)' if line['best'] else ''}")
+            what = f"the mean of {len(line['average_of'])} models" if "average_of" in line else f"step {step}"
+            self.say(f"{what}: validation {scores}{'  (best so far)' if line['best'] else ''}")
         return self._log.tell()
 
     def flush(self) -> None:

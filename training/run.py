@@ -25,10 +25,11 @@ from safetensors import SafetensorError
 from seqmodels.config import Average, Strict, explain
 from seqmodels.ensemble import common_reader, load_members, revision_of
 from seqmodels.errors import CheckpointError, ConfigError, DataError
-from seqmodels.pretrained import load_pretrained, save_pretrained, tokenizer_names
+from seqmodels.pretrained import RECIPE, load_pretrained, tokenizer_names
 from seqmodels.rendering import is_bio
 from seqmodels.tokenizer import Tokenizer
 from training import baselines, checkpoint
+from training.average import save
 from training.card import model_card
 from training.config import METRICS, DataSection, Recipe, RunSection, differences, parse_recipe, some
 from training.data.batches import Batches, Buckets
@@ -40,7 +41,7 @@ from training.evaluate import applicable, evaluate
 from training.loop import Trainer, check_memory
 from training.report import Reporter, write_report
 
-RECIPE, RUN, FINISHED, SAMPLES = "recipe.yaml", "run.json", "finished.json", "samples.json"
+RUN, FINISHED, SAMPLES = "run.json", "finished.json", "samples.json"
 NUM_EXAMPLES_SHOWN = 3
 
 
@@ -87,9 +88,9 @@ def train(recipe: Recipe) -> Path:
             _metric(recipe, codec),
             reporter,
         )
-        trainer.run()
-        _finish(recipe, trainer, codec, len(examples))
-        reporter.say(f"the best model, of step {trainer.progress.best_step}, is in {directory}; see its report.html")
+        best = trainer.run()
+        _finish(recipe, trainer, best, len(examples))
+        reporter.say(f"the best model, {_origin(trainer, best)}, is in {directory}; see its report.html")
     return directory
 
 
@@ -301,40 +302,35 @@ def _drawn(rows: Sequence[Row], run: RunSection) -> Sequence[Row]:
 # After the last step
 
 
-def _finish(recipe: Recipe, trainer: Trainer, codec: Codec, num_examples: int) -> None:
+def _finish(recipe: Recipe, trainer: Trainer, best: Path, num_examples: int) -> None:
     """Make the run directory a model directory: the best model, its card, and a report."""
-    directory, best = trainer.directory, trainer.best_directory
+    directory = trainer.directory
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    scores = next(
-        line["validation"] for line in lines if "validation" in line and line["step"] == trainer.progress.best_step
-    )
+    scores = next(line["validation"] for line in reversed(lines) if line.get("best"))
     facts = {
         "Task": recipe.task,
         "Data": _data_name(recipe.data),
         "Licence of the data": recipe.data.license,
         "Training examples": num_examples,
         "Parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-        "Steps": f"{trainer.progress.step}, best at {trainer.progress.best_step}",
+        "Steps": f"{trainer.progress.step}; the best model is {_origin(trainer, best)}",
         "Minutes": round(trainer.progress.seconds / 60, 1),
         "Steps skipped (loss or gradient not finite)": trainer.progress.skipped,
         **{f"Validation {name}": f"{value:.4f}" for name, value in scores.items()},
     }
-    saved = load_pretrained(best)
-    save_pretrained(
-        saved.model,
-        directory,
-        source_tokenizer=saved.source_tokenizer,
-        target_tokenizer=saved.target_tokenizer,
-        preprocessor=saved.preprocessor,
-        generation=saved.generation,
-        card=model_card(directory.name, recipe, facts),
-    )
+    save(load_pretrained(best), directory, model_card(directory.name, recipe, facts))
     samples = json.loads((best / SAMPLES).read_text(encoding="utf-8"))
     write_report(directory, f"Training {directory.name}", facts, samples)
     checkpoint.write_whole(
         directory / FINISHED, json.dumps({"step": trainer.progress.step, "validation": scores}) + "\n"
     )
     shutil.rmtree(directory / "validated")
+
+
+def _origin(trainer: Trainer, best: Path) -> str:
+    if best == trainer.best_directory:
+        return f"of step {trainer.progress.best_step}"
+    return f"the mean of {len(trainer.progress.kept)} validated ones"
 
 
 # Afterwards

@@ -1,0 +1,129 @@
+"""The mean of weights: by hand in float64, of runs that were interrupted as of others, and of what belongs together."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from seqmodels.config import ModelConfig
+from seqmodels.errors import ConfigError
+from seqmodels.models import build_model
+from seqmodels.pretrained import load_pretrained
+from tests.training.recipes import recipe
+from training.__main__ import main
+from training.average import averaged, mean_model
+from training.run import train
+
+
+def test_the_mean_is_that_of_float64_and_counts_are_the_firsts() -> None:
+    models = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        backbone = {"image_size": [8, 8], "channels": [2, 4]}
+        config = {"architecture": "classifier", "encoder": {"input": "image", "backbone": backbone}}
+        model = build_model(ModelConfig.parse({**config, "labels": ["a", "b"]}))
+        model.train()
+        for _ in range(seed + 1):  # so that running statistics and their counts differ
+            model(inputs=torch.randn(4, 3, 8, 8), labels=torch.zeros(4, dtype=torch.int64))
+        models.append(model)
+    mean = mean_model(models).state_dict()
+    counts = 0
+    for name, value in mean.items():
+        values = [model.state_dict()[name] for model in models]
+        if value.is_floating_point():
+            assert torch.equal(value, torch.stack(values).double().mean(0).float()), name
+        else:
+            counts += 1
+            assert torch.equal(value, values[0])
+    assert counts, "batch normalisation counts its batches"
+    assert not torch.equal(mean["head.weight"], models[0].state_dict()["head.weight"])
+
+
+def run_of(directory: Path, **run: Any) -> Path:
+    return train(recipe(directory=directory, run={"max_steps": 12, "eval_steps": 2, **run}))
+
+
+def validated(directory: Path) -> list[dict[str, Any]]:
+    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line for line in map(json.loads, lines) if "validation" in line]
+
+
+@pytest.mark.parametrize(("field", "steps"), [("average_last", [8, 10, 12]), ("average_best", None)])
+def test_a_run_ends_with_the_mean_of_its_last_or_best_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, steps: list[int] | None
+) -> None:
+    kept: list[Path] = []
+    monkeypatch.setattr("training.loop.averaged", lambda paths: kept.extend(paths) or averaged(paths))
+    run_of(tmp_path, **{field: 3})
+    *singles, last = validated(tmp_path)
+    if steps is None:
+        best = sorted(singles, key=lambda line: (line["validation"]["accuracy"], line["step"]))[-3:]
+        steps = sorted(line["step"] for line in best)
+    assert last["average_of"] == steps
+    assert [path.name for path in kept] == [f"step-{step:08d}" for step in steps]
+    # The result is the better one of the mean and the best of all, by its own scores.
+    ranks = [(line["validation"]["accuracy"], -line["validation"]["nll"]) for line in [*singles, last]]
+    assert last["best"] == (ranks[-1] > max(ranks[:-1]))
+    finished = json.loads((tmp_path / "finished.json").read_text())
+    assert finished["validation"] == [line for line in [*singles, last] if line["best"]][-1]["validation"]
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_the_mean_is_the_result_only_where_it_scores_better(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, better: bool
+) -> None:
+    means = []
+
+    def score(candidate: Path) -> dict[str, float]:
+        if candidate.name == "average":
+            means.append(load_pretrained(candidate).model.state_dict())
+        (candidate / "samples.json").write_text("[]")
+        return {"accuracy": 0.9 if better and candidate.name == "average" else 0.5, "nll": 1.0}
+
+    monkeypatch.setattr("training.run._validate", lambda recipe, codec, rows, candidate: score(candidate))
+    run_of(tmp_path, average_last=2)
+    result = load_pretrained(tmp_path).model.state_dict()
+    assert all(torch.equal(result[name], means[0][name]) for name in result) == better
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert ("the mean of 2 validated ones" in card) == better
+
+
+def test_a_run_that_was_stopped_averages_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run_of(whole, average_best=3)
+    with monkeypatch.context() as patch:
+        patch.setattr("training.loop.averaged", lambda paths: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_of(stopped, average_best=3)
+    run_of(stopped, average_best=3)
+    assert (whole / "metrics.jsonl").read_bytes() == (stopped / "metrics.jsonl").read_bytes()
+    assert load_pretrained(whole).revision == load_pretrained(stopped).revision
+
+
+def test_the_command_averages_snapshots_and_the_mean_is_evaluated_like_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    optim = {"lr_scheduler_type": "cosine_with_restarts", "num_cycles": 2}
+    run = {"max_steps": 8, "keep_snapshots": True}
+    train(recipe(directory=tmp_path / "run", optim=optim, run=run))
+    first, second = (str(tmp_path / "run" / "snapshots" / f"cycle-{cycle}") for cycle in (1, 2))
+    assert main(["average", first, second, "--output", str(tmp_path / "mean")]) == 0
+    weights = [load_pretrained(path).model.state_dict() for path in (first, second, tmp_path / "mean")]
+    for name, value in weights[2].items():
+        assert torch.equal(value, ((weights[0][name].double() + weights[1][name].double()) / 2).float())
+    assert main(["evaluate", str(tmp_path / "mean"), "--split", "validation"]) == 0
+    assert main(["evaluate", first, "--split", "validation"]) == 0
+    capsys.readouterr()
+    assert main(["average", first, second, "--output", str(tmp_path / "mean")]) == 2
+    assert "--output" in capsys.readouterr().err
+    assert main(["average", first, "--output", str(tmp_path / "other")]) == 2
+    assert "two or more" in capsys.readouterr().err
+
+
+def test_models_that_differ_in_more_than_their_weights_have_no_mean(tmp_path: Path) -> None:
+    run_of(tmp_path / "a")
+    train(recipe(directory=tmp_path / "b", model={**recipe().model, "dropout": 0.5}))
+    with pytest.raises(ConfigError, match=r"differ in config\.json"):
+        averaged([tmp_path / "a", tmp_path / "b"])
