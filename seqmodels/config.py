@@ -89,11 +89,20 @@ class StackConfig(Strict):
         return self.recurrent.output_size
 
 
+class CharacterConfig(Strict):
+    """An LSTM over the spelling of each word, in both directions."""
+
+    embedding_size: PositiveInt = 32
+    hidden_size: PositiveInt = 64  # of each direction
+    max_length: Annotated[int, Field(ge=2)] = 24  # bytes of UTF-8; a longer word is read without its middle
+
+
 class TextEncoderConfig(StackConfig):
     input: Literal["text"] = "text"
     vocab_size: PositiveInt
     embedding_size: PositiveInt = 256
     embedding_dropout: Probability = 0.0  # of whole words, at all their places in a batch (Gal and Ghahramani 2016)
+    characters: CharacterConfig | None = None  # taggers: each token is read with the spelling of its word
 
 
 class ImageEncoderConfig(Strict):
@@ -172,6 +181,8 @@ class ModelConfig(Strict):
             raise ValueError("architecture is 'generator', which needs a `decoder` section")
         if self.labels:
             raise ValueError("architecture is 'generator', which has no `labels`")
+        if self.characters:
+            raise ValueError("encoder.characters is for taggers, which are given words; remove it")
         if self.encoder is None and self.decoder.attention != "none":
             raise ValueError(
                 f"decoder.attention is {self.decoder.attention!r}, but without an encoder there is nothing to attend to"
@@ -192,12 +203,18 @@ class ModelConfig(Strict):
             raise ValueError(f"labels holds {len(self.labels)} names; a {self.architecture} needs at least two")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels holds a name twice")
+        if self.architecture != "tagger" and self.characters:
+            raise ValueError("encoder.characters is for taggers, which are given words; remove it")
         if self.architecture == "tagger" and self.encoder.input == "image":
             raise ValueError("architecture is 'tagger', but an image has no steps to label; use 'classifier'")
 
     @property
     def input(self) -> Literal["text", "image", "frames", "features", "nothing"]:
         return self.encoder.input if self.encoder else "nothing"
+
+    @property
+    def characters(self) -> CharacterConfig | None:
+        return self.encoder.characters if isinstance(self.encoder, TextEncoderConfig) else None
 
     @property
     def grid(self) -> tuple[int, int] | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from seqmodels.characters import CharacterEncoder
 from seqmodels.config import (
     EncoderConfig,
     FeatureEncoderConfig,
@@ -55,16 +56,22 @@ class RecurrentEncoder(nn.Module):
 
 
 class TextEncoder(RecurrentEncoder):
-    """Token ids (B, S) of int64."""
+    """Token ids (B, S) of int64; (B, S, 1 + L) where each comes with the spelling of its word."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
-        super().__init__(config, config.embedding_size)
+        characters = CharacterEncoder(config.characters) if config.characters else None
+        super().__init__(config, config.embedding_size + (characters.output_size if characters else 0))
+        self.characters = characters
         self.embedding_dropout = config.embedding_dropout
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
         nn.init.normal_(self.embedding.weight, std=config.embedding_size**-0.5)
 
     def forward(self, inputs: Tensor, lengths: Tensor, state: State | None = None) -> Encoded:
-        return self.read(embed(inputs, self.embedding, self.embedding_dropout, self.training), lengths, state)
+        tokens = inputs if self.characters is None else inputs[:, :, 0]
+        steps = embed(tokens, self.embedding, self.embedding_dropout, self.training)
+        if self.characters is not None:
+            steps = torch.cat([steps, self.characters(inputs[:, :, 1:])], dim=2)
+        return self.read(steps, lengths, state)
 
 
 class FeatureEncoder(RecurrentEncoder):

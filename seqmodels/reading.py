@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqmodels.characters import with_spellings
 from seqmodels.config import FeatureEncoderConfig
 from seqmodels.errors import InputError, TooLongError, UnsupportedError
 from seqmodels.preprocessing import Preprocessor
@@ -148,7 +149,11 @@ class Reader:
         ids, positions = self._source_tokenizer.encode_words([text[start:end] for start, end in spans])
         ids = list(self._bounded(tuple(ids), field, truncate))
         positions = [position for position in positions if position < len(ids)]
-        return Reading(torch.tensor(ids), (), text, tuple(spans[: len(positions)]), tuple(positions))
+        inputs = torch.tensor(ids)
+        if characters := self._config.characters:
+            words = [text[start:end] for start, end in spans]
+            inputs = with_spellings(ids, positions, words, characters.max_length)
+        return Reading(inputs, (), text, tuple(spans[: len(positions)]), tuple(positions))
 
     def _prompt(self, item: Any, field: str, truncate: bool, inside: bool) -> tuple[int, ...]:
         text = checked_text(_prompt_text(item), f"this model takes {TAKES['nothing']}", field)

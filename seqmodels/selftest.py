@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from seqmodels.config import Average, FeatureEncoderConfig, ModelConfig, TextEncoderConfig
+from seqmodels.characters import with_spellings
+from seqmodels.config import Average, CharacterConfig, FeatureEncoderConfig, ModelConfig, TextEncoderConfig
 from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.request import Finished, Request
@@ -122,10 +123,17 @@ def _sample_inputs(config: ModelConfig) -> list[Tensor | None]:
     if encoder is None:
         return [None] * len(LENGTHS)
     if isinstance(encoder, TextEncoderConfig):
-        return [torch.randint(0, encoder.vocab_size, (length,), generator=generator) for length in LENGTHS]
+        tokens = [torch.randint(0, encoder.vocab_size, (length,), generator=generator) for length in LENGTHS]
+        return [_spelt(ids, encoder.characters) if encoder.characters else ids for ids in tokens]
     if isinstance(encoder, FeatureEncoderConfig):
         return [torch.randn(length, encoder.feature_size, generator=generator) for length in LENGTHS]
     picture = (encoder.backbone.in_channels, *encoder.backbone.image_size)
     if config.input == "image":
         return [torch.randn(*picture, generator=generator) for _ in LENGTHS]
     return [torch.randn(length, *picture, generator=generator) for length in LENGTHS]
+
+
+def _spelt(ids: Tensor, characters: CharacterConfig) -> Tensor:
+    """Tokens as words of several lengths, spelt with their own ids."""
+    words = [str(i) * (1 + i % characters.max_length) for i in ids.tolist()]
+    return with_spellings(ids.tolist(), range(len(ids)), words, characters.max_length)

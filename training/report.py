@@ -236,7 +236,8 @@ def _inputs_as_seen(example: Example, codec: Codec) -> str:
     if codec.config.input == "features":
         return f"{len(example.inputs)} steps, the first {list(example.inputs[0])}"
     assert codec.source_tokenizer is not None
-    return _pieces(codec.source_tokenizer, example.inputs)
+    spelt = codec.config.characters is not None
+    return _pieces(codec.source_tokenizer, example.inputs[:, 0].tolist() if spelt else example.inputs)
 
 
 def _targets_as_seen(example: Example, codec: Codec) -> str:

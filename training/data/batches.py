@@ -118,7 +118,7 @@ def _inputs(examples: Sequence[Example], codec: Codec) -> Tensor:
     if codec.config.input == "frames":  # (B, S, C, H, W)
         return _padded([torch.stack([codec.decode_picture(f) for f in example.inputs]) for example in examples], 0)
     dtype = torch.int64 if codec.config.input == "text" else torch.float32
-    return _padded([torch.tensor(example.inputs, dtype=dtype) for example in examples], PAD)
+    return _padded([torch.as_tensor(example.inputs, dtype=dtype) for example in examples], PAD)
 
 
 def _padded(rows: Sequence[Tensor], value: int) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from seqmodels.characters import with_spellings
 from seqmodels.config import ModelConfig
 from seqmodels.errors import DataError
 from seqmodels.models import IGNORE
@@ -25,7 +26,8 @@ from training.data.rows import Row
 class Example:
     """One row as numbers.
 
-    inputs: token ids, steps of numbers, or pictures still in their files; None where nothing goes in.
+    inputs: token ids (with the spellings of their words, a tensor), steps of numbers, or pictures still in their files;
+    None where nothing goes in.
     targets: a label, a label for each position, or BOS w1 ... wn EOS. Lengths count positions, 0 where there are none.
     """
 
@@ -119,11 +121,14 @@ class Codec:
         assert isinstance(row.input, tuple)
         if self.source_tokenizer is None:
             return Example(row.input, labels, len(row.input), 0)
-        ids, last = self._source.encode_words([str(word) for word in row.input])
+        words = [str(word) for word in row.input]
+        ids, last = self._source.encode_words(words)
         targets = [IGNORE] * len(ids)
         for position, label in zip(last, labels, strict=True):
             targets[position] = label
-        return Example(ids, targets, len(ids), 0)
+        characters = self.config.characters
+        inputs = with_spellings(ids, last, words, characters.max_length) if characters else ids
+        return Example(inputs, targets, len(ids), 0)
 
     @property
     def _source(self) -> Tokenizer:
