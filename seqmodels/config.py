@@ -11,7 +11,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from seqmodels.errors import ConfigError
 
@@ -20,6 +29,7 @@ AttentionKind = Literal["none", "dot", "general", "additive"]
 Weights = Literal["float32", "int8", "float16", "bfloat16"]  # of a decoder's step; int8 on CPUs, the last two on GPUs
 Average = Literal["probability", "logprob"]  # of what the members of an ensemble predict
 Pooling = Literal["last", "mean", "max", "attention"]
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 Task = Literal["classify", "tag", "translate", "caption", "generate"]
 UNION_MEMBER = re.compile(r"(constrained|function)-.*|[a-z-]+\[.*\]|float|int|str|bool|tuple|dict", re.DOTALL)
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -164,6 +174,11 @@ class ModelConfig(Strict):
     decoder: DecoderConfig | None = None
     labels: tuple[str, ...] = ()
     pooling: Pooling = "last"  # classifier only
+    problem_type: ProblemType = "single_label_classification"  # classifier only; of a regression, labels name numbers
+    class_weights: dict[str, PositiveFloat] = Field(default_factory=dict)  # in `loss`, by label; 1 where left out
+    temperature: PositiveFloat = 1.0  # what a classifier's or tagger's logits are divided by, see `training calibrate`
+    target_mean: tuple[float, ...] = ()  # of each number of a regression, in the training split
+    target_std: tuple[PositiveFloat, ...] = ()
     dropout: Probability = 0.0  # before the last linear layer
     label_smoothing: Probability = 0.0  # in `loss`; never in `nll`
     max_source_length: PositiveInt = 1024  # source positions that a request may fill
@@ -181,6 +196,8 @@ class ModelConfig(Strict):
             raise ValueError("architecture is 'generator', which needs a `decoder` section")
         if self.labels:
             raise ValueError("architecture is 'generator', which has no `labels`")
+        if self.class_weights or self.temperature != 1.0 or self.problem_type != "single_label_classification":
+            raise ValueError("class_weights, temperature and problem_type are for classifiers and taggers; remove them")
         if self.characters:
             raise ValueError("encoder.characters is for taggers, which are given words; remove it")
         if self.encoder is None and self.decoder.attention != "none":
@@ -199,14 +216,26 @@ class ModelConfig(Strict):
             raise ValueError(f"architecture is {self.architecture!r}, which needs an `encoder` section")
         if self.decoder is not None:
             raise ValueError(f"architecture is {self.architecture!r}, which has no `decoder`")
-        if len(self.labels) < 2:
-            raise ValueError(f"labels holds {len(self.labels)} names; a {self.architecture} needs at least two")
+        self._check_problem()
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels holds a name twice")
         if self.architecture != "tagger" and self.characters:
             raise ValueError("encoder.characters is for taggers, which are given words; remove it")
         if self.architecture == "tagger" and self.encoder.input == "image":
             raise ValueError("architecture is 'tagger', but an image has no steps to label; use 'classifier'")
+
+    def _check_problem(self) -> None:
+        if self.architecture != "classifier" and self.problem_type != "single_label_classification":
+            raise ValueError(f"problem_type is {self.problem_type!r}, which needs architecture 'classifier'")
+        regression = self.problem_type == "regression"
+        if len(self.labels) < (2 if self.problem_type == "single_label_classification" else 1):
+            raise ValueError(f"labels holds {len(self.labels)} names; a {self.architecture} needs at least two")
+        if regression and (self.class_weights or self.label_smoothing or self.temperature != 1.0):
+            raise ValueError(
+                "problem_type is 'regression', which has no class_weights, label_smoothing or temperature; remove them"
+            )
+        if not (len(self.target_mean) == len(self.target_std) == (len(self.labels) if regression else 0)):
+            raise ValueError("target_mean and target_std hold one number for each label of a regression, else none")
 
     @property
     def input(self) -> Literal["text", "image", "frames", "features", "nothing"]:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from seqmodels.config import Average, FeatureEncoderConfig
 from seqmodels.errors import ConfigError
-from seqmodels.models import Model, Output, SequenceGenerator, labelled
+from seqmodels.losses import Output, labelled, measured
+from seqmodels.models import Model, SequenceGenerator
 from seqmodels.pretrained import Pretrained, load_pretrained
 from seqmodels.state import State
 
@@ -60,6 +61,7 @@ def _facts(pretrained: Pretrained) -> Iterator[tuple[str, object]]:
     yield "tasks", config.task
     yield "inputs", config.input
     yield "labels", ", ".join(config.labels)
+    yield "problem types", config.problem_type
     yield "feature sizes", encoder.feature_size if isinstance(encoder, FeatureEncoderConfig) else None
     for name, tokenizer in (("source", pretrained.source_tokenizer), ("target", pretrained.target_tokenizer)):
         # Compared by content: as many tokens may be other tokens.
@@ -82,7 +84,8 @@ def revision_of(members: Sequence[Pretrained], average: Average) -> str:
 
 
 class Mean:
-    """The mean of several predictions, taken up one by one, so that no more than two are held of a large vocabulary."""
+    """The mean of several predictions of what is right, taken up one by one, so that no more than two are held of a
+    large vocabulary."""
 
     def __init__(self, average: Average) -> None:
         self._average, self._count = average, 0
@@ -109,6 +112,11 @@ class Mean:
         return self._total - math.log(self._count)
 
 
+def mean_numbers(numbers: Sequence[Tensor]) -> Tensor:
+    """What several regressions answer as one, (B, K) of (B, K) each; of one, its own to the bit."""
+    return torch.stack(list(numbers)).mean(0)
+
+
 class Averaged:
     """Several models called as one of them is, `out = model(**batch)`: nll, the number of targets, and the state, which
     holds the members' side by side. The loss is the nll: an average is not trained."""
@@ -117,14 +125,21 @@ class Averaged:
         self._members, self._average = members, average
 
     def __call__(self, *, state: State | None = None, **batch: Tensor) -> Output:
+        if self._members[0].config.problem_type == "regression":
+            return self._measured(**batch)
         mean, targets, states = Mean(self._average), torch.empty(0), []
         for member, own in zip(self._members, self._own(state), strict=True):
             logits, targets, after = member.target_logits(**batch, **({"state": own} if own else {}))  # type: ignore[arg-type]
             mean.add(logits.float().log_softmax(-1))
             if after is not None:
                 states.append(after.values)
-        out = labelled(mean.logprobs, targets, smoothing=0.0)
+        out = labelled(mean.logprobs, targets)
         return replace(out, logits=None, state=State(torch.cat(states, dim=1)) if states else None)
+
+    def _measured(self, **batch: Tensor) -> Output:
+        pairs = [member.target_logits(**batch)[:2] for member in self._members]  # type: ignore[arg-type]
+        numbers, (_, targets) = mean_numbers([numbers for numbers, _ in pairs]), pairs[0]
+        return measured(numbers, targets, numbers.new_tensor(self._members[0].config.target_std))
 
     def _own(self, state: State | None) -> list[State | None]:
         """Each member's columns."""

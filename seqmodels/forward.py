@@ -16,17 +16,18 @@ from torch import Tensor
 from seqmodels.config import Average
 from seqmodels.decoding.padding import ROW_FLOOR, bucket, grouped, has_steps, pad_inputs
 from seqmodels.decoding.request import Event, Failed, Finished
-from seqmodels.ensemble import Mean
+from seqmodels.ensemble import Mean, mean_numbers
 from seqmodels.errors import DeadlineError
 from seqmodels.kernels import packed
-from seqmodels.models import Model, SequenceClassifier, SequenceGenerator, chosen
+from seqmodels.models import Labeller, Model, SequenceClassifier, SequenceGenerator, chosen
 
 
 @dataclass(frozen=True, eq=False)
 class ForwardRequest:
     """inputs: as in `engine.Request`. labels: BOS ... EOS of the text to score, for generators only.
 
-    Its result is a tensor: probabilities (C,) of a classifier, (S, C) of a tagger, log-probabilities (T,) of labels.
+    Its result is a tensor: probabilities (C,) of a classifier, (C, 2) where several labels may be right, (S, C) of a
+    tagger; the numbers (K,) of a regression; log-probabilities (T,) of labels.
     """
 
     id: str
@@ -100,10 +101,10 @@ class Forward:
             logprobs = chosen(self._scores(labels, inputs, lengths), labels, label_lengths).cpu()
             return [logprobs[row, : len(request.labels) - 1] for row, request in enumerate(group)]
         assert inputs is not None
-        probabilities = self._probabilities(inputs, lengths).cpu()
+        answers = self._predictions(inputs, lengths).cpu()
         if isinstance(self._models[0], SequenceClassifier):
-            return list(probabilities[: len(group)])
-        return [probabilities[row, : _length(request)] for row, request in enumerate(group)]
+            return list(answers[: len(group)])
+        return [answers[row, : _length(request)] for row, request in enumerate(group)]
 
     def _scores(self, labels: Tensor, inputs: Tensor | None, lengths: Tensor | None) -> Tensor:
         """The log-probability of every token at each place of labels (B, T+1): (B, T, V)."""
@@ -113,16 +114,22 @@ class Forward:
             mean.add(model.predict(labels, inputs, lengths))
         return mean.logprobs
 
-    def _probabilities(self, inputs: Tensor, lengths: Tensor | None) -> Tensor:
-        """Of labels: (B, C) of classifiers, (B, S, C) of taggers."""
+    def _predictions(self, inputs: Tensor, lengths: Tensor | None) -> Tensor:
+        """Probabilities of labels, (B, C) or (B, C, 2) of classifiers, (B, S, C) of taggers; a regression's numbers."""
+        logits = [_labeller(model).predict(inputs, lengths)[0].float() for model in self._models]
+        if self._models[0].config.problem_type == "regression":
+            return mean_numbers(logits)
+        if len(logits) == 1:
+            return logits[0].softmax(-1)
         mean = Mean(self._average)
-        for model in self._models:
-            assert not isinstance(model, SequenceGenerator)
-            logits = model.predict(inputs, lengths)[0].float()
-            if len(self._models) == 1:
-                return logits.softmax(-1)
-            mean.add(logits.log_softmax(-1))
+        for one in logits:
+            mean.add(one.log_softmax(-1))
         return mean.logprobs.exp()
+
+
+def _labeller(model: Model) -> Labeller:
+    assert isinstance(model, Labeller)
+    return model
 
 
 def _length(request: ForwardRequest) -> int:

@@ -4,8 +4,6 @@ All three share one call, `out = model(**batch)`, so one task-blind loop trains 
 and `start`; a search goes on from there step by step, through `Stepper`.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,25 +11,8 @@ from torch.nn import functional as F
 from seqmodels.config import ModelConfig
 from seqmodels.decoder import Decoder
 from seqmodels.encoders import build_encoder
+from seqmodels.losses import Output, labelled, measured
 from seqmodels.state import Memory, State
-
-IGNORE = -100  # a label that is not counted
-
-
-@dataclass(frozen=True)
-class Output:
-    """loss: what is minimised, mean per target. nll: plain mean negative log-likelihood in nats: what metrics use.
-
-    logits: (B, C) of a classifier, (B, S, C) of a tagger, None from a generator, which projects only real targets.
-    state: where the recurrence stands after the batch, for those that carry one.
-    """
-
-    loss: Tensor
-    nll: Tensor
-    num_targets: Tensor
-    logits: Tensor | None = None
-    state: State | None = None
-
 
 # Logits (..., C), what each should have been (...), and the State after the batch of those that carry one.
 Targeted = tuple[Tensor, Tensor, State | None]
@@ -46,23 +27,29 @@ class Labeller(nn.Module):
         self.config = config
         self.encoder = build_encoder(config.encoder)
         self.head = nn.Linear(self.encoder.output_size, len(config.labels))
+        self._weights = [config.class_weights.get(label, 1.0) for label in config.labels]
 
     def forward(self, inputs: Tensor, labels: Tensor, lengths: Tensor | None = None) -> Output:
-        """labels: (B,) of a classifier, (B, S) of a tagger, IGNORE where a position has none."""
+        """labels: (B,) of a classifier, (B, S) of a tagger, IGNORE where a position has none; (B, C) of 0 and 1 where
+        several may be right; numbers (B, K) of a regression."""
         logits, targets, _ = self.target_logits(inputs, labels, lengths)
-        return labelled(logits, targets, self.config.label_smoothing)
+        return self._loss(logits, targets)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Output:
+        weights = logits.new_tensor(self._weights)[labels.clamp(min=0)] if self.config.class_weights else None
+        return labelled(logits, labels, self.config.label_smoothing, weights)
 
     def target_logits(self, inputs: Tensor, labels: Tensor, lengths: Tensor | None = None) -> Targeted:
-        """What `forward` compares: logits (B, C) with labels (B,), or (B, S, C) with (B, S)."""
+        """What `forward` compares: logits (..., C) with labels (...), numbers (B, K) with numbers."""
         return self.predict(inputs, lengths)[0], labels, None
 
     def predict(
         self, inputs: Tensor, lengths: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State | None]:
-        """logits (B, C) of a classifier, (B, S, C) of a tagger, and the State after the inputs if one was given."""
+        """What `Output.logits` says, divided by the temperature, and the State after the inputs if one was given."""
         memory, state = self.encoder(inputs, lengths, state)
         logits: Tensor = self.head(F.dropout(self.features(memory), self.config.dropout, self.training))
-        return logits, state
+        return logits / self.config.temperature, state
 
     def features(self, memory: Memory) -> Tensor:
         raise NotImplementedError
@@ -76,11 +63,32 @@ class SequenceTagger(Labeller):
 
 
 class SequenceClassifier(Labeller):
-    """Encoder + pooling + linear: one label per row."""
+    """Encoder + pooling + linear: one label per row, or several, or numbers."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.pool = nn.Linear(self.encoder.output_size, 1) if config.pooling == "attention" else None
+
+    def predict(
+        self, inputs: Tensor, lengths: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, State | None]:
+        logits, state = super().predict(inputs, lengths, state)
+        match self.config.problem_type:
+            case "multi_label_classification":  # each label is a question of its own: no or yes
+                logits = torch.stack([torch.zeros_like(logits), logits], dim=-1)
+            case "regression":  # what the layer computes has mean 0 and deviation 1 in the training split
+                mean, deviations = (logits.new_tensor(x) for x in (self.config.target_mean, self.config.target_std))
+                logits = mean + logits * deviations
+        return logits, state
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Output:
+        match self.config.problem_type:
+            case "multi_label_classification":
+                weights = torch.where(labels == 1, logits.new_tensor(self._weights), 1.0)
+                return labelled(logits, labels, self.config.label_smoothing, weights)
+            case "regression":
+                return measured(logits, labels, logits.new_tensor(self.config.target_std))
+        return super()._loss(logits, labels)
 
     def features(self, memory: Memory) -> Tensor:
         """(B, D)"""
@@ -211,20 +219,3 @@ def _targets(labels: Tensor, label_lengths: Tensor) -> Tensor:
 def _mean_square(x: Tensor) -> Tensor:
     """0 of no numbers at all. In float32, whatever the numbers are of."""
     return x.float().square().sum() / max(1, x.numel())
-
-
-def labelled(logits: Tensor, labels: Tensor, smoothing: float) -> Output:
-    """Loss and nll of logits (..., C) against labels (...), positions with IGNORE left out.
-
-    Label smoothing (Szegedy et al. 2016) mixes the target with the uniform distribution.
-    """
-    logprobs, targets = logits.flatten(0, -2).float().log_softmax(-1), labels.flatten()
-    counted = targets != IGNORE
-    num_targets = counted.sum()
-    denominator = num_targets.clamp(min=1)
-    nll = F.nll_loss(logprobs, targets, ignore_index=IGNORE, reduction="sum") / denominator
-    loss = nll
-    if smoothing > 0:
-        uniform = -(logprobs.mean(-1) * counted).sum() / denominator
-        loss = (1 - smoothing) * nll + smoothing * uniform
-    return Output(loss, nll.detach(), num_targets, logits)

@@ -31,7 +31,7 @@ from seqmodels.forward import Forward, ForwardRequest
 from seqmodels.models import Model, SequenceGenerator
 from seqmodels.pretrained import Pretrained
 from seqmodels.reading import Reader, Reading
-from seqmodels.rendering import Text, TextStream, render_label, render_score, render_sequence, render_tags
+from seqmodels.rendering import CLASSIFIED, Text, TextStream, render_score, render_sequence, render_tags
 from seqmodels.selftest import find_row_floor
 from seqmodels.shortlist import Shortlist, has_shortlist
 from seqmodels.stepper import Decodes, Ensemble, Stepper
@@ -305,9 +305,9 @@ class Pipeline:
             raise InputError("the model's scores for this input are not finite; its numbers are too large for it")
         if self._engine:
             return render_score(self._tokenizer, job.reading, job.request.labels, result)
-        if self.config.architecture == "classifier":
-            return render_label(self.config.labels, result)
-        return render_tags(self.config.labels, job.reading, result)
+        if self.config.architecture == "tagger":
+            return render_tags(self.config.labels, job.reading, result)
+        return CLASSIFIED[self.config.problem_type](self.config.labels, result)
 
     def num_output_tokens(self, job: Job, result: list[Hypothesis] | Tensor) -> int:
         """Tokens written, or labels given."""

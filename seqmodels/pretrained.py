@@ -53,6 +53,18 @@ class Pretrained:
     preprocessor: Preprocessor | None = None
     generation: SearchParams = field(default_factory=SearchParams)
 
+    def save(self, directory: str | Path, card: str = "") -> None:
+        """Write it all, with whatever was changed since it was loaded."""
+        save_pretrained(
+            self.model,
+            directory,
+            source_tokenizer=self.source_tokenizer,
+            target_tokenizer=self.target_tokenizer,
+            preprocessor=self.preprocessor,
+            generation=self.generation,
+            card=card,
+        )
+
 
 def save_pretrained(
     model: Model,

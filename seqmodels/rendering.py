@@ -5,11 +5,12 @@ Knows text on the way out; knows no engine.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from seqmodels.config import ProblemType
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.request import Progress, Request
 from seqmodels.decoding.search import Hypothesis
@@ -22,6 +23,24 @@ def render_label(labels: Sequence[str], scores: Tensor) -> dict[str, Any]:
     label = labels[int(scores.argmax())]
     by_label = dict(zip(labels, scores.tolist(), strict=True))
     return {"label": label, "score": by_label[label], "scores": by_label}
+
+
+def render_labels(labels: Sequence[str], scores: Tensor) -> dict[str, Any]:
+    """Those that are likelier than not. scores: probabilities (C, 2) of each label's absence and presence."""
+    by_label = dict(zip(labels, scores[:, 1].tolist(), strict=True))
+    return {"labels": [label for label, score in by_label.items() if score > 0.5], "scores": by_label}
+
+
+def render_numbers(names: Sequence[str], numbers: Tensor) -> dict[str, Any]:
+    """numbers: (K,)."""
+    return {"values": dict(zip(names, numbers.tolist(), strict=True))}
+
+
+CLASSIFIED: dict[ProblemType, Callable[[Sequence[str], Tensor], dict[str, Any]]] = {
+    "single_label_classification": render_label,
+    "multi_label_classification": render_labels,
+    "regression": render_numbers,
+}
 
 
 def render_tags(labels: Sequence[str], reading: Reading, scores: Tensor) -> dict[str, Any]:

@@ -85,7 +85,8 @@ def build_app(
 
     @app.post("/v1/classify", **_documented(schema.ClassifyRequest, schema.ClassifyResponse))
     async def classify(request: Request) -> Response:
-        """One label for each input, with the probability of every label."""
+        """One label for each input, with the probability of every label; or several labels, or numbers, where the
+        model's `problem_type` is `multi_label_classification` or `regression`."""
         return await front.answer(request, schema.ClassifyRequest, "classify")
 
     @app.post("/v1/tag", **_documented(schema.TagRequest, schema.TagResponse))

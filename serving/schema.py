@@ -193,8 +193,19 @@ class Classification(Strict):
     scores: dict[str, float]
 
 
+class MultiLabelClassification(Strict):
+    """The labels that are likelier than not."""
+
+    labels: list[str]
+    scores: dict[str, float]
+
+
+class Regression(Strict):
+    values: dict[str, float]
+
+
 class ClassifyResponse(Response):
-    results: list[Classification]
+    results: list[Classification] | list[MultiLabelClassification] | list[Regression]
     model_config = _example({"label": "good", "score": 0.93, "scores": {"good": 0.93, "bad": 0.07}}, 5, 1)
 
 

@@ -1,5 +1,5 @@
 """python -m training train RECIPE.yaml [key=value ...] · evaluate MODEL_DIR [--split test] [key=value ...] · average
-MODEL_DIR ... --output NEW_DIR · shortlist MODEL_DIR"""
+MODEL_DIR ... --output NEW_DIR · calibrate MODEL_DIR · shortlist MODEL_DIR"""
 
 import argparse
 import json
@@ -48,6 +48,12 @@ or a service.
 
   python -m training average models/run/snapshots/cycle-4 models/run/snapshots/cycle-5 --output models/mean
   python -m training evaluate models/mean --split validation
+"""
+CALIBRATE_HELP = """\
+A classifier that is sure of itself too often, or not often enough, is put right by one number, fitted on the validation
+split and kept in config.json. Which label is the likeliest does not change; probabilities and nll do.
+
+  python -m training calibrate models/sst2
 """
 EVALUATION_KEYS = (
     *("data.id", "data.name", "data.revision", "data.path", "data.generated", "data.columns", "data.splits"),
@@ -122,6 +128,15 @@ def _parser() -> argparse.ArgumentParser:
     mean.add_argument("directories", type=Path, nargs="+", metavar="MODEL_DIR", help="two or more, of one config")
     mean.add_argument("--output", type=Path, required=True, metavar="NEW_DIR", help="where the mean is written")
     mean.set_defaults(run=_average)
+    warm = commands.add_parser(
+        "calibrate",
+        help="make a classifier's or tagger's probabilities mean what they say",
+        epilog=CALIBRATE_HELP,
+        formatter_class=raw,
+    )
+    warm.add_argument("directory", type=Path, metavar="MODEL_DIR", help="a finished run")
+    warm.add_argument("overrides", nargs="*", metavar="key=value", help="settings that go before those of its recipe")
+    warm.set_defaults(run=_calibrate)
     shorten = commands.add_parser(
         "shortlist", help="learn a shortlist for a translator", epilog=SHORTLIST_HELP, formatter_class=raw
     )
@@ -165,6 +180,16 @@ def _average(options: argparse.Namespace) -> None:
 
     average_directories(options.directories, options.output)
     print(f"wrote {options.output}, the mean of {len(options.directories)} models")
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    recipe, _ = _recipe_of(options.directory, options.overrides)
+    from training.calibrate import calibrate
+
+    done = calibrate(options.directory, recipe)
+    print(f"temperature {done.temperature:.4f}, in {options.directory / 'config.json'}")
+    for name, (before, after) in (("nll", done.nll), ("calibration error", done.error)):
+        print(f"validation {name} {before:.4f} before, {after:.4f} with it")
 
 
 def _shortlist(options: argparse.Namespace) -> None:

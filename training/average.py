@@ -16,7 +16,7 @@ from torch import Tensor
 from seqmodels.ensemble import load_members
 from seqmodels.errors import ConfigError
 from seqmodels.models import Model
-from seqmodels.pretrained import RECIPE, Pretrained, save_pretrained
+from seqmodels.pretrained import RECIPE, Pretrained
 
 CARD = """# {name}
 
@@ -35,7 +35,7 @@ def average_directories(directories: Sequence[Path], output: Path) -> None:
         raise ConfigError(f"--output is {output}, which exists; name a new directory")
     mean = averaged(directories)
     card = CARD.format(name=output.name, members=", ".join(directory.name for directory in directories))
-    save(mean, output, card)
+    mean.save(output, card)
     if (directories[0] / RECIPE).is_file():
         shutil.copyfile(directories[0] / RECIPE, output / RECIPE)
 
@@ -43,10 +43,13 @@ def average_directories(directories: Sequence[Path], output: Path) -> None:
 def averaged(directories: Sequence[Path]) -> Pretrained:
     """The first model directory, with the mean of all weights. Raises as above."""
     members = load_members(directories)
-    for path, member in zip(directories, members, strict=True):
-        if member.config != members[0].config:
+    configs = [member.config.model_copy(update={"temperature": 1.0}) for member in members]  # each fits its own weights
+    for path, config in zip(directories, configs, strict=True):
+        if config != configs[0]:
             raise ConfigError(f"{directories[0]} and {path} differ in config.json, so their weights have no mean")
-    return replace(members[0], model=mean_model([member.model for member in members]))
+    model = mean_model([member.model for member in members])
+    model.config = configs[0]
+    return replace(members[0], model=model, config=configs[0])
 
 
 def mean_model(models: Sequence[Model]) -> Model:
@@ -56,19 +59,6 @@ def mean_model(models: Sequence[Model]) -> Model:
     mean = copy.deepcopy(models[0])
     mean.load_state_dict({name: _mean([one[name] for one in weights]) for name in weights[0]})
     return mean
-
-
-def save(pretrained: Pretrained, directory: Path, card: str = "") -> None:
-    """Write what was loaded, with whatever was changed since."""
-    save_pretrained(
-        pretrained.model,
-        directory,
-        source_tokenizer=pretrained.source_tokenizer,
-        target_tokenizer=pretrained.target_tokenizer,
-        preprocessor=pretrained.preprocessor,
-        generation=pretrained.generation,
-        card=card,
-    )
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from pydantic import model_validator as check
 
 from seqmodels import config as model_fields
-from seqmodels.config import ModelConfig, Strict, Task, explain, suggestion
+from seqmodels.config import ModelConfig, ProblemType, Strict, Task, explain, suggestion
 from seqmodels.decoding.params import SearchParams
 from seqmodels.errors import ConfigError
 
@@ -31,7 +31,12 @@ METRICS: dict[Task, tuple[str, ...]] = {
     "caption": ("chrf", "bleu", "exact_match", "nll"),
     "generate": ("nll", "perplexity", "bits_per_character"),
 }
-LOWER_IS_BETTER = {"nll", "perplexity", "bits_per_character"}
+METRICS_OF_PROBLEMS: dict[ProblemType, tuple[str, ...]] = {
+    "single_label_classification": METRICS["classify"],
+    "multi_label_classification": ("micro_f1", "macro_f1", "exact_match", "nll"),
+    "regression": ("mse", "mae", "r2", "nll"),
+}
+LOWER_IS_BETTER = {"nll", "perplexity", "bits_per_character", "mse", "mae"}
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 
@@ -203,10 +208,8 @@ class Recipe(Strict):
     @check(mode="after")
     def _check(self) -> Self:
         metric = self.run.metric_for_best_model
-        if metric is not None and metric not in METRICS[self.task]:
-            raise ValueError(
-                f"run.metric_for_best_model is {metric!r}; task {self.task} has {_list(METRICS[self.task])}"
-            )
+        if metric is not None and metric not in self.metrics:
+            raise ValueError(f"run.metric_for_best_model is {metric!r}; task {self.task} has {_list(self.metrics)}")
         if not self.makes_text and self.generation != SearchParams():
             raise ValueError(f"generation is set, but task {self.task} generates nothing; remove it")
         columns = self.data.columns
@@ -231,17 +234,32 @@ class Recipe(Strict):
             raise ValueError(f"data.vary_chunk_length is for language models, but task is {self.task!r}; remove it")
         if self.run.keep_snapshots and self.optim.lr_scheduler_type != "cosine_with_restarts":
             raise ValueError("run.keep_snapshots needs optim.lr_scheduler_type=cosine_with_restarts")
-        if not self.makes_text and isinstance(getattr(data.columns, "target", None), tuple):
+        several = self.makes_text or self.problem_type == "regression"
+        if not several and isinstance(getattr(data.columns, "target", None), tuple):
             raise ValueError(f"data.columns.target is a list, but task {self.task} has one target; name one column")
         default = DataSection.model_fields["max_target_length"].default
         if self.task not in ("translate", "caption") and data.max_target_length != default:
             raise ValueError(f"data.max_target_length does nothing for task {self.task}; remove it")
-        if self.makes_text and data.label_names:
-            raise ValueError(f"data.label_names is set, but task {self.task} has no labels; remove it")
+        if several and data.label_names:
+            what = "a regression" if self.problem_type == "regression" else f"task {self.task}"
+            raise ValueError(f"data.label_names is set, but {what} has no labels; remove it")
 
     @property
     def makes_text(self) -> bool:
         return self.task in ("translate", "caption", "generate")
+
+    @property
+    def problem_type(self) -> ProblemType:
+        """What a classifier is asked for. Whether the model's section is right, `model_config_with` tells."""
+        if self.init_from is not None:
+            return _saved_config(self.init_from).problem_type
+        given = self.model.get("problem_type")
+        return given if given in tuple(METRICS_OF_PROBLEMS) else "single_label_classification"
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What `run.metric_for_best_model` may be, the default first."""
+        return METRICS_OF_PROBLEMS[self.problem_type] if self.task == "classify" else METRICS[self.task]
 
     @property
     def init_from(self) -> Path | None:
@@ -257,17 +275,23 @@ class Recipe(Strict):
         """The model's config, completed with what the data decided. Raises ConfigError."""
         if self.init_from is not None:
             saved = _saved_config(self.init_from).model_dump(mode="json")
-            labels = {"labels": facts.labels} if saved["labels"] else {}
-            return ModelConfig.parse(saved | labels | {"max_source_length": self.data.max_input_length})
+            fields = saved | {"temperature": 1.0, "class_weights": {}}
+            return ModelConfig.parse(self._with_targets(fields, facts))
         fields = {**self.model}
         for part, size in (("encoder", facts.source_vocab_size), ("decoder", facts.target_vocab_size)):
             if isinstance(fields.get(part), dict) and (part == "decoder" or fields[part].get("input") == "text"):
                 fields[part] = {**fields[part], "vocab_size": size}
         if isinstance(fields.get("encoder"), dict) and fields["encoder"].get("input") == "features":
             fields["encoder"] = {**fields["encoder"], "feature_size": facts.feature_size}
+        return ModelConfig.parse(self._with_targets(fields, facts))
+
+    def _with_targets(self, fields: dict[str, Any], facts: "Facts") -> dict[str, Any]:
+        fields = {**fields, "max_source_length": self.data.max_input_length}
         if fields.get("architecture") in ("classifier", "tagger"):
             fields["labels"] = list(facts.labels)
-        return ModelConfig.parse(fields | {"max_source_length": self.data.max_input_length})
+        if fields.get("problem_type") == "regression":
+            fields |= {"target_mean": list(facts.target_mean), "target_std": list(facts.target_std)}
+        return fields
 
 
 @dataclass(frozen=True)
@@ -278,11 +302,13 @@ class Facts:
     target_vocab_size: int = 0
     labels: tuple[str, ...] = ()
     feature_size: int = 0
+    target_mean: tuple[float, ...] = ()  # of a regression's targets
+    target_std: tuple[float, ...] = ()
 
     @classmethod
     def unknown(cls) -> "Facts":
         """Stands in until data is read, so that a bad `model` section fails in the first second."""
-        return cls(8, 8, ("A", "B"), 1)
+        return cls(8, 8, ("A", "B"), 1, (0.0, 0.0), (1.0, 1.0))
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -61,7 +61,7 @@ def evaluate(
     answers = pipeline.run([pipeline.prepare(row.item, params, truncate=True) for row in rows])
     nll = _mean_nll(_model(directory, device, average), rows, codec, device)
     if codec.config.task == "classify":
-        return _score_labels(rows, [answer["label"] for answer in answers], nll)
+        return SCORES[codec.config.problem_type](rows, answers, nll)
     if codec.config.task == "tag":
         return _score_tags(rows, answers, nll, is_bio(codec.config.labels))
     texts = [answer["sequences"][0]["text"] if answer["sequences"] else "" for answer in answers]
@@ -84,14 +84,48 @@ def applicable(config: ModelConfig, loading: Mapping[str, Any]) -> dict[str, Any
     return {}
 
 
-def _score_labels(rows: Sequence[Row], predicted: Sequence[str], nll: float) -> Evaluation:
-    expected = [str(row.target) for row in rows]
+def _score_labels(rows: Sequence[Row], answers: Sequence[dict[str, Any]], nll: float) -> Evaluation:
+    predicted, expected = [answer["label"] for answer in answers], [str(row.target) for row in rows]
     scores = {
         "accuracy": metrics.accuracy(predicted, expected),
         "macro_f1": metrics.macro_f1(predicted, expected),
         "nll": nll,
     }
     return Evaluation(scores, len(rows), samples=_samples(rows, predicted))
+
+
+def _score_several(rows: Sequence[Row], answers: Sequence[dict[str, Any]], nll: float) -> Evaluation:
+    """Of rows that may have several labels."""
+    predicted, expected = [set(answer["labels"]) for answer in answers], [set(row.references) for row in rows]
+    by_label = metrics.counts_by_label(predicted, expected)
+    scores = {
+        "micro_f1": metrics.micro_f1(by_label),
+        "macro_f1": metrics.mean_f1(by_label),
+        "exact_match": sum(p == e for p, e in zip(predicted, expected, strict=True)) / len(rows),
+        "nll": nll,
+    }
+    return Evaluation(scores, len(rows), samples=_samples(rows, [", ".join(sorted(p)) for p in predicted], ", "))
+
+
+def _score_numbers(rows: Sequence[Row], answers: Sequence[dict[str, Any]], nll: float) -> Evaluation:
+    """Of a regression, as means over all its numbers."""
+    predicted = [list(answer["values"].values()) for answer in answers]
+    expected = [[float(number) for number in row.references] for row in rows]
+    scores = {
+        "mse": metrics.mean_square_error(predicted, expected),
+        "mae": metrics.mean_absolute_error(predicted, expected),
+        "r2": metrics.r2(predicted, expected),
+        "nll": nll,
+    }
+    shown = [" ".join(f"{number:.6g}" for number in numbers) for numbers in predicted]
+    return Evaluation(scores, len(rows), samples=_samples(rows, shown, " "))
+
+
+SCORES = {
+    "single_label_classification": _score_labels,
+    "multi_label_classification": _score_several,
+    "regression": _score_numbers,
+}
 
 
 def _score_tags(rows: Sequence[Row], answers: Sequence[dict[str, Any]], nll: float, bio: bool) -> Evaluation:

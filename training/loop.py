@@ -23,7 +23,6 @@ from seqmodels.pretrained import RECIPE, load_pretrained, save_pretrained
 from seqmodels.state import State
 from training import checkpoint
 from training.average import averaged
-from training.average import save as save_average
 from training.checkpoint import Progress
 from training.config import LOWER_IS_BETTER, Recipe
 from training.data.batches import Batch, Batches
@@ -285,7 +284,7 @@ class Trainer:
     def _validate_average(self) -> Path:
         """The mean of the models kept for it, or the best of all, whichever scores better."""
         candidate = self.directory / "validated" / "average"
-        save_average(averaged(self.kept_directories), candidate)
+        averaged(self.kept_directories).save(candidate)
         scores = self._scores(candidate)
         better = self._is_better(scores)
         steps = [step for _, step in self.progress.kept]

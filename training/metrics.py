@@ -1,10 +1,12 @@
 """The measures, each a plain function of answers and references. Shares are of 1, BLEU and chrF of 100."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
+import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
 from seqmodels.rendering import bio_spans
@@ -17,11 +19,42 @@ def accuracy(predicted: Sequence[str], expected: Sequence[str]) -> float:
 
 def macro_f1(predicted: Sequence[str], expected: Sequence[str]) -> float:
     """The mean over labels of F1, over all labels that occur in either."""
-    scores = []
-    for label in sorted({*predicted, *expected}):
-        both = sum(p == e == label for p, e in zip(predicted, expected, strict=True))
-        scores.append(_f1(both, predicted.count(label), expected.count(label)))
-    return sum(scores) / len(scores)
+    return mean_f1(counts_by_label([{p} for p in predicted], [{e} for e in expected]))
+
+
+def counts_by_label(predicted: Sequence[set[str]], expected: Sequence[set[str]]) -> list[tuple[int, int, int]]:
+    """Of each label that occurs in either: how often it is right, how often predicted, how often expected."""
+    both: Counter[str] = Counter()
+    for p, e in zip(predicted, expected, strict=True):
+        both.update(p & e)
+    found, there = (Counter(label for labels in side for label in labels) for side in (predicted, expected))
+    return [(both[label], found[label], there[label]) for label in sorted({*found, *there})]
+
+
+def mean_f1(counts: Sequence[tuple[int, int, int]]) -> float:
+    """The mean of each label's F1; 0 where no label occurs."""
+    return sum(_f1(*count) for count in counts) / max(1, len(counts))
+
+
+def micro_f1(counts: Sequence[tuple[int, int, int]]) -> float:
+    """F1 of all labels counted together; 0 where no label occurs."""
+    return _f1(*map(sum, zip(*counts, strict=True))) if counts else 0.0
+
+
+def mean_square_error(predicted: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> float:
+    """Over all numbers (N, K), in their own units."""
+    return float(np.square(np.subtract(predicted, expected)).mean())
+
+
+def mean_absolute_error(predicted: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> float:
+    return float(np.abs(np.subtract(predicted, expected)).mean())
+
+
+def r2(predicted: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> float:
+    """The coefficient of determination: 1 is right everywhere, 0 as good as the mean. Of several numbers their mean."""
+    residual = np.square(np.subtract(predicted, expected)).sum(axis=0)
+    spread = np.square(np.subtract(expected, np.mean(expected, axis=0))).sum(axis=0)
+    return float(np.mean(np.where(spread > 0, 1 - residual / np.where(spread > 0, spread, 1.0), 0.0)))
 
 
 def span_f1(predicted: Sequence[Sequence[str]], expected: Sequence[Sequence[str]]) -> float:

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch.utils.tensorboard import SummaryWriter
 
 from seqmodels.errors import CheckpointError
-from seqmodels.models import IGNORE
+from seqmodels.losses import IGNORE
 from seqmodels.tokenizer import Tokenizer
 from training.data.examples import Codec, Example
 from training.optim import Update
@@ -244,6 +244,11 @@ def _targets_as_seen(example: Example, codec: Codec) -> str:
     targets, labels = example.targets, codec.config.labels
     if isinstance(targets, int):
         return labels[targets]
+    match codec.config.problem_type:
+        case "multi_label_classification":
+            return ", ".join(label for label, right in zip(labels, targets, strict=True) if right) or "(no label)"
+        case "regression":
+            return ", ".join(f"{name} {number:g}" for name, number in zip(labels, targets, strict=True))
     if codec.config.architecture == "tagger":
         return " ".join("·" if label == IGNORE else labels[label] for label in targets[:40])
     assert codec.target_tokenizer is not None

@@ -29,9 +29,8 @@ from seqmodels.pretrained import RECIPE, load_pretrained, tokenizer_names
 from seqmodels.rendering import is_bio
 from seqmodels.tokenizer import Tokenizer
 from training import baselines, checkpoint
-from training.average import save
 from training.card import model_card
-from training.config import METRICS, DataSection, Recipe, RunSection, differences, parse_recipe, some
+from training.config import DataSection, Facts, Recipe, RunSection, differences, parse_recipe, some
 from training.data.batches import Batches, Buckets
 from training.data.examples import Codec, Example
 from training.data.rows import Row, fingerprint
@@ -52,6 +51,8 @@ class RunFile(Strict):
     data: str  # fingerprint of the training and validation rows
     labels: tuple[str, ...]
     feature_size: int
+    target_mean: tuple[float, ...] = ()  # of a regression
+    target_std: tuple[float, ...] = ()
     tokenizers: tuple[str | None, str | None]  # fingerprints of the source's and the target's
     torch: str
     threads: PositiveInt
@@ -187,7 +188,8 @@ def _prepare(
             f"{torch.get_num_threads()}: the result may differ in its last bits"
         )
     source, target = (_read_tokenizer(directory, digest) for digest in saved.tokenizers)
-    return Codec.build(recipe, source, target, saved.labels, saved.feature_size)
+    facts = Facts(0, 0, saved.labels, saved.feature_size, saved.target_mean, saved.target_std)
+    return Codec.build(recipe, source, target, facts)
 
 
 def _write_run(directory: Path, recipe: Recipe, codec: Codec, data: str) -> None:
@@ -205,6 +207,8 @@ def _write_run(directory: Path, recipe: Recipe, codec: Codec, data: str) -> None
         data=data,
         labels=codec.config.labels,
         feature_size=getattr(codec.config.encoder, "feature_size", 0),
+        target_mean=codec.config.target_mean,
+        target_std=codec.config.target_std,
         tokenizers=(_digest(codec.source_tokenizer), _digest(codec.target_tokenizer)),
         torch=torch.__version__,
         threads=torch.get_num_threads(),
@@ -258,7 +262,7 @@ def _introduce(
     )
     if left_out:
         reporter.say(f"{left_out} examples are left out, being longer than data.max_input_length or max_target_length")
-    if codec.config.labels:
+    if codec.config.labels and codec.config.problem_type != "regression":
         unseen = {label for row in rows["validation"] for label in row.references} - set(codec.config.labels)
         if unseen:
             names = some(sorted(unseen))
@@ -282,7 +286,7 @@ def _metric(recipe: Recipe, codec: Codec) -> str:
     """What decides which model is best."""
     if recipe.run.metric_for_best_model is not None:
         return recipe.run.metric_for_best_model
-    return "span_f1" if recipe.task == "tag" and is_bio(codec.config.labels) else METRICS[recipe.task][0]
+    return "span_f1" if recipe.task == "tag" and is_bio(codec.config.labels) else recipe.metrics[0]
 
 
 def _validate(recipe: Recipe, codec: Codec, rows: Sequence[Row], candidate: Path) -> dict[str, float]:
@@ -318,7 +322,7 @@ def _finish(recipe: Recipe, trainer: Trainer, best: Path, num_examples: int) -> 
         "Steps skipped (loss or gradient not finite)": trainer.progress.skipped,
         **{f"Validation {name}": f"{value:.4f}" for name, value in scores.items()},
     }
-    save(load_pretrained(best), directory, model_card(directory.name, recipe, facts))
+    load_pretrained(best).save(directory, model_card(directory.name, recipe, facts))
     samples = json.loads((best / SAMPLES).read_text(encoding="utf-8"))
     write_report(directory, f"Training {directory.name}", facts, samples)
     checkpoint.write_whole(

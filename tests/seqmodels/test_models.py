@@ -8,7 +8,8 @@ from torch import Tensor
 
 from seqmodels.config import ModelConfig
 from seqmodels.errors import ConfigError
-from seqmodels.models import IGNORE, SequenceGenerator, _mean_square
+from seqmodels.losses import IGNORE
+from seqmodels.models import SequenceGenerator, _mean_square
 from seqmodels.state import State
 from seqmodels.stepper import Group, Stepper
 from tests.seqmodels.builders import make_language_model, make_model, make_translator

@@ -35,6 +35,10 @@ def save_all(directory: Path) -> dict[str, str]:
         "describe": {"architecture": "generator", "encoder": image, "decoder": attending},
         "story": {"architecture": "generator", "decoder": decoder},
     }
+    several = {"problem_type": "multi_label_classification", "labels": ["art", "sport"]}
+    configs["topics"] = {"architecture": "classifier", "encoder": text, **several}
+    number = {"problem_type": "regression", "labels": ["stars"], "target_mean": [3.0], "target_std": [1.5]}
+    configs["rating"] = {"architecture": "classifier", "encoder": text, **number}
     for name, fields in configs.items():
         config = ModelConfig.parse(fields)
         pictures = config.input in ("image", "frames")

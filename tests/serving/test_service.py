@@ -92,7 +92,8 @@ def plain(answer: Any) -> Any:
 
 def test_every_endpoint_answers_as_the_pipeline_does_offline(client: Client, offline: dict[str, Pipeline]) -> None:
     texts = ["a good day", "x" * 30, "Grüße"]
-    assert plain(client.classify(texts, model="mood")) == offline["mood"](texts)
+    for name in ("mood", "topics", "rating"):  # one label, several, numbers
+        assert plain(client.classify(texts, model=name)) == offline[name](texts)
     assert plain(client.tag(texts, model="names")) == offline["names"](texts)
     beams = {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 12, "logprobs": True}
     assert plain(client.translate(texts, **beams)) == offline["en-de"](texts, **beams)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from seqmodels.errors import DataError
-from seqmodels.models import IGNORE, build_model
+from seqmodels.losses import IGNORE
+from seqmodels.models import build_model
 from seqmodels.state import State
 from seqmodels.tokenizer import BOS, EOS, PAD
 from tests.training.recipes import DECODER, LANGUAGE_MODEL, TAGGER, TRANSLATOR, WORDS, recipe
@@ -305,21 +306,26 @@ def test_a_running_text_is_cut_in_its_order(tmp_path: Path) -> None:
 
 def test_cuts_are_seeded_and_keep_duplicates_together() -> None:
     rows = [Row(f"Text {n // 2}" if n % 2 else f" text  {n // 2} ", "ab"[n % 2]) for n in range(200)]
-    cut = cut_rows(rows, {"validation": 0.1, "test": 30}, seed=4)
+    cut = cut_rows(rows, {"validation": 0.1, "test": 30}, seed=4, makes_text=False)
     assert len(cut["train"]) + len(cut["validation"]) + len(cut["test"]) == 200
     assert (len(cut["validation"]), len(cut["test"])) == (20, 30)
     keys = [{str(row.input).split()[1] for row in part} for part in cut.values()]
     assert not keys[0] & keys[1] and not keys[0] & keys[2] and not keys[1] & keys[2]
-    assert cut == cut_rows(rows, {"validation": 0.1, "test": 30}, seed=4)
-    assert cut != cut_rows(rows, {"validation": 0.1, "test": 30}, seed=5)
+    assert cut == cut_rows(rows, {"validation": 0.1, "test": 30}, seed=4, makes_text=False)
+    assert cut != cut_rows(rows, {"validation": 0.1, "test": 30}, seed=5, makes_text=False)
 
 
 def test_pairs_linked_through_either_language_stay_together() -> None:
     chain = [Row("a", ("1",)), Row("a", ("2",)), Row("b", ("2",)), Row("b", ("3",))]
     others = [Row(f"x{n}", (f"y{n}",)) for n in range(20)]
     for seed in range(8):
-        cut = cut_rows([*chain, *others], {"validation": 6}, seed)
+        cut = cut_rows([*chain, *others], {"validation": 6}, seed, makes_text=True)
         assert len({name for name, part in cut.items() for row in part if row in chain}) == 1
+
+
+def test_rows_that_share_labels_are_no_duplicates() -> None:
+    rows = [Row(f"x{n}", ("red", "blue") if n % 2 else ()) for n in range(20)]
+    assert len(cut_rows(rows, {"validation": 5}, 1, makes_text=False)["validation"]) == 5
 
 
 def test_the_fingerprint_sees_every_part() -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from seqmodels.errors import ConfigError
-from seqmodels.models import Output, build_model
+from seqmodels.losses import Output
+from seqmodels.models import build_model
 from tests.training.recipes import recipe
 from training.config import OptimSection
 from training.data.batches import Batch, Buckets

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from seqmodels.errors import DataError
-from seqmodels.models import IGNORE
+from seqmodels.losses import IGNORE
 from seqmodels.tokenizer import PAD
 from training.data.examples import Codec, Example
 
@@ -103,7 +103,7 @@ def collate(examples: Sequence[Example], codec: Codec) -> Batch:
     if codec.config.input not in ("nothing", "image"):
         batch["lengths"] = torch.tensor([example.input_length for example in examples])
     if codec.config.architecture == "classifier":
-        batch["labels"] = torch.tensor([example.targets for example in examples])
+        batch["labels"] = torch.tensor([example.targets for example in examples])  # numbers in float32
     elif codec.config.architecture == "tagger":
         batch["labels"] = _padded([torch.tensor(example.targets) for example in examples], IGNORE)
     else:

@@ -11,9 +11,14 @@ from seqmodels.errors import DataError
 from training.data.rows import Row
 
 
-def cut_rows(train: Sequence[Row], sizes: Mapping[str, float | int], seed: int) -> dict[str, list[Row]]:
-    """Splits of about the given sizes (a share below 1, or a number of rows), and the rest as "train"."""
-    groups = _groups(train)
+def cut_rows(
+    train: Sequence[Row], sizes: Mapping[str, float | int], seed: int, makes_text: bool
+) -> dict[str, list[Row]]:
+    """Splits of about the given sizes (a share below 1, or a number of rows), and the rest as "train".
+
+    makes_text: whether targets are texts; else they are labels or numbers, which many rows share.
+    """
+    groups = _groups(train, makes_text)
     if len(groups) == 1:
         raise DataError(f"data.cut finds nothing to cut: the {len(train)} rows are all duplicates of each other")
     random.Random(seed).shuffle(groups)
@@ -45,7 +50,7 @@ def cut_text(text: Row, sizes: Mapping[str, float | int]) -> dict[str, list[Row]
     return splits
 
 
-def _groups(rows: Sequence[Row]) -> list[list[int]]:
+def _groups(rows: Sequence[Row], makes_text: bool) -> list[list[int]]:
     """Indices of rows that are linked by a shared key, directly or through others (union-find)."""
     parent = list(range(len(rows)))
 
@@ -57,7 +62,7 @@ def _groups(rows: Sequence[Row]) -> list[list[int]]:
 
     first: dict[object, int] = {}
     for index, row in enumerate(rows):
-        for key in _keys(row):
+        for key in _keys(row, makes_text):
             parent[root(index)] = root(first.setdefault(key, index))
     groups: dict[int, list[int]] = {}
     for index in range(len(rows)):
@@ -65,9 +70,9 @@ def _groups(rows: Sequence[Row]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _keys(row: Row) -> Iterator[object]:
+def _keys(row: Row, makes_text: bool) -> Iterator[object]:
     if row.input is not None:
         yield "input", " ".join(row.input.casefold().split()) if isinstance(row.input, str) else row.input
-    if row.input is None or (isinstance(row.input, str) and isinstance(row.target, tuple)):
+    if makes_text and (row.input is None or isinstance(row.input, str)):
         for text in row.references:
             yield "target", " ".join(text.casefold().split())

@@ -5,19 +5,20 @@ directory, so a model is trained on what it will be served.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from seqmodels.characters import with_spellings
 from seqmodels.config import ModelConfig
 from seqmodels.errors import DataError
-from seqmodels.models import IGNORE
+from seqmodels.losses import IGNORE
 from seqmodels.preprocessing import Preprocessor
 from seqmodels.pretrained import load_pretrained
 from seqmodels.tokenizer import BOS, EOS, Tokenizer
-from training.config import DataSection, Facts, Recipe
+from training.config import DataSection, Facts, Recipe, some
 from training.data.pictures import decode, preprocessor_for
 from training.data.rows import Row
 
@@ -28,11 +29,12 @@ class Example:
 
     inputs: token ids (with the spellings of their words, a tensor), steps of numbers, or pictures still in their files;
     None where nothing goes in.
-    targets: a label, a label for each position, or BOS w1 ... wn EOS. Lengths count positions, 0 where there are none.
+    targets: a label, 0 or 1 for each label, numbers, a label for each position, or BOS w1 ... wn EOS. Lengths count
+    positions, 0 where there are none.
     """
 
     inputs: Any
-    targets: int | list[int]
+    targets: Any
     input_length: int
     target_length: int
 
@@ -56,23 +58,26 @@ class Codec:
         else:
             source = _tokenizer(recipe.data, _source_texts(rows)) if recipe.input == "text" else None
             target = _tokenizer(recipe.data, _target_texts(rows)) if recipe.makes_text else None
-        return cls.build(recipe, source, target, () if recipe.makes_text else _labels(rows), _feature_size(rows))
+        return cls.build(recipe, source, target, _facts(recipe, rows))
 
     @classmethod
-    def build(
-        cls,
-        recipe: Recipe,
-        source: Tokenizer | None,
-        target: Tokenizer | None,
-        labels: tuple[str, ...],
-        feature_size: int,
-    ) -> "Codec":
-        """Put together what was trained now, or before a run was interrupted."""
+    def build(cls, recipe: Recipe, source: Tokenizer | None, target: Tokenizer | None, facts: Facts) -> "Codec":
+        """Put together what was trained now, or before a run was interrupted. facts: without the sizes of vocabularies.
+
+        Raises DataError where `model` and data do not fit.
+        """
         sizes = source.vocab_size if source else 0, target.vocab_size if target else 0
-        config = recipe.model_config_with(Facts(*sizes, labels, feature_size))
-        expected = getattr(config.encoder, "feature_size", feature_size)
-        if feature_size != expected:  # the saved model's, where the run starts from one
-            raise DataError(f"steps hold {feature_size} numbers, but the model of model.init_from takes {expected}")
+        facts = replace(facts, source_vocab_size=sizes[0], target_vocab_size=sizes[1])
+        config = recipe.model_config_with(facts)
+        expected = getattr(config.encoder, "feature_size", facts.feature_size)
+        if facts.feature_size != expected:  # the saved model's, where the run starts from one
+            raise DataError(
+                f"steps hold {facts.feature_size} numbers, but the model of model.init_from takes {expected}"
+            )
+        if unknown := sorted(config.class_weights.keys() - set(config.labels)):
+            raise DataError(
+                f"model.class_weights has {unknown[0]!r}, which is no label; there are {some(config.labels)}"
+            )
         return cls(config, source, target, preprocessor_for(config), recipe.data.max_target_length)
 
     def encode(self, rows: Iterable[Row]) -> list[Example]:
@@ -94,8 +99,7 @@ class Codec:
             return
         inputs, length = self._inputs(row)
         if self.config.architecture == "classifier":
-            assert isinstance(row.target, str)
-            yield Example(inputs, self._label(row.target), length, 0)
+            yield Example(inputs, self._classified(row), length, 0)
             return
         assert self.target_tokenizer is not None
         for text in row.references:
@@ -130,6 +134,15 @@ class Codec:
         inputs = with_spellings(ids, last, words, characters.max_length) if characters else ids
         return Example(inputs, targets, len(ids), 0)
 
+    def _classified(self, row: Row) -> int | list[int] | list[float]:
+        match self.config.problem_type:
+            case "regression":
+                return [float(number) for number in row.references]
+            case "multi_label_classification":
+                return [int(label in row.references) for label in self.config.labels]
+        assert isinstance(row.target, str)
+        return self._label(row.target)
+
     @property
     def _source(self) -> Tokenizer:
         assert self.source_tokenizer is not None
@@ -161,11 +174,29 @@ def _target_texts(rows: Sequence[Row]) -> Iterable[str]:
     return (text for row in rows for text in row.references)
 
 
-def _labels(rows: Sequence[Row]) -> tuple[str, ...]:
+def _facts(recipe: Recipe, rows: Sequence[Row]) -> Facts:
+    """Of the rows of the training split."""
+    size = _feature_size(rows)
+    if recipe.makes_text:
+        return Facts(feature_size=size)
+    if recipe.problem_type != "regression":
+        several = recipe.problem_type == "multi_label_classification"
+        return Facts(labels=_labels(rows, least=1 if several else 2), feature_size=size)
+    names = recipe.data.columns.targets if recipe.data.columns else ("value",)
+    numbers = np.array([[float(number) for number in row.references] for row in rows])
+    deviations = numbers.std(axis=0)
+    for name, deviation in zip(names, deviations, strict=True):
+        if not deviation > 0:
+            raise DataError(f"{name} is the same number in every row of the training split; there is nothing to learn")
+    return Facts(0, 0, names, size, tuple(numbers.mean(axis=0).tolist()), tuple(deviations.tolist()))
+
+
+def _labels(rows: Sequence[Row], least: int) -> tuple[str, ...]:
     """All labels: class numbers in their order, names by the alphabet."""
     names = {name for row in rows for name in row.references}
-    if len(names) < 2:
-        raise DataError(f"the training split has the label {min(names)!r} only; there is nothing to tell apart")
+    if len(names) < least:
+        only = f"has the label {min(names)!r} only" if names else "has no label"
+        raise DataError(f"the training split {only}; there is nothing to tell apart")
     return tuple(sorted(names, key=lambda name: (int(name) if name.isdecimal() else -1, name)))
 
 

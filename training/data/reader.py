@@ -16,6 +16,7 @@ from training.data.pictures import preprocessor_for
 from training.data.rows import Input, Row
 from training.data.tables import Table, source_name
 
+LARGEST_TARGET = 1e12  # of a regression; the square of it still fits float32
 WITHOUT_LISTS = "in a CSV write them separated by spaces; lists need JSON lines or parquet"
 
 
@@ -38,7 +39,7 @@ class RowReader:
     def __init__(self, recipe: Recipe, declared_names: tuple[str, ...] = ()) -> None:
         """declared_names: of class numbers, by the data set; there -1 stands for "not labelled"."""
         assert recipe.data.columns is not None
-        self.task, self.kind = recipe.task, recipe.input
+        self.task, self.kind, self.problem_type = recipe.task, recipe.input, recipe.problem_type
         self.input_column, self.target_columns = recipe.data.columns.input, recipe.data.columns.targets
         self.class_names = declared_names or recipe.data.label_names
         self.unlabelled = -1 if declared_names else None
@@ -58,7 +59,8 @@ class RowReader:
                     "set data.columns"
                 )
         rows = (self._row(f"split {role}, row {n}", fields) for n, fields in enumerate(_plain(table, wanted), start=1))
-        kept = [row for row in rows if row.target and (row.input or row.input is None)]
+        without = self.problem_type == "multi_label_classification"  # a row of no label is an example too
+        kept = [row for row in rows if (row.target or without) and (row.input or row.input is None)]
         if not kept:
             raise DataError(f"{self.source}: every row of split {role} is empty in {_names(wanted, ' or ')}")
         if len(kept) < len(table):
@@ -72,6 +74,10 @@ class RowReader:
         else:
             given = self._input(f"{where}, column {self.input_column!r}", fields[self.input_column])
         targets = [(f"{where}, column {column!r}", fields[column]) for column in self.target_columns]
+        if self.problem_type == "regression":
+            return Row(given, tuple(self._number(place, value) for place, value in targets))
+        if self.problem_type == "multi_label_classification":
+            return Row(given, self._several(*targets[0]))
         if self.task == "classify":
             return Row(given, self._label(*targets[0]))
         if self.task == "tag":
@@ -173,6 +179,21 @@ class RowReader:
         return tuple(
             self._label(where, tag) for tag in (value if isinstance(value, list) else self._split(where, value))
         )
+
+    def _several(self, where: str, value: Any) -> tuple[str, ...]:
+        """The labels of a list, or of a text that holds them between spaces; each once."""
+        if value is None:
+            self._refuse(where, "holds nothing, so it is unlabelled; give an empty list where no label is right")
+        return tuple(dict.fromkeys(self._tags(where, value)))
+
+    def _number(self, where: str, value: Any) -> str:
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not abs(number) <= LARGEST_TARGET:
+            self._refuse(where, f"holds {_short(value)}, but must hold a number within ±{LARGEST_TARGET:,.0f}")
+        return repr(number)
 
     def _label(self, where: str, value: Any) -> str:
         if value is None or value == self.unlabelled or (isinstance(value, str) and not value.strip()):

@@ -14,7 +14,8 @@ Input = str | tuple[str, ...] | bytes | tuple[bytes, ...] | tuple[tuple[float, .
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """input: see above. target: a label, or a tag for each step, or one or more references of one text."""
+    """input: see above. target: a label, or a tag for each step, or one or more references of one text; all labels
+    that are right; the numbers of a regression, written out."""
 
     input: Input
     target: str | tuple[str, ...]

@@ -52,7 +52,7 @@ class Splits:
         reader = RowReader(self._recipe, class_names(self._recipe, next(iter(read.values()))))
         rows = {role: reader.rows(role, table, say) for role, table in read.items()}
         if from_train:
-            rows |= _cut(rows["train"], self._cuts, data.cut.seed)
+            rows |= _cut(rows["train"], self._cuts, data.cut.seed, self._recipe.makes_text)
         return {role: rows[role] for role in wanted}
 
     def _refuse(self, role: str) -> NoReturn:
@@ -78,8 +78,8 @@ def _generated(name: str, wanted: Sequence[str]) -> dict[str, list[Row]]:
     return {role: splits[role] for role in wanted}
 
 
-def _cut(train: Sequence[Row], sizes: dict[str, float | int], seed: int) -> dict[str, list[Row]]:
+def _cut(train: Sequence[Row], sizes: dict[str, float | int], seed: int, makes_text: bool) -> dict[str, list[Row]]:
     """Train less what is cut from it, and what is."""
     if len(train) == 1 and train[0].input is None:
         return cut_text(train[0], sizes)
-    return cut_rows(train, sizes, seed)
+    return cut_rows(train, sizes, seed, makes_text)

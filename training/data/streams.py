@@ -33,7 +33,7 @@ class Streams:
     def __init__(
         self, examples: Sequence[Example], rows: int, chunk_length: int, seed: int | None = None, vary: bool = False
     ) -> None:
-        tokens = [token for example in examples for token in example.targets]  # type: ignore[union-attr]
+        tokens = [token for example in examples for token in example.targets]
         if len(tokens) < 2:
             raise DataError("the text is empty; a language model needs at least one token to predict")
         # Each stream begins with a BOS of its own, so the first text's is left out.

@@ -1,0 +1,205 @@
+"""Several labels, numbers, weights of classes and calibration: from a table to answers, and measures by hand."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from seqmodels.config import ModelConfig
+from seqmodels.errors import ConfigError, DataError
+from seqmodels.pipeline import Pipeline
+from seqmodels.pretrained import load_pretrained
+from tests.training.recipes import CLASSIFIER, WORDS, recipe
+from training import metrics
+from training.__main__ import main
+from training.calibrate import COLDEST, fit_temperature
+from training.run import train
+
+COLOURS = ["blue", "green", "red"]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def colours(path: Path) -> Path:
+    """Texts, the colours that they name, and two numbers that hang on them."""
+    source, rows = random.Random(1), []
+    for _ in range(600):
+        words = [source.choice([*COLOURS, "a", "the", "car"]) for _ in range(source.randint(1, 6))]
+        named = sorted({word for word in words if word in COLOURS})
+        colourful = sum(word in COLOURS for word in words)
+        rows.append({"text": " ".join(words), "colours": named, "count": len(words), "price": 100.0 * colourful - 50})
+    return write(path, rows)
+
+
+def recipe_on(data: Path, target: Any, directory: Path, steps: int = 250, **model: Any) -> Any:
+    columns = {"input": "text", "target": target}
+    return recipe(
+        directory=directory,
+        data={"path": str(data), "columns": columns, "cut": {"validation": 0.15}, "tokenizer": WORDS},
+        model={**CLASSIFIER, "pooling": "max", **model},
+        optim={"learning_rate": 1e-2},
+        run={"max_steps": steps, "eval_steps": min(steps, 50), "rows_per_batch": 32},
+    )
+
+
+def test_several_labels(tmp_path: Path) -> None:
+    data = colours(tmp_path / "colours.jsonl")
+    kind = "multi_label_classification"
+    directory = train(recipe_on(data, "colours", tmp_path / "run", problem_type=kind))
+    scores = json.loads((directory / "finished.json").read_text())["validation"]
+    assert set(scores) == {"micro_f1", "macro_f1", "exact_match", "nll"}
+    assert scores["micro_f1"] > 0.99
+    answers = Pipeline.from_pretrained(directory)(["the red car a blue", "the car"])
+    assert [answer["labels"] for answer in answers] == [["blue", "red"], []]
+    assert list(answers[0]["scores"]) == COLOURS
+    # Members of an ensemble answer each question by their mean.
+    twice = Pipeline.from_pretrained([directory, directory])(["the red car a blue"])[0]
+    assert twice["scores"] == pytest.approx(answers[0]["scores"], abs=1e-6)
+    assert main(["evaluate", str(directory), str(directory), "--split", "validation"]) == 0
+
+
+def test_numbers_in_their_own_units(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = colours(tmp_path / "colours.jsonl")
+    directory = train(recipe_on(data, ["count", "price"], tmp_path / "run", problem_type="regression", pooling="last"))
+    scores = json.loads((directory / "finished.json").read_text())["validation"]
+    assert set(scores) == {"mse", "mae", "r2", "nll"}
+    assert scores["r2"] > 0.9
+    values = Pipeline.from_pretrained(directory)(["the red car a blue"])[0]["values"]
+    assert list(values) == ["count", "price"]
+    assert values["count"] == pytest.approx(5, abs=1) and values["price"] == pytest.approx(150, abs=30)
+    assert main(["evaluate", str(directory), str(directory), "--split", "validation"]) == 0
+    two = json.loads(capsys.readouterr().out.splitlines()[-1])["scores"]
+    assert two == pytest.approx(scores, rel=1e-4), "twice the same model is that model"
+
+
+def test_a_regression_goes_on_with_the_scales_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = colours(tmp_path / "colours.jsonl")
+    made = recipe_on(data, "price", tmp_path / "run", steps=4, problem_type="regression")
+    with monkeypatch.context() as patch:
+        patch.setattr("training.run._finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(made)
+    train(made)
+    config = load_pretrained(tmp_path / "run").config
+    prices = [json.loads(line)["price"] for line in data.read_text().splitlines()]
+    assert config.target_mean[0] == pytest.approx(sum(prices) / len(prices), abs=10)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["target_std"] == list(config.target_std)
+
+
+@pytest.mark.parametrize(
+    ("row", "target", "kind", "named"),
+    [
+        ({"text": "a", "y": "many"}, "y", "regression", "'many'"),
+        ({"text": "a", "y": None}, "y", "regression", "None"),
+        ({"text": "a", "y": True}, "y", "regression", "True"),
+        ({"text": "a", "y": None}, "y", "multi_label_classification", "empty list"),
+    ],
+)
+def test_a_bad_target_is_named(tmp_path: Path, row: dict[str, Any], target: str, kind: str, named: str) -> None:
+    good = {"regression": [1.0, 2.0], "multi_label_classification": [["a"], ["b"]]}[kind]
+    data = write(tmp_path / "bad.jsonl", [{"text": "a", "y": y} for y in good] + [row])
+    with pytest.raises(DataError, match=f"row 3, column 'y'.*{named}"):
+        train(recipe_on(data, target, tmp_path / "run", problem_type=kind))
+
+
+def test_numbers_that_never_change_are_refused(tmp_path: Path) -> None:
+    data = write(tmp_path / "same.jsonl", [{"text": f"word{i}", "y": 2} for i in range(20)])
+    with pytest.raises(DataError, match="y is the same number"):
+        train(recipe_on(data, "y", tmp_path / "run", problem_type="regression"))
+
+
+def test_settings_that_do_nothing_are_refused(tmp_path: Path) -> None:
+    data = colours(tmp_path / "colours.jsonl")
+    with pytest.raises(ConfigError, match=r"data\.columns\.target is a list"):
+        recipe_on(data, ["count", "price"], tmp_path)
+    with pytest.raises(ConfigError, match=r"run\.metric_for_best_model.*mse"):
+        recipe(model={**CLASSIFIER, "problem_type": "regression"}, run={"metric_for_best_model": "accuracy"})
+    with pytest.raises(DataError, match=r"model\.class_weights has 'goood'"):
+        train(recipe(directory=tmp_path / "w", model={**CLASSIFIER, "class_weights": {"goood": 2.0}}))
+
+
+def test_a_weighted_class_is_found_more_often(tmp_path: Path) -> None:
+    source, rows = random.Random(2), []
+    for _ in range(400):  # the words tell nothing, and one label is rare
+        words = " ".join(source.choices("abc", k=9))
+        rows.append({"text": words, "y": "rare" if source.random() < 0.2 else "usual"})
+    data = write(tmp_path / "rare.jsonl", rows)
+    found = {}
+    for weight in (1.0, 8.0):
+        weights = {"class_weights": {"rare": weight}}
+        directory = train(recipe_on(data, "y", tmp_path / f"run-{weight}", steps=50, **weights))
+        found[weight] = {answer["label"] for answer in Pipeline.from_pretrained(directory)(["a", "b", "c"])}
+    assert found == {1.0: {"usual"}, 8.0: {"rare"}}
+
+
+def test_measures_by_hand() -> None:
+    predicted, expected = [{"a"}, {"a", "b"}, set()], [{"a"}, {"b"}, {"c"}]
+    counts = metrics.counts_by_label(predicted, expected)
+    assert counts == [(1, 2, 1), (1, 1, 1), (0, 0, 1)]
+    assert metrics.micro_f1(counts) == pytest.approx(2 * 2 / (3 + 3))
+    assert metrics.mean_f1(counts) == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert metrics.micro_f1([]) == metrics.mean_f1([]) == 0
+    numbers, right = [[1.0, 0.0], [2.0, 0.0]], [[1.0, 5.0], [4.0, 5.0]]
+    assert metrics.mean_square_error(numbers, right) == (0 + 25 + 4 + 25) / 4
+    assert metrics.mean_absolute_error(numbers, right) == (0 + 5 + 2 + 5) / 4
+    # The first: residual 4, spread 4.5. The second never changes, so it explains nothing.
+    assert metrics.r2(numbers, right) == pytest.approx(((1 - 4 / 4.5) + 0) / 2)
+
+
+def test_a_planted_temperature_is_found_and_is_the_best_of_a_grid() -> None:
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(20000, 4, dtype=torch.float64)
+    labels = torch.multinomial((logits / 1.8).softmax(1), 1)[:, 0]
+    found = fit_temperature(logits, labels)
+    assert found == pytest.approx(1.8, rel=0.03)
+
+    def nll(temperature: float) -> float:
+        return float(torch.nn.functional.cross_entropy(logits / temperature, labels))
+
+    assert nll(found) <= min(nll(found + step) for step in (-0.3, -0.01, 0.01, 0.3))
+    assert fit_temperature(logits, logits.argmax(1)) == pytest.approx(COLDEST), "all right: as cold as it may be"
+
+
+def test_calibrate_changes_probabilities_and_no_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = train(recipe(directory=tmp_path / "run", run={"max_steps": 40, "num_train_epochs": None}))
+    texts = ["a fine film", "a dull film", "not bad"]
+    before = Pipeline.from_pretrained(directory)(texts)
+    card = (directory / "README.md").read_text()
+    assert main(["evaluate", str(directory), "--split", "validation"]) == 0
+    raw = json.loads(capsys.readouterr().out.splitlines()[-1])["scores"]
+    assert main(["calibrate", str(directory)]) == 0
+    said = capsys.readouterr().out
+    temperature = ModelConfig.load(directory / "config.json").temperature
+    assert f"temperature {temperature:.4f}" in said and temperature != 1.0
+    after = Pipeline.from_pretrained(directory)(texts)
+    assert [answer["label"] for answer in after] == [answer["label"] for answer in before]
+    for warm, cold in zip(after, before, strict=True):
+        logits = torch.tensor(list(cold["scores"].values())).log()
+        expected = (logits / temperature).softmax(0).tolist()
+        assert list(warm["scores"].values()) == pytest.approx(expected, abs=1e-5)
+    assert (directory / "README.md").read_text() == card
+    assert main(["evaluate", str(directory), "--split", "validation"]) == 0
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])["scores"]
+    assert scores["accuracy"] == raw["accuracy"] and scores["nll"] < raw["nll"]
+    assert f"nll {raw['nll']:.4f} before, {scores['nll']:.4f} with it" in said
+    # Calibrating again begins anew, and a run that starts from the model does so without it.
+    assert main(["calibrate", str(directory)]) == 0
+    assert ModelConfig.load(directory / "config.json").temperature == temperature
+    further = train(recipe(directory=tmp_path / "further", data={"generated": "sentiment"},
+                           model={"init_from": str(directory)}))  # fmt: skip
+    assert load_pretrained(further).config.temperature == 1.0
+
+
+def test_only_what_has_labels_is_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = colours(tmp_path / "colours.jsonl")
+    directory = train(recipe_on(data, "count", tmp_path / "run", steps=2, problem_type="regression"))
+    assert main(["calibrate", str(directory)]) == 2
+    assert "only classifiers and taggers" in capsys.readouterr().err

@@ -1,0 +1,82 @@
+"""Calibration: the one number by which a classifier's or tagger's logits are divided so that its probabilities mean
+what they say (Guo et al. 2017). Which label is the likeliest never changes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from seqmodels.errors import ConfigError
+from seqmodels.losses import IGNORE
+from seqmodels.models import Model
+from seqmodels.pretrained import CARD, load_pretrained
+from training.config import Recipe
+from training.data.batches import Buckets
+from training.data.examples import Codec
+from training.data.sources import load_rows
+
+COLDEST, HOTTEST = 0.05, 20.0  # the bounds of a temperature; where all answers are right, none is cold enough
+TOKENS_PER_BATCH, ROWS_PER_BATCH = 8192, 128
+NUM_BINS = 15
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The temperature, and nll and expected calibration error on the validation split, before it and with it."""
+
+    temperature: float
+    nll: tuple[float, float]
+    error: tuple[float, float]
+
+
+def calibrate(directory: Path, recipe: Recipe) -> Calibration:
+    """Fit the temperature on the validation split and write it into the model directory.
+
+    Raises ConfigError for a model that gives no probabilities of labels, DataError, ModelDirectoryError.
+    """
+    saved = load_pretrained(directory)
+    if saved.config.architecture == "generator" or saved.config.problem_type == "regression":
+        raise ConfigError(f"{directory} gives no probabilities of labels; only classifiers and taggers are calibrated")
+    config = saved.config.model_copy(update={"temperature": 1.0})
+    saved.model.config = config
+    codec = Codec(config, saved.source_tokenizer, None, saved.preprocessor, recipe.data.max_target_length)
+    logits, labels = _validation_logits(saved.model, codec, recipe)
+    temperature = fit_temperature(logits, labels)
+    saved.model.config = config.model_copy(update={"temperature": temperature})
+    card = (directory / CARD).read_text(encoding="utf-8") if (directory / CARD).is_file() else ""
+    saved.save(directory, card)
+    nll, error = zip(*(_quality(logits / t, labels) for t in (1.0, temperature)), strict=True)
+    return Calibration(temperature, nll, error)
+
+
+@torch.no_grad()
+def _validation_logits(model: Model, codec: Codec, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Logits (N, C) and labels (N,) of all that is labelled in the validation split, in float64."""
+    examples = codec.encode(load_rows(recipe, ["validation"])["validation"])
+    batches = Buckets(examples, codec, TOKENS_PER_BATCH, ROWS_PER_BATCH, seed=0)
+    found = [model.target_logits(**batches.batch(0, index)) for index in range(len(batches))]
+    logits = torch.cat([logits.flatten(0, -2) for logits, _, _ in found]).double()
+    labels = torch.cat([labels.flatten() for _, labels, _ in found])
+    return logits[labels != IGNORE], labels[labels != IGNORE]
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The one of least nll, which is convex in the temperature's inverse, so that halving finds its minimum."""
+    low, high = 1 / HOTTEST, 1 / COLDEST
+    right = logits.gather(1, labels[:, None])[:, 0]
+    for _ in range(60):
+        middle = (low + high) / 2
+        expected = ((middle * logits).softmax(1) * logits).sum(1)
+        low, high = (low, middle) if float((expected - right).mean()) > 0 else (middle, high)
+    return 2 / (low + high)
+
+
+def _quality(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """nll, and expected calibration error: how far confidence and accuracy are apart, in bins of confidence."""
+    probabilities = logits.softmax(1)
+    nll = -probabilities.gather(1, labels[:, None]).clamp(min=1e-300).log().mean()
+    confidence, predicted = probabilities.max(1)
+    bins = (confidence * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+    gaps = torch.zeros(NUM_BINS, dtype=torch.float64).index_add(0, bins, confidence - (predicted == labels).double())
+    return float(nll), float(gaps.abs().sum() / len(labels))
