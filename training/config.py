@@ -19,6 +19,7 @@ from seqmodels import config as model_fields
 from seqmodels.config import ModelConfig, ProblemType, Strict, Task, explain, suggestion
 from seqmodels.decoding.params import SearchParams
 from seqmodels.errors import ConfigError
+from training.transfer import fields_from
 
 InputKind = Literal["text", "image", "frames", "features", "nothing"]
 
@@ -224,8 +225,6 @@ class Recipe(Strict):
 
     def _check_what_does_nothing(self) -> None:
         data = self.data
-        if "init_from" in self.model and len(self.model) > 1:
-            raise ValueError("model.init_from takes every size from the saved model; remove the other keys of `model`")
         if "init_from" in self.model and data.tokenizer != TokenizerSection():
             raise ValueError("model.init_from brings the saved model's tokenizer; remove data.tokenizer")
         if self.task != "generate" and data.chunk_length != DataSection.model_fields["chunk_length"].default:
@@ -251,9 +250,9 @@ class Recipe(Strict):
     @property
     def problem_type(self) -> ProblemType:
         """What a classifier is asked for. Whether the model's section is right, `model_config_with` tells."""
-        if self.init_from is not None:
-            return _saved_config(self.init_from).problem_type
         given = self.model.get("problem_type")
+        if given is None and self.init_from is not None:
+            return _saved_config(self.init_from).problem_type
         return given if given in tuple(METRICS_OF_PROBLEMS) else "single_label_classification"
 
     @property
@@ -274,8 +273,7 @@ class Recipe(Strict):
     def model_config_with(self, facts: "Facts") -> ModelConfig:
         """The model's config, completed with what the data decided. Raises ConfigError."""
         if self.init_from is not None:
-            saved = _saved_config(self.init_from).model_dump(mode="json")
-            fields = saved | {"temperature": 1.0, "class_weights": {}}
+            fields = fields_from(_saved_config(self.init_from), self.model)
             return ModelConfig.parse(self._with_targets(fields, facts))
         fields = {**self.model}
         for part, size in (("encoder", facts.source_vocab_size), ("decoder", facts.target_vocab_size)):

@@ -40,6 +40,7 @@ from training.optim import (
     update,
 )
 from training.report import Reporter
+from training.transfer import weights_from
 
 TOO_LARGE = "the model is too large for this machine's memory; lower the sizes in `model`"
 MAX_SKIPPED_IN_A_ROW = 5
@@ -381,14 +382,14 @@ def check_memory(config: ModelConfig) -> None:
 
 
 def new_model(recipe: Recipe, codec: Codec) -> Model:
-    """Initial weights, or those of `model.init_from` with a new head where labels differ."""
+    """Initial weights, in place of them those of `model.init_from`, as far as they have a place here."""
     try:
         model = build_model(codec.config)
     except (RuntimeError, MemoryError):  # the allocator's
         raise ConfigError(TOO_LARGE) from None
     if recipe.init_from is not None:
         saved = load_pretrained(recipe.init_from)
-        weights = saved.model.state_dict()
+        weights = weights_from(saved.config, saved.model.state_dict(), model.state_dict())
         if saved.config.labels != codec.config.labels:
             weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
         model.load_state_dict(weights, strict=False)

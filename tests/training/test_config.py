@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from seqmodels.errors import ConfigError
-from tests.training.recipes import CLASSIFIER, DECODER, LANGUAGE_MODEL, fields
+from tests.training.recipes import DECODER, LANGUAGE_MODEL, fields
 from training.config import load_recipe, parse_recipe
 
 ROOT = Path(__file__).parent.parent.parent
@@ -87,7 +87,6 @@ def test_a_bad_key_or_value_is_named_with_its_fix(override: str, words: list[str
         ({"data": {"path": "x", "revision": "abc", "columns": {"input": "a", "target": "b"}}}, "data.id"),
         ({"data": {"path": "x", "columns": {"target": "b"}}}, "data.columns.input"),
         ({"model": LANGUAGE_MODEL}, "generate"),
-        ({"model": {**CLASSIFIER, "init_from": "x"}}, "init_from"),
         ({"model": {"init_from": "x"}}, "data.tokenizer"),
         ({"data": {"generated": "sentiment", "chunk_length": 9}}, "data.chunk_length"),
         ({"data": {"path": "x", "columns": {"input": "a", "target": ["b", "c"]}}}, "data.columns.target is a list"),

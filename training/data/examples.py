@@ -54,7 +54,9 @@ class Codec:
         """Tokenizers and labels from the rows of the training split; those of `model.init_from`, where it is set."""
         if recipe.init_from is not None:
             saved = load_pretrained(recipe.init_from)
-            source, target = saved.source_tokenizer, saved.target_tokenizer
+            target = saved.target_tokenizer if recipe.makes_text else None
+            # What a language model wrote in, a classifier that starts from it reads.
+            source = (saved.source_tokenizer or saved.target_tokenizer) if recipe.input == "text" else None
         else:
             source = _tokenizer(recipe.data, _source_texts(rows)) if recipe.input == "text" else None
             target = _tokenizer(recipe.data, _target_texts(rows)) if recipe.makes_text else None

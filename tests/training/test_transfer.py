@@ -1,0 +1,112 @@
+"""model.init_from: what a new model takes over, what it learns anew, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from seqmodels.errors import ConfigError
+from seqmodels.pretrained import load_pretrained
+from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TRANSLATOR, WORDS, recipe
+from training.run import train
+
+SENTENCES = {"generated": "language-model", "tokenizer": WORDS}
+PAIRS = {"generated": "numbers-en-fr", "tokenizer": WORDS}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("saved")
+    few = {"max_eval_samples": 4}
+    return {
+        "generate": train(recipe("generate", root / "lm", data=SENTENCES, model=LANGUAGE_MODEL, run=few)),
+        "translate": train(recipe("translate", root / "translator", data=PAIRS, model=TRANSLATOR, run=few)),
+        "classify": train(recipe(directory=root / "classifier", run=few)),
+    }
+
+
+def started(saved: Path, directory: Path, task: str = "classify", **sections: Any) -> dict[str, torch.Tensor]:
+    """The weights after a step with a frozen encoder."""
+    data = {"generated": "sentiment" if task == "classify" else "number-tags"}
+    model = {"init_from": str(saved), **sections.pop("model", {})}
+    sections = {"optim": {"freeze": ["encoder.*"]}, "data": data, **sections}
+    run = {"max_steps": 1, "max_eval_samples": 4}
+    return load_pretrained(train(recipe(task, directory, model=model, run=run, **sections))).model.state_dict()
+
+
+@pytest.mark.parametrize(("task", "architecture"), [("classify", "classifier"), ("tag", "tagger")])
+def test_a_reader_starts_from_a_language_model(
+    saved: dict[str, Path], tmp_path: Path, task: str, architecture: str
+) -> None:
+    weights = started(saved["generate"], tmp_path, task, model={"architecture": architecture})
+    language_model = load_pretrained(saved["generate"])
+    taken = {name for name in weights if name.startswith("encoder.")}
+    assert taken == {n.replace("decoder", "encoder") for n in language_model.model.state_dict() if "recurrent" in n} | {
+        "encoder.embedding.weight"
+    }
+    for name in taken:
+        assert torch.equal(weights[name], language_model.model.state_dict()[name.replace("encoder.", "decoder.")])
+    tokenizer = load_pretrained(tmp_path).source_tokenizer
+    assert tokenizer is not None and language_model.target_tokenizer is not None
+    assert tokenizer.fingerprint == language_model.target_tokenizer.fingerprint
+
+
+def test_a_classifier_takes_a_translators_encoder_and_its_own_dropout(saved: dict[str, Path], tmp_path: Path) -> None:
+    model = {
+        "architecture": "classifier",
+        "pooling": "mean",
+        "encoder": {"dropout": 0.25, "recurrent": {"dropout": 0.0}},
+    }
+    weights = started(saved["translate"], tmp_path, model=model)
+    translator = load_pretrained(saved["translate"])
+    for name, tensor in translator.model.state_dict().items():
+        if name.startswith("encoder."):
+            assert torch.equal(weights[name], tensor)
+    new, old = load_pretrained(tmp_path).config, translator.config
+    assert new.pooling == "mean" and new.encoder is not None and old.encoder is not None
+    assert new.encoder.model_copy(update={"dropout": 0.0}) == old.encoder
+    assert getattr(new.encoder, "dropout") == 0.25  # noqa: B009 - not every encoder has one
+
+
+def test_the_same_architecture_takes_all_and_what_the_recipe_changes(saved: dict[str, Path], tmp_path: Path) -> None:
+    optim = {"freeze": ["encoder.*", "head.*"], "optimizer": "sgd"}
+    with pytest.raises(ConfigError, match="nothing to train"):
+        started(saved["classify"], tmp_path / "all", optim=optim)
+    weights = started(saved["classify"], tmp_path / "some", model={"dropout": 0.5, "pooling": "attention"}, optim=optim)
+    old = load_pretrained(saved["classify"]).model.state_dict()
+    assert all(torch.equal(weights[name], old[name]) for name in old)
+    assert weights.keys() - old.keys() == {"pool.weight", "pool.bias"}
+    assert load_pretrained(tmp_path / "some").config.dropout == 0.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "named"),
+    [
+        (
+            "generate",
+            {"architecture": "classifier", "encoder": {"recurrent": {"hidden_size": 24}}},
+            "hidden_size|shape",
+        ),
+        ("generate", {"architecture": "classifier", "encoder": {"recurrent": {"bidirectional": True}}}, "nowhere"),
+        ("classify", {"encoder": {"recurrent": {"cell": "lstm"}}}, "shape"),
+        ("classify", {"encoder": {"characters": {}}}, r"encoder\.characters"),
+    ],
+)
+def test_other_sizes_are_refused(
+    saved: dict[str, Path], tmp_path: Path, kind: str, model: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        started(saved[kind], tmp_path, model=model)
+
+
+def test_a_generator_does_not_start_from_a_classifier(saved: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no decoder to start a generator from"):
+        model = {"init_from": str(saved["classify"]), "architecture": "generator"}
+        recipe("generate", tmp_path, data={"generated": "language-model"}, model=model)
+
+
+def test_other_sizes_of_one_classifier(saved: dict[str, Path], tmp_path: Path) -> None:
+    wide = {**CLASSIFIER["encoder"], "embedding_size": 99}
+    with pytest.raises(ConfigError, match=r"encoder\..* in shape \(\d+, 99\).*remove the sizes"):
+        started(saved["classify"], tmp_path, model={"encoder": wide})
