@@ -6,11 +6,16 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from seqmodels.config import Average, Weights
+from pydantic import ValidationError
+
+from seqmodels.config import Average, Weights, explain
 from seqmodels.errors import ConfigError, SeqModelsError
 from training.config import Recipe, differences, load_recipe
+
+if TYPE_CHECKING:
+    from training.adaptive import Adaptation
 
 TRAIN_HELP = """\
 examples:
@@ -55,6 +60,13 @@ split and kept in config.json. Which label is the likeliest does not change; pro
 
   python -m training calibrate models/sst2
 """
+ADAPTATION_HELP = {
+    "dynamic_rate": "dynamic evaluation: the rate of learning, such as 0.002",
+    "dynamic_decay": "how far each step of it is followed by a step back, such as 0.02",
+    "cache_weight": "a cache of words of late: its share of a word's probability, such as 0.1",
+    "cache_size": "of how many words (default: 500)",
+    "cache_flatness": "how much a likeness of states counts (default: 0.3)",
+}
 EVALUATION_KEYS = (
     *("data.id", "data.name", "data.revision", "data.path", "data.generated", "data.columns", "data.splits"),
     *("data.cut", "data.label_names", "data.max_target_length", "run.device", "run.threads"),
@@ -118,6 +130,9 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--shortlist", action="store_true", help="search with the model's shortlist; nll stays over all tokens"
     )
+    adaptive = score.add_argument_group("a language model that goes on learning from the text it is scored on")
+    for name, text in ADAPTATION_HELP.items():
+        adaptive.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=text)
     score.set_defaults(run=_evaluate)
     mean = commands.add_parser(
         "average",
@@ -168,11 +183,31 @@ def _evaluate(options: argparse.Namespace) -> None:
     loading = {"decoder_weights": options.decoder_weights, "shortlist": options.shortlist}
     average: Average = options.average or "probability"
     result = evaluate_directory(
-        options.directory, recipe, options.split, params, options.baseline, loading, others, average
+        options.directory,
+        recipe,
+        options.split,
+        params,
+        options.baseline,
+        loading,
+        others,
+        average,
+        _adaptation(options),
     )
     for name, value in result["scores"].items():
         print(f"{name:>24}  {value:.4f}  {result['signatures'].get(name, '')}".rstrip())
     print(json.dumps(result))
+
+
+def _adaptation(options: argparse.Namespace) -> "Adaptation":
+    from training.adaptive import Adaptation
+
+    given = {name: getattr(options, name) for name in ADAPTATION_HELP if getattr(options, name) is not None}
+    if given.get("cache_size", 0.5).is_integer():
+        given["cache_size"] = int(given["cache_size"])
+    try:
+        return Adaptation(**given)
+    except ValidationError as error:
+        raise ConfigError(f"--{explain(error).replace('_', '-', 1)}") from None
 
 
 def _average(options: argparse.Namespace) -> None:

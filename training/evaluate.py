@@ -13,17 +13,19 @@ import torch
 from seqmodels.config import Average, ModelConfig
 from seqmodels.ensemble import Averaged, Directories, load_members
 from seqmodels.errors import ConfigError, DataError
-from seqmodels.models import Model
+from seqmodels.models import Model, SequenceGenerator
 from seqmodels.pipeline import Pipeline
 from seqmodels.rendering import is_bio
 from seqmodels.state import State
 from seqmodels.tokenizer import BOS
 from training import metrics
+from training.adaptive import SEGMENT_LENGTH, Adaptation, Adaptive
 from training.data.batches import Buckets
 from training.data.examples import Codec
 from training.data.rows import Row
 from training.data.streams import EVALUATION_ROWS, Streams
 
+NONE = Adaptation()
 CHUNK_LENGTH = 128  # of running text; changes the speed only, since the state is carried
 NLL_TOKENS_PER_BATCH, NLL_ROWS_PER_BATCH = 8192, 128
 NUM_SAMPLES, NUM_FREE_SAMPLES = 8, 4
@@ -47,15 +49,24 @@ def evaluate(
     params: dict[str, Any] | None = None,
     loading: Mapping[str, Any] | None = None,
     average: Average = "probability",
+    adaptation: Adaptation = NONE,
+    train: Sequence[Row] = (),
 ) -> Evaluation:
     """All scores of the directory's task. params: search parameters that go before the directory's own. loading:
-    options of `Pipeline.from_pretrained`, for what is generated. average: of several directories' predictions. Raises
-    ConfigError, DataError."""
+    options of `Pipeline.from_pretrained`, for what is generated. average: of several directories' predictions.
+    adaptation: of a language model while it is scored; train: rows of its training split, where it learns from what it
+    is scored on. Raises ConfigError, DataError."""
     loading = applicable(codec.config, loading or {})
     if not rows:
         raise DataError("there are no rows to evaluate on")
     if codec.config.task == "generate":
-        return _score_language_model(directory, rows, codec, device, average)
+        model = _language_model(directory, codec, device, average, adaptation, train)
+        scores = _score_language_model(model, rows, codec, device)
+        return Evaluation(scores, len(rows), samples=_free_samples(directory, device, average))
+    if adaptation.ways:
+        raise ConfigError(
+            f"--dynamic-rate and --cache-weight are for language models; task {codec.config.task} has none"
+        )
     pipeline = Pipeline.from_pretrained(directory, device, average=average, **loading)
     # A classifier reads the beginning of what is too long, in training as here; let the others do what they can.
     answers = pipeline.run([pipeline.prepare(row.item, params, truncate=True) for row in rows])
@@ -201,13 +212,29 @@ def _mean_nll(model: Model | Averaged, rows: Sequence[Row], codec: Codec, device
     return total / count
 
 
+def _language_model(
+    directory: Directories,
+    codec: Codec,
+    device: str,
+    average: Average,
+    adaptation: Adaptation,
+    train: Sequence[Row],
+) -> Model | Averaged | Adaptive:
+    model = _model(directory, device, average)
+    if not adaptation.ways:
+        return model
+    if not isinstance(model, SequenceGenerator):
+        raise ConfigError("--dynamic-rate and --cache-weight are for one language model; give one directory")
+    return Adaptive(model, adaptation, codec.encode(train))
+
+
 @torch.no_grad()
 def _score_language_model(
-    directory: Directories, rows: Sequence[Row], codec: Codec, device: str, average: Average
-) -> Evaluation:
+    model: Model | Averaged | Adaptive, rows: Sequence[Row], codec: Codec, device: str
+) -> dict[str, float]:
     """nll counts words and ends of texts; a BOS in mid-stream is no word, though its small cost is counted."""
-    model = _model(directory, device, average)
-    streams = Streams(codec.encode(rows), EVALUATION_ROWS, CHUNK_LENGTH)
+    sizes = (1, SEGMENT_LENGTH) if isinstance(model, Adaptive) else (EVALUATION_ROWS, CHUNK_LENGTH)
+    streams = Streams(codec.encode(rows), *sizes)
     total, count, state = 0.0, 0, None
     for index in range(len(streams)):
         batch = {name: value.to(device) for name, value in streams.batch(0, index).items()}
@@ -217,12 +244,11 @@ def _score_language_model(
         total += float(out.nll) * int(out.num_targets)
         count += int(out.num_targets) - int((batch["labels"][:, 1:] == BOS).sum())
     characters = sum(len(text) for row in rows for text in row.references)
-    scores = {
+    return {
         "nll": total / count,
         "perplexity": metrics.perplexity(total / count),
         "bits_per_character": metrics.bits_per_character(total, characters),
     }
-    return Evaluation(scores, len(rows), samples=_free_samples(directory, device, average))
 
 
 def _free_samples(directory: Directories, device: str, average: Average) -> list[dict[str, str]]:

@@ -29,6 +29,7 @@ from seqmodels.pretrained import RECIPE, load_pretrained, tokenizer_names
 from seqmodels.rendering import is_bio
 from seqmodels.tokenizer import Tokenizer
 from training import baselines, checkpoint
+from training.adaptive import Adaptation
 from training.card import model_card
 from training.config import DataSection, Facts, Recipe, RunSection, differences, parse_recipe, some
 from training.data.batches import Batches, Buckets
@@ -36,7 +37,7 @@ from training.data.examples import Codec, Example
 from training.data.rows import Row, fingerprint
 from training.data.sources import Splits, load_rows
 from training.data.streams import Streams
-from training.evaluate import applicable, evaluate
+from training.evaluate import NONE, applicable, evaluate
 from training.loop import Trainer, check_memory
 from training.report import Reporter, write_report
 
@@ -349,6 +350,7 @@ def evaluate_directory(
     loading: Mapping[str, Any] = MappingProxyType({}),
     others: Sequence[Path] = (),
     average: Average = "probability",
+    adaptation: Adaptation = NONE,
 ) -> dict[str, Any]:
     """Score a finished model on one split of its data, or of other data, and write the result beside it.
 
@@ -365,8 +367,19 @@ def evaluate_directory(
     codec = Codec(
         saved.config, saved.source_tokenizer, saved.target_tokenizer, saved.preprocessor, recipe.data.max_target_length
     )
-    rows, *_ = [_rows_to_score(member, recipe, split, with_baseline) for member in directories]  # each checks its own
-    result = evaluate(directories, rows[split], codec, recipe.run.device, dict(params), loading, average)
+    with_train = with_baseline or adaptation.dynamic_rate > 0
+    rows, *_ = [_rows_to_score(member, recipe, split, with_train) for member in directories]  # each checks its own
+    result = evaluate(
+        directories,
+        rows[split],
+        codec,
+        recipe.run.device,
+        dict(params),
+        loading,
+        average,
+        adaptation,
+        rows["train"] if adaptation.dynamic_rate else (),
+    )
     scores = dict(result.scores)
     if with_baseline:
         name, score = _baseline(recipe, rows["train"], rows[split])
@@ -383,6 +396,9 @@ def evaluate_directory(
         "loading": loading,
     }
     ways = [name if value is True else str(value) for name, value in loading.items() if value not in ("float32", False)]
+    if adaptation.ways:
+        report["adaptation"] = adaptation.model_dump(exclude_defaults=True)
+        ways += adaptation.ways
     if others:
         report["average"] = average
         ways.append(f"ensemble-{report['revision']}")
@@ -395,10 +411,10 @@ def _report_name(split: str, ways: Sequence[str]) -> str:
     return "-".join(["evaluation", split, *ways]) + ".json"
 
 
-def _rows_to_score(directory: Path, recipe: Recipe, split: str, with_baseline: bool) -> dict[str, list[Row]]:
-    """The split, and train where a baseline needs it."""
+def _rows_to_score(directory: Path, recipe: Recipe, split: str, with_train: bool) -> dict[str, list[Row]]:
+    """The split, and train where something else is learned from it."""
     splits, run = Splits(recipe), _read_run(directory)
-    wanted = {split, "train"} if with_baseline else {split}
+    wanted = {split, "train"} if with_train else {split}
     if run is None:
         print(f"{directory} holds no {RUN}, so nothing tells whether the {split} split was trained on")
         return splits.rows(sorted(wanted), print)
