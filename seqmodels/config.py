@@ -148,6 +148,8 @@ class DecoderConfig(StackConfig):
     embedding_dropout: Probability = 0.0  # of whole words, at all their places in a batch (Gal and Ghahramani 2016)
     attention: AttentionKind = "none"
     tie_embeddings: bool = False  # the output layer uses the embedding matrix (Press and Wolf 2017)
+    # The share of tokens read in training that the model chose itself, at its end: it rises evenly from 0.
+    scheduled_sampling: Probability = 0.0  # Bengio et al. 2015, in two passes as in Mihaylova and Martins 2019
     # AR and TAR (Merity et al. 2017), in `loss`; never in `nll`.
     activation_penalty: NonNegativeFloat = 0.0  # times the mean square of what the output layer reads
     temporal_activation_penalty: NonNegativeFloat = 0.0  # times that of the stack's changes from step to step

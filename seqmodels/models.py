@@ -107,6 +107,8 @@ class SequenceClassifier(Labeller):
 class SequenceGenerator(nn.Module):
     """Optional encoder + decoder: text out. Without an encoder it is a language model."""
 
+    share_done = 0.0  # of its training; a training run moves it, for scheduled sampling
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.decoder is not None
@@ -128,8 +130,9 @@ class SequenceGenerator(nn.Module):
         For truncated back-propagation of a language model, `state` is where the last chunk ended, and labels begin
         with that chunk's last token. Only real targets are projected to the vocabulary.
         """
-        outputs, features, after = self._read(labels, inputs, lengths, state)
+        memory = None if inputs is None else self.encode(inputs, lengths)
         real = _targets(labels, label_lengths)
+        outputs, features, after = self._read(self._sampled(labels, real, memory, state), memory, state)
         logits = self.decoder.project(features[real])  # (M, V) for the M real targets
         out = labelled(logits, labels[:, 1:][real], self.config.label_smoothing)
         return Output(out.loss + self._penalty(outputs, features, real), out.nll, out.num_targets, None, after)
@@ -143,7 +146,8 @@ class SequenceGenerator(nn.Module):
         state: State | None = None,
     ) -> Targeted:
         """What `forward` compares: logits (M, V) with the M real targets (M,); and the State after them."""
-        _, features, after = self._read(labels, inputs, lengths, state)
+        memory = None if inputs is None else self.encode(inputs, lengths)
+        _, features, after = self._read(labels, memory, state)
         real = _targets(labels, label_lengths)
         return self.decoder.project(features[real]), labels[:, 1:][real], after
 
@@ -155,17 +159,29 @@ class SequenceGenerator(nn.Module):
 
     def predict(self, labels: Tensor, inputs: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """The log-probability of every token at each place of labels (B, T+1), given what stands before: (B, T, V)."""
-        _, features, _ = self._read(labels, inputs, lengths, None)
+        memory = None if inputs is None else self.encode(inputs, lengths)
+        _, features, _ = self._read(labels, memory, None)
         return self.decoder.project(features).float().log_softmax(-1)
 
-    def _read(
-        self, labels: Tensor, inputs: Tensor | None, lengths: Tensor | None, state: State | None
-    ) -> tuple[Tensor, Tensor, State]:
+    def _read(self, labels: Tensor, memory: Memory | None, state: State | None) -> tuple[Tensor, Tensor, State]:
         """The stack's outputs (B, T, H), what the output layer reads (B, T, E), and the State after T."""
-        memory = None if inputs is None else self.encode(inputs, lengths)
         state = state if state is not None else self.start(memory, len(labels))
         outputs, state = self.decoder.read(labels[:, :-1], state)
         return outputs, self.decoder.features(outputs, self.decoder.attend(outputs, memory)), state
+
+    def _sampled(self, labels: Tensor, real: Tensor, memory: Memory | None, state: State | None) -> Tensor:
+        """Labels (B, T+1) to read, where a share of those that are given is replaced by what the model would have
+        chosen at that place. A first pass reads what is given, so that no recurrence has to stop at each step."""
+        assert self.config.decoder is not None
+        share = self.config.decoder.scheduled_sampling * self.share_done
+        if not (self.training and share > 0):
+            return labels
+        with torch.no_grad():
+            _, features, _ = self._read(labels, memory, state)
+            chosen = labels[:, 1:].clone()
+            chosen[real] = self.decoder.project(features[real]).float().softmax(-1).multinomial(1)[:, 0]
+            replaced = real & (torch.rand(real.shape, device=real.device) < share)
+        return torch.cat([labels[:, :1], torch.where(replaced, chosen, labels[:, 1:])], dim=1)
 
     def _penalty(self, outputs: Tensor, features: Tensor, real: Tensor) -> Tensor | float:
         """Activation regularisation, and temporal (Merity et al. 2017), as means over real positions (B, T).

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seqmodels.config import ModelConfig
 from seqmodels.errors import ConfigError
-from seqmodels.models import Model, build_model
+from seqmodels.models import Model, SequenceGenerator, build_model
 from seqmodels.pretrained import RECIPE, load_pretrained, save_pretrained
 from seqmodels.state import State
 from training import checkpoint
@@ -104,6 +104,8 @@ class Trainer:
         step, run = self.progress.step, self.recipe.run
         rate = learning_rate(self.recipe.optim, step, self.total_steps, self.progress.plateau_scale)
         self.model.train()
+        if isinstance(self.model, SequenceGenerator):
+            self.model.share_done = step / self.total_steps
         done = update(
             self.model,
             self._micro_batches(step),

@@ -82,7 +82,7 @@ def _classifier() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _tagger() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both directions, clipping of each number, patience, rates by parameter, late learners."""
+    """Both directions, clipping of each number, patience, rates by parameter, late learners, a mean of models."""
     encoder = _text_encoder("lstm", bidirectional=True, num_layers=2, dropout=0.2)
     return {
         "task": "tag",
@@ -96,12 +96,13 @@ def _tagger() -> tuple[dict[str, Any], dict[str, Any]]:
             "learning_rate_factors": {"encoder.embedding.*": 0.5},
             "unfreeze_steps": {"encoder.recurrent.*": 21},
         },
-    }, {"tokens_per_batch": 512, "early_stopping_patience": 4}
+    }, {"tokens_per_batch": 512, "early_stopping_patience": 4, "average_best": 2}
 
 
 def _translator() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Two vocabularies, attention, label smoothing, frozen weights, beam search in validation."""
+    """Two vocabularies, attention, label smoothing, frozen weights, sampled tokens, beam search in validation."""
     decoder = {"embedding_size": 8, "attention": "additive", "recurrent": {"cell": "gru", "hidden_size": 8}}
+    decoder |= {"scheduled_sampling": 0.5}
     return {
         "task": "translate",
         "data": {"generated": "numbers-en-fr", "tokenizer": {"kind": "word", "vocab_size": 100}},
