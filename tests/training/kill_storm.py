@@ -100,8 +100,9 @@ def _tagger() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _translator() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Two vocabularies, attention, label smoothing, frozen weights, beam search in validation."""
-    decoder = {"embedding_size": 8, "attention": "additive", "recurrent": {"cell": "gru", "hidden_size": 8}}
+    """Two vocabularies, attention, zoneout, label smoothing, frozen weights, beam search in validation."""
+    recurrent = {"cell": "lstm", "hidden_size": 8, "layer_norm": True, "zoneout": 0.1, "cell_zoneout": 0.2}
+    decoder = {"embedding_size": 8, "attention": "additive", "recurrent": recurrent}
     return {
         "task": "translate",
         "data": {"generated": "numbers-en-fr", "tokenizer": {"kind": "word", "vocab_size": 100}},
