@@ -10,16 +10,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seqmodels.cells import (
+    NUM_GATES,
     SHARES,
+    UPDATES,
     CellWeights,
     MinimalWeights,
     gru_step,
     lstm_step,
-    lstm_update,
     minimal_step,
     rnn_step,
     zoneout,
 )
+from seqmodels.config import Cell
 
 H, D, B = 5, 3, 4
 Array = NDArray[np.float64]
@@ -139,21 +141,26 @@ def test_zoneout_keeps_or_mixes() -> None:
     assert zoneout(old, new, 0.0, None) is new
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 13, 64])
-def test_a_rows_bits_do_not_depend_on_where_it_stands(rows: int) -> None:
-    """Of what stands between two products. Torch's sigmoid would fail this."""
-    size = 7
-    weights = CellWeights(*(torch.randn(4 * size, size) for _ in range(2)), *(torch.randn(4 * size) for _ in range(4)))
-    minimal = MinimalWeights(torch.randn(3 * size, size), torch.randn(3 * size))
-    from_input, from_hidden, cell = torch.randn(64, 4 * size), torch.randn(64, 4 * size), torch.randn(64, size)
-    whole = lstm_update(from_input, from_hidden, cell, weights)
-    shares = SHARES["min_lstm"](from_input[:, : 3 * size].contiguous(), minimal)
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 13])
+@pytest.mark.parametrize("cell", [*UPDATES, *SHARES])
+def test_a_rows_bits_do_not_depend_on_where_it_stands(cell: Cell, rows: int) -> None:
+    """Of what stands beside the products. Torch's sigmoid would fail this."""
+    gates, size = NUM_GATES[cell], 7
+    from_input, from_hidden = 3 * torch.randn(64, gates * size), torch.randn(64, gates * size)
+    parts, biases = (torch.randn(64, size), torch.randn(64, size)), [torch.randn(gates * size) for _ in range(2)]
+    matrix = torch.zeros(0)  # nobody looks at it here
+    gains = [torch.randn(gates * size), None if cell.startswith("rnn") else torch.randn(gates * size)]
+    weights = CellWeights(matrix, matrix, *biases, *gains, torch.randn(size), torch.randn(size))
+
+    def computed(at: slice) -> tuple[Tensor, ...]:
+        if cell in SHARES:
+            return SHARES[cell](from_input[at], MinimalWeights(matrix, biases[0]))
+        return UPDATES[cell](from_input[at], from_hidden[at], [part[at] for part in parts], weights).parts
+
+    whole = computed(slice(64))
     for first in range(0, 64 - rows + 1, 3):
         at = slice(first, first + rows)
-        part = lstm_update(from_input[at], from_hidden[at], cell[at], weights)
-        assert torch.equal(part.hidden, whole.hidden[at])
-        for one, two in zip(SHARES["min_lstm"](from_input[at, : 3 * size].contiguous(), minimal), shares, strict=True):
-            assert torch.equal(one, two[at])
+        assert all(torch.equal(one, two[at]) for one, two in zip(computed(at), whole, strict=True))
 
 
 def test_plain_cells_have_no_gains() -> None:

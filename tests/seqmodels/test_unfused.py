@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from seqmodels.cells import CellWeights, lstm_update
 from seqmodels.config import ModelConfig
 from seqmodels.errors import ConfigError
 from seqmodels.kernels import packed
@@ -111,6 +112,23 @@ def test_16_bit_products_and_float32_sums(kind: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_sums_of_16_bit_products_are_not_rounded_again() -> None:
+    model = Recurrent("lstm", 64, SIZE, cell_zoneout=0.3).eval()
+    x, state = torch.randn(4, 1, 64), torch.randn(4, 2 * SIZE)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        y, after = model(x, None, State(state))
+    (weights,) = model.weights()
+    assert isinstance(weights, CellWeights)
+    hidden, cell = state.split(SIZE, 1)
+    products = (
+        F.linear(a.bfloat16(), w.bfloat16()).float() for a, w in ((x[:, 0], weights.input), (hidden, weights.recurrent))
+    )
+    step = lstm_update(*products, cell, weights)
+    assert step.cell is not None
+    assert torch.allclose(y[:, 0], step.hidden, atol=1e-5)
+    assert torch.allclose(after.values[:, SIZE:], 0.3 * cell + 0.7 * step.cell, atol=1e-5)
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("kind", UNFUSED)
@@ -151,6 +169,14 @@ def loss_of_memory(model: SequenceGenerator, rows: int) -> Tensor:
     outputs, _ = model.decoder.read(labels[:, :-1], model.start(None, rows))
     logits = model.decoder.project(model.decoder.features(outputs[:, -1:], None))
     return F.cross_entropy(logits[:, 0], labels[:, -1])
+
+
+def test_a_config_reaches_the_layers() -> None:
+    fields = {"cell": "lstm", "layer_norm": True, "zoneout": 0.1, "cell_zoneout": 0.3}
+    model = make_language_model(recurrent={**fields, "hidden_size": 8}).decoder.recurrent
+    assert model.zoneouts == (0.1, 0.3)
+    names = {"gain_ih_l0", "gain_hh_l0", "gain_cell_l0", "bias_cell_l0"}
+    assert names < {name for name, _ in model.forward_layers[0].named_parameters()}
 
 
 @pytest.mark.parametrize(
