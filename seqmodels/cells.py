@@ -186,4 +186,4 @@ def _gru_sums(products: Tensor, gain: Tensor | None, bias: Tensor) -> Tensor:
 
 def _sigmoid(x: Tensor) -> Tensor:
     """Torch's own gives an element other last bits where it stands at the end of a tensor; its tanh does not."""
-    return torch.tanh(x / 2) / 2 + 0.5
+    return torch.tanh(x * 0.5) * 0.5 + 0.5

@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 def linear_recurrence(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
     """h (B, T, H) of a, b (B, T, H) and first, which is h before step 0 (B, H).
 
-    By a parallel scan on a GPU. A CPU goes step by step, which is there three times as fast, and gives the same bits
-    wherever the steps are cut.
+    By a parallel scan on a GPU. A CPU goes step by step, which gives the same bits wherever the steps are cut, and is
+    over twice as fast there for a batch of rows.
     """
     solved: Tensor = _LinearRecurrence.apply(a, b, first)  # type: ignore[no-untyped-call]
     return solved
