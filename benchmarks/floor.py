@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.workload import least_seconds
-from seqmodels.config import DecoderConfig, ModelConfig, RecurrentConfig, TextEncoderConfig
+from seqmodels.cells import NUM_GATES
+from seqmodels.config import MINIMAL, DecoderConfig, ModelConfig, RecurrentConfig, TextEncoderConfig
 from seqmodels.kernels import PackedLinear
-from seqmodels.recurrent import NUM_GATES
 
 Linear = Callable[[Tensor], Tensor]
 Product = Callable[[], Tensor]
@@ -97,7 +97,8 @@ def step_shapes(decoder: DecoderConfig, memory_size: int) -> list[tuple[int, int
     recurrent, attends = decoder.recurrent, decoder.attention != "none" and memory_size > 0
     hidden = recurrent.hidden_size
     sizes = [decoder.embedding_size] + [hidden] * (recurrent.num_layers - 1)
-    shapes = [(size + hidden, NUM_GATES[recurrent.cell] * hidden) for size in sizes]
+    beside = 0 if recurrent.cell in MINIMAL else hidden
+    shapes = [(size + beside, NUM_GATES[recurrent.cell] * hidden) for size in sizes]
     if decoder.attention == "additive" and attends:
         shapes.append((hidden, hidden))
     features = decoder.embedding_size if decoder.tie_embeddings else hidden
@@ -109,13 +110,14 @@ def step_shapes(decoder: DecoderConfig, memory_size: int) -> list[tuple[int, int
 def encoder_products(
     recurrent: RecurrentConfig, input_size: int, batch: int, positions: int, layout: Callable[[Tensor], Linear]
 ) -> list[Product]:
-    """All inputs at once, then the hidden state position by position; each layer, each direction."""
+    """All inputs at once, then the hidden state position by position where it is multiplied; of all layers."""
     hidden, gates = recurrent.hidden_size, NUM_GATES[recurrent.cell] * recurrent.hidden_size
     products = []
     for size in [input_size] + [recurrent.output_size] * (recurrent.num_layers - 1):
         for _ in range(2 if recurrent.bidirectional else 1):
             products.append(_product(layout, batch * positions, size, gates))
-            products += [_product(layout, batch, hidden, gates)] * positions
+            if recurrent.cell not in MINIMAL:
+                products += [_product(layout, batch, hidden, gates)] * positions
     return products
 
 

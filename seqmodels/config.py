@@ -24,7 +24,8 @@ from pydantic import (
 
 from seqmodels.errors import ConfigError
 
-Cell = Literal["rnn_tanh", "rnn_relu", "gru", "lstm"]
+Cell = Literal["rnn_tanh", "rnn_relu", "gru", "lstm", "min_gru", "min_lstm"]
+MINIMAL: tuple[Cell, ...] = ("min_gru", "min_lstm")  # without a recurrent matrix (Feng et al. 2024)
 AttentionKind = Literal["none", "dot", "general", "additive"]
 Weights = Literal["float32", "int8", "float16", "bfloat16"]  # of a decoder's step; int8 on CPUs, the last two on GPUs
 Average = Literal["probability", "logprob"]  # of what the members of an ensemble predict
@@ -51,10 +52,28 @@ class RecurrentConfig(Strict):
     residual: bool = False  # add each layer's input to its output, from the second layer on
     dropout: Probability = 0.0  # between layers
     weight_dropout: Probability = 0.0  # of single recurrent weights, the same at all steps (Merity et al. 2018)
+    layer_norm: bool = False  # of what gates are made of, and of an LSTM's cell as it is read (Ba et al. 2016)
+    zoneout: Probability = 0.0  # of hidden units, which keep their old value at a step (Krueger et al. 2017)
+    cell_zoneout: Probability = 0.0  # the same of an LSTM's cell
 
     @property
     def output_size(self) -> int:
         return self.hidden_size * (2 if self.bidirectional else 1)
+
+    @model_validator(mode="after")
+    def _check_cell(self) -> Self:
+        if self.cell_zoneout and self.cell != "lstm":
+            raise ValueError(
+                f"cell_zoneout is {self.cell_zoneout}, but {self.cell} has no state beside its hidden one; "
+                "set zoneout, or use cell lstm"
+            )
+        for name in ("weight_dropout", "layer_norm"):
+            if self.cell in MINIMAL and getattr(self, name):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but {self.cell} has no recurrent matrix for it to act on; "
+                    f"remove {name}, or use cell {self.cell.removeprefix('min_')}"
+                )
+        return self
 
 
 class BackboneConfig(Strict):

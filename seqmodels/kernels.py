@@ -1,4 +1,4 @@
-"""Linear maps and LSTM layers whose weights are laid out once for the processor: what inference spends its time in.
+"""Linear maps and recurrent layers with weights laid out once for the processor: what inference spends its time in.
 
 Knows how each device computes them fastest; docs/performance.md says what was measured.
 """
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from seqmodels.config import Weights
 from seqmodels.errors import ConfigError
+from seqmodels.unfused import UnfusedLayer
 
 
 class Linear(Protocol):
@@ -135,10 +136,12 @@ class PackedLstm(nn.Module):
 
 
 def packed(module: nn.Module) -> nn.Module:
-    """The same module for inference, with its LSTM layers on packed weights where that is possible, on a CPU. It shares
-    all else with the given one, which stays as it is."""
+    """The same module for inference, with its LSTM layers, and those without a fused kernel, on packed weights where
+    that is possible, on a CPU. It shares all else with the given one, which stays as it is."""
     if isinstance(module, nn.LSTM):
         return PackedLstm(module) if _packs(module.get_parameter("weight_ih_l0")) else module
+    if isinstance(module, UnfusedLayer):
+        return module.on([PackedLinear(matrix) for matrix in module.matrices()])
     twin = copy.copy(module)
     twin._modules = {name: child and packed(child) for name, child in module._modules.items()}
     return twin

@@ -1,24 +1,27 @@
-"""Recurrent: cell x layers x directions on fused kernels.
+"""Recurrent: cell x layers x directions, on fused kernels where there is one.
 
 The only file that knows the kernels' (layers·directions, batch, hidden) layout; everybody else sees padded batches
-with the row on axis 0, and a State. Layers run one after another, each as one fused call over all T steps. A reverse
-direction runs over each row reversed within its own length, so padding is never read and nothing is packed.
+with the row on axis 0, and a State. Layers run one after another, each as one call over all T steps. A reverse
+direction runs over each row reversed within its own length, so padding is never read and nothing is packed. Layers of
+which no kernel exists stand in unfused.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seqmodels.cells import CellWeights
-from seqmodels.config import Cell, RecurrentConfig
+from seqmodels.cells import NUM_GATES, CellWeights, MinimalWeights
+from seqmodels.config import MINIMAL, Cell, RecurrentConfig
 from seqmodels.dropout import locked_mask
 from seqmodels.state import State
+from seqmodels.unfused import MinimalLayer, SteppedLayer, UnfusedLayer
 
-NUM_GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
+FORGET_GATE: dict[Cell, int] = {"lstm": 1, "min_lstm": 0}  # its place among the gates
 # What `nn.RNNBase` calls in the end, by its `mode`.
 _KERNELS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "LSTM": torch.lstm,
@@ -47,20 +50,25 @@ class Recurrent(nn.Module):
         dropout: float = 0.0,
         locked_dropout: bool = False,
         weight_dropout: float = 0.0,
+        layer_norm: bool = False,
+        zoneout: float = 0.0,
+        cell_zoneout: float = 0.0,
     ) -> None:
         """dropout: between layers. locked_dropout: with one mask for all steps of a row. weight_dropout: of single
-        weights from hidden to hidden, the same at all steps of a forward pass (Merity et al. 2018).
+        weights from hidden to hidden, the same at all steps of a forward pass (Merity et al. 2018). layer_norm: as
+        cells.py says for each cell (Ba et al. 2016). zoneout, cell_zoneout: of hidden units, and of an LSTM's cell,
+        which keep their old value at a step (Krueger et al. 2017).
         """
         super().__init__()
         self.cell, self.hidden_size, self.num_layers = cell, hidden_size, num_layers
         self.bidirectional, self.residual = bidirectional, residual
         self.dropout, self.locked_dropout, self.weight_dropout = dropout, locked_dropout, weight_dropout
+        self.zoneouts = (zoneout, cell_zoneout)[: self._parts]  # of each part of a layer's state
         self.output_size = hidden_size * (2 if bidirectional else 1)
         sizes = [input_size] + [self.output_size] * (num_layers - 1)
-        self.forward_layers = nn.ModuleList(_fused_layer(cell, size, hidden_size) for size in sizes)
-        self.backward_layers = nn.ModuleList(
-            _fused_layer(cell, size, hidden_size) for size in (sizes if bidirectional else [])
-        )
+        make = partial(_layer, cell, hidden_size=hidden_size, layer_norm=layer_norm, zoneouts=self.zoneouts)
+        self.forward_layers = nn.ModuleList(make(size) for size in sizes)
+        self.backward_layers = nn.ModuleList(make(size) for size in (sizes if bidirectional else []))
 
     @classmethod
     def from_config(cls, config: RecurrentConfig, input_size: int, locked_dropout: bool = False) -> "Recurrent":
@@ -74,6 +82,9 @@ class Recurrent(nn.Module):
             config.dropout,
             locked_dropout,
             config.weight_dropout,
+            config.layer_norm,
+            config.zoneout,
+            config.cell_zoneout,
         )
 
     @property
@@ -87,10 +98,9 @@ class Recurrent(nn.Module):
     def _parts(self) -> int:
         return 2 if self.cell == "lstm" else 1
 
-    def weights(self) -> list[CellWeights]:
+    def weights(self) -> list[CellWeights] | list[MinimalWeights]:
         """Of each layer of a one-directional stack."""
-        names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-        return [CellWeights(*(layer.get_parameter(name) for name in names)) for layer in self.forward_layers]
+        return [_weights(layer) for layer in self.forward_layers]  # type: ignore[return-value]  # all are of one kind
 
     def initial_state(self, rows: int) -> State:
         weight = next(self.parameters())
@@ -168,31 +178,50 @@ class _Drawn:
     matrices: dict[nn.Module, Tensor] = field(default_factory=dict)
 
 
-def _fused_layer(cell: Cell, input_size: int, hidden_size: int) -> nn.RNNBase:
-    """One layer in one direction, Xavier for input weights, orthogonal for recurrent ones, forget bias 1.
+def _layer(cell: Cell, input_size: int, hidden_size: int, layer_norm: bool, zoneouts: Sequence[float]) -> nn.Module:
+    """One layer in one direction, Xavier for input weights, orthogonal for recurrent ones, forget bias 1, gains 1.
 
-    Jozefowicz et al. 2015 show what the forget bias is worth.
+    Jozefowicz et al. 2015 show what the forget bias is worth, Feng et al. 2024 that it is worth as much in a minLSTM.
     """
-    layer: nn.RNNBase
-    if cell == "lstm":
-        layer = nn.LSTM(input_size, hidden_size, batch_first=True)
-    elif cell == "gru":
-        layer = nn.GRU(input_size, hidden_size, batch_first=True)
+    layer: nn.Module
+    if cell in MINIMAL:
+        layer = MinimalLayer(cell, input_size, hidden_size, zoneouts)
+    elif layer_norm or any(zoneouts):
+        layer = SteppedLayer(cell, input_size, hidden_size, layer_norm, zoneouts)
     else:
-        layer = nn.RNN(input_size, hidden_size, nonlinearity=cell.removeprefix("rnn_"), batch_first=True)
+        layer = _fused_layer(cell, input_size, hidden_size)
     for name, parameter in layer.named_parameters():
         if "bias" in name:
             nn.init.zeros_(parameter)
         for gate in parameter.chunk(NUM_GATES[cell]) if "weight" in name else ():
             nn.init.orthogonal_(gate) if "weight_hh" in name else nn.init.xavier_uniform_(gate)
-    if cell == "lstm":
+    if cell in FORGET_GATE:
         with torch.no_grad():
-            layer.get_parameter("bias_ih_l0")[hidden_size : 2 * hidden_size] = 1.0
+            layer.get_parameter("bias_ih_l0").chunk(NUM_GATES[cell])[FORGET_GATE[cell]].fill_(1.0)
     return layer
 
 
+def _fused_layer(cell: Cell, input_size: int, hidden_size: int) -> nn.RNNBase:
+    if cell == "lstm":
+        return nn.LSTM(input_size, hidden_size, batch_first=True)
+    if cell == "gru":
+        return nn.GRU(input_size, hidden_size, batch_first=True)
+    return nn.RNN(input_size, hidden_size, nonlinearity=cell.removeprefix("rnn_"), batch_first=True)
+
+
+def _weights(layer: nn.Module) -> CellWeights | MinimalWeights:
+    if isinstance(layer, SteppedLayer | MinimalLayer):
+        return layer.weights()
+    names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+    return CellWeights(*(layer.get_parameter(name) for name in names))
+
+
 def _run(layer: nn.Module, x: Tensor, parts: Tensor, drawn: _Drawn) -> tuple[Tensor, Tensor]:
-    """One fused call. x: (B, T, in); parts: (B, 2 or 1, H), hidden and cell. Returns y (B, T, H) and parts after T."""
+    """One call for all steps. x: (B, T, in); parts: (B, P, H), hidden and an LSTM's cell. Returns y (B, T, H) and the
+    parts after T."""
+    if isinstance(layer, UnfusedLayer):
+        y, last = layer(x, parts, drawn.matrices.get(layer))
+        return y, last
     first = [part[None].contiguous() for part in parts.unbind(1)]  # kernels want (1, B, H)
     hidden = tuple(first) if len(first) == 2 else first[0]
     if layer in drawn.matrices:

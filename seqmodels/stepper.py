@@ -15,18 +15,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqmodels.attention import padding_bias
-from seqmodels.cells import CellWeights
+from seqmodels.cells import SHARES, UPDATES, CellWeights, MinimalWeights, zoneout
 from seqmodels.config import Average, Cell, ModelConfig, Weights
 from seqmodels.errors import ConfigError
 from seqmodels.kernels import LINEAR, Linear, PackedLinear, packed
 from seqmodels.models import SequenceGenerator
 from seqmodels.record import Record
+from seqmodels.recurrent import Recurrent
 from seqmodels.state import Memory, MemoryGroup, State
 
 # For each group its logits (R, K, V), or (R, K, L) of the tokens on its shortlist; State; for each memory, where the
 # rows looked (R, K, S).
 Stepped = tuple[list[Tensor], State, list[Tensor]]
 Features = tuple[Tensor, State, list[Tensor]]  # the same with what all logits are made of (N, E) in their place
+
+Read = Callable[[Tensor], Tensor]
+LayerStep = Callable[..., tuple[Tensor, ...]]
 
 # Numbers (256 MiB) that may be kept of what the first layer makes of each token, to be looked up at each step.
 LARGEST_TABLE = 2**26
@@ -107,12 +111,11 @@ class Stepper:
         self._model = model
         self._encoder = model.encoder and packed(model.encoder)
         self._decoder = decoder
-        cell = decoder.recurrent.cell
         embedding = decoder.embedding.weight.detach()
         first, *others = decoder.recurrent.weights()
         self._looks_up = len(embedding) * len(first.input) <= LARGEST_TABLE
-        self._layers = [_STEPS[cell](first, cell, linear, embedding if self._looks_up else None)]
-        self._layers += [_STEPS[cell](layer, cell, linear) for layer in others]
+        self._layers = [_step(decoder.recurrent, first, linear, embedding if self._looks_up else None)]
+        self._layers += [_step(decoder.recurrent, layer, linear) for layer in others]
         self._hidden_size = decoder.recurrent.hidden_size
         self._residual = decoder.recurrent.residual
         self._combine = decoder.combine and linear(decoder.combine.weight, decoder.combine.bias)
@@ -328,6 +331,13 @@ def _sums(weights: CellWeights, linear: Callable[..., Linear], embedding: Tensor
     return _Sums(weights, linear) if embedding is None else _SumsOfTokens(weights, linear, embedding)
 
 
+def _read(weight: Tensor, bias: Tensor | None, linear: Callable[..., Linear], embedding: Tensor | None) -> Read:
+    """x (N, D) -> W x + b (N, O), or the same of token ids (N,)."""
+    if embedding is None:
+        return linear(weight, bias)
+    return partial(F.embedding, weight=F.linear(embedding, weight, bias).detach())
+
+
 class _VanillaStep:
     """One step of one layer: (x (N, D), hidden (N, H)) -> (hidden,). The equations stand in cells.py.
 
@@ -351,12 +361,7 @@ class _GruStep:
         self, weights: CellWeights, cell: Cell, linear: Callable[..., Linear], embedding: Tensor | None = None
     ) -> None:
         halves = _halves(weights, gates=3, sigmoids=(0, 1))  # torch's order: reset, update, candidate
-        self._from_input: Callable[[Tensor], Tensor]
-        if embedding is None:
-            self._from_input = linear(halves.input, halves.input_bias)
-        else:
-            table = F.linear(embedding, halves.input, halves.input_bias).detach()
-            self._from_input = partial(F.embedding, weight=table)
+        self._from_input = _read(halves.input, halves.input_bias, linear, embedding)
         self._from_hidden = linear(halves.recurrent, halves.recurrent_bias)
 
     def __call__(self, x: Tensor, hidden: Tensor) -> tuple[Tensor]:
@@ -375,7 +380,8 @@ class _LstmStep:
     ) -> None:
         halves = _halves(weights, gates=4, sigmoids=(0, 1, 3))
         # torch's order is i f g o; the three sigmoids stand together here, the candidate last.
-        order = [torch.cat([i, f, o, g]) for i, f, g, o in (part.chunk(4) for part in vars(halves).values())]
+        parts = (halves.input, halves.recurrent, halves.input_bias, halves.recurrent_bias)
+        order = [torch.cat([i, f, o, g]) for i, f, g, o in (part.chunk(4) for part in parts)]
         self._sums = _sums(CellWeights(*order), linear, embedding)
 
     def __call__(self, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
@@ -384,6 +390,62 @@ class _LstmStep:
         i, f, o = torch.split(gates.add_(1).mul_(0.5), size, dim=1)
         new_cell = torch.addcmul(f * cell, i, candidate)
         return new_cell.tanh().mul_(o), new_cell
+
+
+class _NormalisedStep:
+    """(x (N, D), hidden (N, H), an LSTM's cell (N, H)?) -> (hidden, cell?), by the very equations of cells.py."""
+
+    def __init__(
+        self, weights: CellWeights, cell: Cell, linear: Callable[..., Linear], embedding: Tensor | None = None
+    ) -> None:
+        self._update, self._weights = UPDATES[cell], weights
+        self._from_input = _read(weights.input, None, linear, embedding)
+        self._from_hidden = linear(weights.recurrent)
+
+    def __call__(self, x: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        return self._update(self._from_input(x), self._from_hidden(parts[0]), parts, self._weights).parts
+
+
+class _MinimalStep:
+    """(x (N, D), hidden (N, H)) -> (hidden,). With a table of tokens, without any product."""
+
+    def __init__(
+        self, weights: MinimalWeights, cell: Cell, linear: Callable[..., Linear], embedding: Tensor | None = None
+    ) -> None:
+        self._shares, self._weights = SHARES[cell], weights
+        self._from_input = _read(weights.input, None, linear, embedding)
+
+    def __call__(self, x: Tensor, hidden: Tensor) -> tuple[Tensor]:
+        keep, candidate = self._shares(self._from_input(x), self._weights)
+        return (keep * hidden + (1 - keep) * candidate,)
+
+
+class _ZonedStep:
+    """The expectation under zoneout of what a step leaves behind."""
+
+    def __init__(self, step: LayerStep, rates: Sequence[float]) -> None:
+        self._step, self._rates = step, rates
+
+    def __call__(self, x: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        after = self._step(x, *parts)
+        return tuple(zoneout(old, new, rate, None) for old, new, rate in zip(parts, after, self._rates, strict=True))
+
+
+def _step(
+    recurrent: Recurrent,
+    weights: CellWeights | MinimalWeights,
+    linear: Callable[..., Linear],
+    embedding: Tensor | None = None,
+) -> LayerStep:
+    """One step of one layer: (x (N, D), the parts of its state (N, H)) -> those parts. embedding: see _VanillaStep."""
+    step: LayerStep
+    if isinstance(weights, MinimalWeights):
+        step = _MinimalStep(weights, recurrent.cell, linear, embedding)
+    elif weights.input_gain is not None:
+        step = _NormalisedStep(weights, recurrent.cell, linear, embedding)
+    else:
+        step = _STEPS[recurrent.cell](weights, recurrent.cell, linear, embedding)
+    return _ZonedStep(step, recurrent.zoneouts) if any(recurrent.zoneouts) else step
 
 
 def _halves(weights: CellWeights, gates: int, sigmoids: tuple[int, ...]) -> CellWeights:

@@ -11,13 +11,14 @@ def matrices(model: SequenceGenerator) -> list[tuple[int, int]]:
     """(inputs, outputs) of what a decoder of one layer really holds, the input and recurrent matrix side by side."""
     decoder = model.decoder
     layer = decoder.recurrent.forward_layers[0]
-    gates = layer.weight_ih_l0.shape[1] + layer.weight_hh_l0.shape[1], layer.weight_hh_l0.shape[0]
+    matrices = [matrix for name, matrix in layer.named_parameters() if "weight" in name]
+    gates = sum(matrix.shape[1] for matrix in matrices), matrices[0].shape[0]
     assert decoder.combine is not None and decoder.output_weight is not None
     others = [decoder.combine.weight, decoder.output_weight]
     return [gates, *[(weight.shape[1], weight.shape[0]) for weight in others]]
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", "min_gru", "min_lstm"])
 def test_shapes_are_those_of_the_model(cell: str) -> None:
     model = make_translator(cell=cell)
     assert model.encoder is not None and model.config.decoder is not None

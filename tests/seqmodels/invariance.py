@@ -2,7 +2,7 @@
 
     python -m tests.seqmodels.invariance [--schedules 10000] [--leak 10000]
 
-The tests run 1,000 of these schedules; this runs as many as are asked for, with new requests for every 200, and then a
+The tests run 1,900 of these schedules; this runs as many as are asked for, with new requests for every 200, and then a
 long soak with random cancels, after which every row must be free and memory flat. Exit status 1 where anything differs.
 """
 
@@ -18,7 +18,7 @@ from rich.progress import track
 from seqmodels.decoding.engine import Engine
 from seqmodels.selftest import find_row_floor
 from tests.seqmodels.builders import make_translator
-from tests.seqmodels.test_engine import SMALL_MODELS, random_bank, random_request, run_schedule
+from tests.seqmodels.test_engine import SMALL_MODELS, UNFUSED_MODELS, random_bank, random_request, run_schedule
 
 SCHEDULES_PER_BANK = 200
 
@@ -30,8 +30,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     options = parser.parse_args()
     banks = -(-options.schedules // SCHEDULES_PER_BANK)
+    models = [*SMALL_MODELS, *UNFUSED_MODELS]
     for bank in track(range(banks), description=f"{options.schedules} schedules", disable=None):
-        name, make = SMALL_MODELS[bank % len(SMALL_MODELS)]
+        name, make = models[bank % len(models)]
         model, choose = make(), random.Random(options.seed * 1_000_003 + bank)
         floor = find_row_floor(model)
         if floor is None:

@@ -23,6 +23,8 @@ from tests.seqmodels.test_engine import random_request
 MODELS: dict[str, Callable[[], SequenceGenerator]] = {
     "LSTM, general": lambda: make_translator(1),
     "GRU, additive": lambda: make_translator(2, attention="additive", cell="gru"),
+    "normalised LSTM, zoneout": lambda: make_translator(6, layer_norm=True, zoneout=0.1, cell_zoneout=0.4),
+    "minGRU": lambda: make_translator(7, cell="min_gru"),
     "two layers, dot": lambda: make_translator(3, attention="dot", num_layers=2),
     "no attention": lambda: make_translator(4, attention="none"),
     "language model": lambda: make_language_model(5, vocab_size=40, hidden_size=16),

@@ -3,6 +3,8 @@
 import random
 import time
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from seqmodels.models import SequenceGenerator
 from seqmodels.selftest import find_row_floor
 from seqmodels.stepper import Decodes, Group, Stepper
 from seqmodels.tokenizer import EOS
-from tests.seqmodels.builders import make_language_model, make_translator
+from tests.seqmodels.builders import UNFUSED, make_language_model, make_translator
 
 
 def random_params(choose: random.Random, attends: bool) -> SearchParams:
@@ -141,12 +143,22 @@ def run_schedule(
             assert bank[i].id in cancelled
 
 
+def make_unfused(recurrent: dict[str, Any]) -> SequenceGenerator:
+    """Of two layers, the first of which looks its input up."""
+    return make_language_model(8, vocab_size=40, recurrent={**recurrent, "hidden_size": 16, "num_layers": 2})
+
+
 SMALL_MODELS = [
     ("translator, LSTM", lambda: make_translator(1)),
     ("translator, additive, GRU", lambda: make_translator(2, attention="additive", cell="gru")),
     ("translator, dot, two layers", lambda: make_translator(3, attention="dot", num_layers=2)),
     ("translator, no attention", lambda: make_translator(4, attention="none")),
     ("language model", lambda: make_language_model(5, vocab_size=40, hidden_size=16)),
+]
+UNFUSED_MODELS = [
+    ("translator, normalised LSTM", lambda: make_translator(6, layer_norm=True, zoneout=0.1, cell_zoneout=0.4)),
+    ("translator, minLSTM", lambda: make_translator(7, cell="min_lstm", num_layers=2)),
+    *((f"two layers, {name}", partial(make_unfused, fields)) for name, fields in UNFUSED.items()),
 ]
 
 
@@ -162,6 +174,21 @@ def test_a_busy_engine_changes_no_bit(make) -> None:  # type: ignore[no-untyped-
     assert len({str(answer) for answer in expected}) > 50  # the bank is no collection of equal answers
     for _ in range(200):
         run_schedule(choose, model, floor, bank, expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+@pytest.mark.parametrize("make", [make for _, make in UNFUSED_MODELS], ids=[name for name, _ in UNFUSED_MODELS])
+def test_a_busy_engine_changes_no_bit_without_a_fused_kernel(make, weights: Weights) -> None:  # type: ignore[no-untyped-def]
+    """40 schedules for each kind of recurrence, with beams that read prefixes over several turns."""
+    model = make()
+    stepper = Stepper(model, weights)
+    floor = find_row_floor(model, stepper)
+    if floor is None:
+        pytest.skip("on this machine these shapes are not batch invariant; /readyz would say so")
+    choose = random.Random(4)
+    bank, expected = random_bank(choose, stepper, floor, 24)
+    for _ in range(40):
+        run_schedule(choose, stepper, floor, bank, expected)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("make", [make for _, make in SMALL_MODELS], ids=[name for name, _ in SMALL_MODELS])

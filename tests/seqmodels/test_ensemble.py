@@ -18,7 +18,8 @@ from tests.seqmodels.test_engine import random_request, run_schedule
 MEMBERS = [
     make_translator(1),
     make_translator(2, attention="additive", cell="gru", hidden_size=24),
-    make_translator(3, attention="none", num_layers=2),
+    make_translator(3, attention="none", num_layers=2, layer_norm=True, cell_zoneout=0.3),
+    make_translator(4, cell="min_lstm", zoneout=0.1),
 ]
 
 

@@ -13,7 +13,7 @@ from seqmodels.models import Model
 from seqmodels.pipeline import Pipeline
 from seqmodels.stepper import Decodes, Ensemble, Stepper
 from tests.golden.make import HERE, INPUTS
-from tests.seqmodels.builders import make_translator
+from tests.seqmodels.builders import FUSED, RECURRENCES, make_translator
 from tests.seqmodels.gpu import Both, check_16_bits, run_busily
 from tests.seqmodels.test_captured import MODELS
 from tests.seqmodels.test_engine import random_request
@@ -21,10 +21,10 @@ from tests.seqmodels.test_engine import random_request
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+@pytest.mark.parametrize("kind", RECURRENCES)
 @pytest.mark.parametrize("attention", ["none", "dot", "general", "additive"])
-def test_generation_agrees_with_the_cpu(cell: str, attention: str) -> None:
-    model = make_translator(1, cell=cell, attention=attention, num_layers=2)
+def test_generation_agrees_with_the_cpu(kind: str, attention: str) -> None:
+    model = make_translator(1, attention=attention, num_layers=2, **RECURRENCES[kind])
     choose = random.Random(3)
     requests = [random_request(choose, str(i), model) for i in range(40)]
     here = generate(model, requests)
@@ -108,8 +108,9 @@ def test_16_bits_choose_as_float32_does(weights: Weights, cell: str) -> None:
     check_16_bits(make_translator(1, cell=cell, vocab_size=500, hidden_size=64, embedding_size=32).cuda(), weights)
 
 
-def test_gradients_agree_with_the_cpu() -> None:
-    model = make_translator(2)
+@pytest.mark.parametrize("kind", [*FUSED, "normalised LSTM", "min_gru", "min_lstm"])  # zoneout would draw
+def test_gradients_agree_with_the_cpu(kind: str) -> None:
+    model = make_translator(2, **RECURRENCES[kind])
     labels, inputs = torch.randint(4, 40, (8, 7)), torch.randint(4, 40, (8, 9))
     batch = {"labels": labels, "label_lengths": torch.full((8,), 7), "inputs": inputs, "lengths": torch.arange(2, 10)}
     here = gradients(model, batch)

@@ -13,7 +13,7 @@ from seqmodels.errors import ConfigError
 from seqmodels.kernels import LINEAR, Int8Linear, Linear, PackedLinear, PackedLstm, packed
 from seqmodels.state import State
 from seqmodels.stepper import Group, Stepper
-from tests.seqmodels.builders import make_language_model, make_translator
+from tests.seqmodels.builders import RECURRENCES, make_language_model, make_translator
 from tests.seqmodels.gpu import check_16_bits
 
 
@@ -72,11 +72,12 @@ def test_16_bits_are_near_linear_and_give_float32(weights: Weights, error: float
     assert (found - expected).norm() / expected.norm() < error
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "normalised LSTM", "min_lstm"])
 @pytest.mark.parametrize("weights", ["float16", "bfloat16"])
 @pytest.mark.usefixtures("as_on_a_gpu")
-def test_16_bits_choose_as_float32_does(weights: Weights, cell: str) -> None:
-    check_16_bits(make_translator(1, cell=cell, vocab_size=500, hidden_size=64, embedding_size=32), weights)
+def test_16_bits_choose_as_float32_does(weights: Weights, kind: str) -> None:
+    sizes = {"vocab_size": 500, "hidden_size": 64, "embedding_size": 32}
+    check_16_bits(make_translator(1, **RECURRENCES[kind], **sizes), weights)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -126,9 +127,9 @@ def test_packing_leaves_the_model_as_it_is() -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
-def test_what_the_first_layer_makes_of_tokens_may_be_looked_up(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_language_model(3, vocab_size=40, cell=cell)
+@pytest.mark.parametrize("kind", RECURRENCES)
+def test_what_the_first_layer_makes_of_tokens_may_be_looked_up(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_language_model(3, vocab_size=40, recurrent={**RECURRENCES[kind], "hidden_size": 8})
     looked_up = Stepper(model)
     monkeypatch.setattr(stepper, "LARGEST_TABLE", 0)
     computed = Stepper(model)

@@ -12,7 +12,7 @@ from seqmodels.losses import IGNORE
 from seqmodels.models import SequenceGenerator, _mean_square
 from seqmodels.state import State
 from seqmodels.stepper import Group, Stepper
-from tests.seqmodels.builders import make_language_model, make_model, make_translator
+from tests.seqmodels.builders import RECURRENCES, make_language_model, make_model, make_translator
 
 STACK = {"hidden_size": 16, "num_layers": 2}
 BOTH_WAYS = {**STACK, "bidirectional": True, "residual": True}
@@ -87,11 +87,11 @@ def test_a_generated_row_depends_on_itself_alone(kind: str, attention: str) -> N
 
 @torch.inference_mode()
 @pytest.mark.parametrize("variant", [{}, {"residual": True, "tie_embeddings": True}])
-@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "gru", "lstm"])
+@pytest.mark.parametrize("kind", RECURRENCES)
 @pytest.mark.parametrize("attention", ["none", "dot", "general", "additive"])
-def test_steps_equal_the_whole(attention: str, cell: str, variant: dict[str, bool]) -> None:
+def test_steps_equal_the_whole(attention: str, kind: str, variant: dict[str, bool]) -> None:
     """The search's `step`, one token and lanes of beams at a time, against teacher forcing over all T."""
-    model = make_translator(1, attention=attention, num_layers=3, cell=cell, scale=1.0, **variant)
+    model = make_translator(1, attention=attention, num_layers=3, scale=1.0, **RECURRENCES[kind], **variant)
     inputs, lengths = torch.randint(0, 40, (4, 9)), torch.tensor([9, 3, 5, 1])
     tokens = torch.randint(0, 40, (8, 6))  # two beams a row
     memory = model.encode(inputs, lengths)

@@ -15,7 +15,7 @@ from seqmodels.errors import ModelDirectoryError
 from seqmodels.preprocessing import Preprocessor
 from seqmodels.pretrained import load_pretrained, save_pretrained
 from seqmodels.tokenizer import Tokenizer
-from tests.seqmodels.builders import make_model
+from tests.seqmodels.builders import RECURRENCES, make_model
 
 SOURCE = Tokenizer.train(["a dog runs", "two cats sleep"], "word", vocab_size=20)
 TARGET = Tokenizer.train(["ein hund läuft", "zwei katzen schlafen"], "word", vocab_size=20)
@@ -59,6 +59,17 @@ def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
     (file,) = files
     assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
     assert (8 + int.from_bytes(file[:8], "little")) % 8 == 0
+
+
+@pytest.mark.parametrize("kind", RECURRENCES)
+def test_each_kind_of_recurrence_is_saved_and_loaded(kind: str, tmp_path: Path) -> None:
+    recurrent = {**RECURRENCES[kind], "hidden_size": 8, "num_layers": 2}
+    decoder = {"vocab_size": TARGET.vocab_size, "embedding_size": 4, "recurrent": recurrent}
+    model = make_model(architecture="generator", decoder=decoder, scale=1.5)
+    save_pretrained(model, tmp_path, target_tokenizer=TARGET)
+    loaded, labels, lengths = load_pretrained(tmp_path), torch.randint(0, 6, (4, 5)), torch.full((4,), 5)
+    assert loaded.config == model.config
+    assert torch.equal(loaded.model.logprobs(labels, lengths), model.logprobs(labels, lengths))  # type: ignore[union-attr, operator]
 
 
 @pytest.mark.parametrize("kind", ["translator", "language model", "tagger", "captioner"])

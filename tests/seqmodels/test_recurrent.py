@@ -1,58 +1,71 @@
-"""The fused recurrence against the equations in plain sight, and against itself cut in pieces."""
+"""Each kind of recurrence against the equations in plain sight, and against itself cut in pieces."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from seqmodels.cells import CellWeights, gru_step, lstm_step, rnn_step
-from seqmodels.recurrent import Recurrent
+from seqmodels.cells import CellWeights, MinimalWeights, Step, gru_step, lstm_step, minimal_step, rnn_step
+from seqmodels.config import Cell
+from seqmodels.recurrent import Recurrent, _weights
 from seqmodels.state import State
+from tests.seqmodels.builders import RECURRENCES
 
-CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+
+def one_step(cell: Cell, x: Tensor, parts: tuple[Tensor, ...], weights: CellWeights | MinimalWeights) -> Step:
+    if isinstance(weights, MinimalWeights):
+        return minimal_step(x, *parts, weights, cell)
+    if cell == "lstm":
+        return lstm_step(x, *parts, weights)
+    return gru_step(x, *parts, weights) if cell == "gru" else rnn_step(x, *parts, weights, relu=cell == "rnn_relu")
 
 
 def equations(model: Recurrent, x: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """One row (T, in) through the step functions of cells.py: outputs (length, out) and the State's columns."""
+    """One row (T, in) through the step functions of cells.py: outputs (length, out) and the State's columns. Under
+    zoneout, with the expectation at each step."""
     layers = list(zip(model.forward_layers, model.backward_layers or [None] * model.num_layers, strict=True))
-    hiddens, cells = [], []
+    ends = []
     y = x[:length]
     for index, pair in enumerate(layers):
         outputs = []
         for direction, layer in enumerate(pair):
             if layer is None:
                 continue
-            weights = CellWeights(layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0)  # type: ignore[arg-type]
-            hidden = cell = torch.zeros(1, model.hidden_size, dtype=x.dtype)
+            weights = _weights(layer)
+            parts = (torch.zeros(1, model.hidden_size, dtype=x.dtype),) * len(model.zoneouts)
             steps = []
             for t in range(length) if direction == 0 else reversed(range(length)):
-                if model.cell == "lstm":
-                    step = lstm_step(y[t : t + 1], hidden, cell, weights)
-                    assert step.cell is not None
-                    cell = step.cell
-                elif model.cell == "gru":
-                    step = gru_step(y[t : t + 1], hidden, weights)
-                else:
-                    step = rnn_step(y[t : t + 1], hidden, weights, relu=model.cell == "rnn_relu")
-                hidden = step.hidden
-                steps.append(hidden)
+                after = one_step(model.cell, y[t : t + 1], parts, weights).parts
+                parts = tuple(p * h + (1 - p) * g for p, h, g in zip(model.zoneouts, parts, after, strict=True))
+                steps.append(parts[0])
             outputs.append(torch.cat(steps if direction == 0 else steps[::-1]))
         out = torch.cat(outputs, 1)
         y = out + y if model.residual and index > 0 else out
-        hiddens.append(hidden)
-        cells.append(cell)
-    return y, torch.cat(hiddens + (cells if model.cell == "lstm" else []), 1)[0]
+        ends.append(parts)
+    return y, torch.cat([part for kind in zip(*ends, strict=True) for part in kind], 1)[0]
 
 
-def make(cell: str, num_layers: int, bidirectional: bool, residual: bool = False) -> Recurrent:
-    return Recurrent(cell, 5, 6, num_layers, bidirectional, residual).double()  # type: ignore[arg-type]
+def make(
+    kind: str, input_size: int, hidden_size: int, num_layers: int = 1, bidirectional: bool = False,
+    residual: bool = False,
+) -> Recurrent:  # fmt: skip
+    sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
+    return Recurrent(**RECURRENCES[kind], **sizes, bidirectional=bidirectional, residual=residual).eval()
+
+
+def scrambled(model: Recurrent) -> Recurrent:
+    """With biases and gains that are not those of the start."""
+    for name, parameter in model.named_parameters():
+        if "weight" not in name:
+            parameter.data.add_(torch.randn_like(parameter) / 2)
+    return model
 
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
-@pytest.mark.parametrize("cell", CELLS)
-def test_fused_equals_equations(cell: str, num_layers: int, bidirectional: bool, residual: bool) -> None:
-    model = make(cell, num_layers, bidirectional, residual)
+@pytest.mark.parametrize("kind", RECURRENCES)
+def test_it_computes_the_equations(kind: str, num_layers: int, bidirectional: bool, residual: bool) -> None:
+    model = scrambled(make(kind, 5, 6, num_layers, bidirectional, residual)).double()
     x = torch.randn(4, 7, 5, dtype=torch.double)
     lengths = torch.tensor([7, 3, 1, 5])
     y, state = model(x, lengths)
@@ -64,9 +77,9 @@ def test_fused_equals_equations(cell: str, num_layers: int, bidirectional: bool,
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("cell", CELLS)
-def test_gradients_equal_those_of_the_equations(cell: str, bidirectional: bool) -> None:
-    model = make(cell, 2, bidirectional)
+@pytest.mark.parametrize("kind", RECURRENCES)
+def test_gradients_equal_those_of_the_equations(kind: str, bidirectional: bool) -> None:
+    model = scrambled(make(kind, 5, 6, 2, bidirectional)).double()
     x = torch.randn(3, 6, 5, dtype=torch.double, requires_grad=True)
     lengths = torch.tensor([6, 2, 4])
     weight = torch.randn(6, model.output_size, dtype=torch.double)
@@ -78,14 +91,14 @@ def test_gradients_equal_those_of_the_equations(cell: str, bidirectional: bool) 
     fused = gradients(sum((y[b, :n] * weight[:n]).sum() for b, n in enumerate(lengths.tolist())))  # type: ignore[arg-type]
     plain = gradients(sum((equations(model, x[b], n)[0] * weight[:n]).sum() for b, n in enumerate(lengths.tolist())))  # type: ignore[arg-type]
     for one, two in zip(fused, plain, strict=True):
-        assert torch.allclose(one, two, atol=1e-9)
+        assert torch.allclose(one, two, atol=1e-9) and one.any()  # and each parameter has one
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
-@pytest.mark.parametrize("cell", CELLS)
-def test_many_steps_at_once_equal_single_steps(cell: str, num_layers: int) -> None:
+@pytest.mark.parametrize("kind", RECURRENCES)
+def test_many_steps_at_once_equal_single_steps(kind: str, num_layers: int) -> None:
     """In outputs, states and gradients; in float32, and to the last bit, since search relies on it."""
-    model = Recurrent(cell, 16, 16, num_layers)  # type: ignore[arg-type]
+    model = make(kind, 16, 16, num_layers)
     x = torch.randn(8, 9, 16)
     whole, end = model(x)
     state, pieces = None, []
@@ -106,9 +119,9 @@ def test_many_steps_at_once_equal_single_steps(cell: str, num_layers: int) -> No
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("cell", CELLS)
-def test_neither_padding_nor_neighbours_are_read(cell: str, bidirectional: bool) -> None:
-    model = Recurrent(cell, 16, 16, 2, bidirectional)  # type: ignore[arg-type]
+@pytest.mark.parametrize("kind", RECURRENCES)
+def test_neither_padding_nor_neighbours_are_read(kind: str, bidirectional: bool) -> None:
+    model = make(kind, 16, 16, 2, bidirectional)
     x = torch.randn(8, 9, 16)
     lengths = torch.tensor([9, 4, 1, 7, 7, 2, 9, 3])
     y, state = model(x, lengths)
@@ -126,8 +139,9 @@ def test_neither_padding_nor_neighbours_are_read(cell: str, bidirectional: bool)
     assert torch.equal(state.values[1], third_state.values[1])
 
 
-def test_a_ragged_batch_goes_on_from_each_rows_own_state() -> None:
-    model = Recurrent("lstm", 16, 16, 2)
+@pytest.mark.parametrize("kind", RECURRENCES)
+def test_a_ragged_batch_goes_on_from_each_rows_own_state(kind: str) -> None:
+    model = make(kind, 16, 16, 2)
     x = torch.randn(4, 10, 16)
     lengths = torch.tensor([3, 10, 6, 1])
     _, state = model(x, lengths)
@@ -136,14 +150,24 @@ def test_a_ragged_batch_goes_on_from_each_rows_own_state() -> None:
         assert torch.equal(state.values[row], alone.values[row])
 
 
-def test_initial_values() -> None:
+@pytest.mark.parametrize("kind", ["lstm", "normalised LSTM"])
+def test_initial_values(kind: str) -> None:
     """Orthogonal recurrent weights gate by gate, forget bias 1, other biases 0, Xavier's variance for inputs."""
-    layer = Recurrent("lstm", 300, 200).forward_layers[0]
+    layer = make(kind, 300, 200).forward_layers[0]
+    assert all(bool((p == 1).all()) for name, p in layer.named_parameters() if "gain" in name)
     for gate in layer.weight_hh_l0.chunk(4):  # type: ignore[operator, union-attr]
         assert torch.allclose(gate @ gate.mT, torch.eye(200), atol=1e-5)
     bias = layer.bias_ih_l0 + layer.bias_hh_l0  # type: ignore[operator]
     assert torch.equal(bias, torch.cat([torch.zeros(200), torch.ones(200), torch.zeros(400)]))  # type: ignore[arg-type]
     assert abs(float(layer.weight_ih_l0.detach().var()) - 2 / 500) < 2e-4  # type: ignore[operator, union-attr, arg-type]
+
+
+def test_initial_values_of_minimal_cells() -> None:
+    """As those of the others: half of a minGRU's state is kept at first, and a minLSTM's forget bias is 1."""
+    assert not make("min_gru", 300, 200).forward_layers[0].get_parameter("bias_ih_l0").any()
+    layer = make("min_lstm", 300, 200).forward_layers[0]
+    assert torch.equal(layer.get_parameter("bias_ih_l0"), torch.cat([torch.ones(200), torch.zeros(400)]))
+    assert abs(float(layer.get_parameter("weight_ih_l0").detach().var()) - 2 / 500) < 2e-4
 
 
 def test_state_rows_and_columns() -> None:

@@ -19,7 +19,7 @@ from seqmodels.errors import InputError
 from seqmodels.models import SequenceGenerator
 from seqmodels.selftest import find_row_floor
 from seqmodels.tokenizer import EOS
-from tests.seqmodels.builders import make_language_model, make_translator
+from tests.seqmodels.builders import RECURRENCES, make_language_model, make_translator
 
 LENGTH = 12
 MODELS: dict[str, Callable[[], SequenceGenerator]] = {
@@ -29,6 +29,12 @@ MODELS: dict[str, Callable[[], SequenceGenerator]] = {
     ),
     "RNN, three layers": lambda: make_language_model(
         7, vocab_size=40, recurrent={"cell": "rnn_tanh", "hidden_size": 16, "num_layers": 3}
+    ),
+    "normalised LSTM with zoneout, two layers": lambda: make_language_model(
+        8, vocab_size=40, recurrent={**RECURRENCES["normalised LSTM, zoneout"], "hidden_size": 16, "num_layers": 2}
+    ),
+    "minLSTM, two layers": lambda: make_language_model(
+        9, vocab_size=40, recurrent={"cell": "min_lstm", "hidden_size": 16, "num_layers": 2}
     ),
     "translator, LSTM, two layers": lambda: make_translator(3, num_layers=2),
     "translator, GRU, additive": lambda: make_translator(2, cell="gru", attention="additive"),

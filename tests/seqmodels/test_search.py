@@ -12,7 +12,7 @@ from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.request import Request
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.models import SequenceGenerator
-from tests.seqmodels.builders import make_language_model
+from tests.seqmodels.builders import RECURRENCES, make_language_model
 from tests.seqmodels.oracles import Found, Table, brute_force, slow_beam_search, slow_greedy
 
 PENALTIES = (-1.0, 0.0, 0.6, 1.0, 2.0)
@@ -21,8 +21,9 @@ PENALTIES = (-1.0, 0.0, 0.6, 1.0, 2.0)
 def make_history_model(seed: int) -> SequenceGenerator:
     """A random model whose scores depend on the whole history through its State; every fifth has equal logits."""
     choose = random.Random(seed)
-    cell = choose.choice(["lstm", "gru", "rnn_tanh"])
-    model = make_language_model(seed, vocab_size=choose.choice([4, 5]), cell=cell, scale=choose.choice([1.0, 2.0, 4.0]))
+    recurrent = {**choose.choice(list(RECURRENCES.values())), "hidden_size": 8}
+    sizes = {"vocab_size": choose.choice([4, 5]), "scale": choose.choice([1.0, 2.0, 4.0])}
+    model = make_language_model(seed, recurrent=recurrent, **sizes)  # type: ignore[arg-type]
     with torch.no_grad():
         weight, bias = model.decoder.output_weight, model.decoder.output_bias
         assert weight is not None

@@ -100,9 +100,9 @@ def _tagger() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _translator() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Two vocabularies, attention, label smoothing, frozen weights, sampled tokens, beam search in validation."""
-    decoder = {"embedding_size": 8, "attention": "additive", "recurrent": {"cell": "gru", "hidden_size": 8}}
-    decoder |= {"scheduled_sampling": 0.5}
+    """Two vocabularies, attention, zoneout, label smoothing, frozen weights, sampled tokens, beam search."""
+    recurrent = {"cell": "lstm", "hidden_size": 8, "layer_norm": True, "zoneout": 0.1, "cell_zoneout": 0.2}
+    decoder = {"embedding_size": 8, "attention": "additive", "recurrent": recurrent, "scheduled_sampling": 0.5}
     return {
         "task": "translate",
         "data": {"generated": "numbers-en-fr", "tokenizer": {"kind": "word", "vocab_size": 100}},

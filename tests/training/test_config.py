@@ -114,6 +114,8 @@ def test_a_missing_file_and_a_broken_one(tmp_path: Path) -> None:
         ({"activation_penalty": -1.0}, {}, "activation_penalty"),
         ({"weight_dropout": 0.5}, {}, r"model\.decoder\.weight_dropout is no setting"),
         ({"embedding_dropout": 1.0}, {}, "embedding_dropout"),
+        ({"recurrent": {"cell": "gru", "cell_zoneout": 0.1}}, {}, r"model\.decoder\.recurrent: cell_zoneout is 0\.1"),
+        ({"recurrent": {"cell": "min_gru", "layer_norm": True}}, {}, "layer_norm is True, but min_gru has no"),
     ],
 )
 def test_regularisation_that_does_nothing_is_refused(options: dict[str, Any], data: dict[str, Any], words: str) -> None:

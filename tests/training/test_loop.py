@@ -14,7 +14,8 @@ import training.loop
 import training.run
 from seqmodels.errors import CheckpointError, ConfigError, DataError
 from seqmodels.pretrained import load_pretrained
-from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TEXT_ENCODER, WORDS, fields, recipe
+from tests.seqmodels.builders import UNFUSED
+from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TAGGER, TEXT_ENCODER, WORDS, fields, recipe
 from training.loop import MAX_SKIPPED_IN_A_ROW, Trainer
 from training.optim import DivergedError, Precision, Update, update
 from training.run import train
@@ -298,6 +299,23 @@ def test_starting_from_a_saved_model_with_other_labels(tmp_path: Path) -> None:
     assert first.source_tokenizer.fingerprint == second.source_tokenizer.fingerprint
     for name, value in first.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[name]) == (not name.startswith("head.")), name
+
+
+@pytest.mark.parametrize("kind", UNFUSED)
+def test_recurrences_without_a_fused_kernel_train_and_are_started_from(tmp_path: Path, kind: str) -> None:
+    encoder = {**TEXT_ENCODER, "recurrent": {**UNFUSED[kind], "hidden_size": 32, "bidirectional": True}}
+    model, data, first = {**TAGGER, "encoder": encoder}, {"generated": "number-tags"}, tmp_path / "first"
+    settings = {"max_steps": 24, "logging_steps": 6}
+    made = recipe(
+        "tag", first, data={**data, "tokenizer": WORDS}, model=model, run=settings, optim={"learning_rate": 0.01}
+    )
+    train(made)
+    losses = [line["loss"] for line in log_of(first) if "loss" in line]
+    assert losses[-1] < 0.6 * losses[0], losses
+    going_on = {"model": {"init_from": str(first)}, "optim": {"freeze": ["encoder.*"]}}
+    train(recipe("tag", tmp_path / "second", data=data, **going_on))
+    one, two = (load_pretrained(directory).model.state_dict() for directory in (first, tmp_path / "second"))
+    assert all(torch.equal(one[name], two[name]) == name.startswith("encoder.") for name in one)
 
 
 def test_a_language_model_reports_what_it_writes(tmp_path: Path) -> None:
