@@ -169,7 +169,8 @@ class RunSection(Strict):
     keep_snapshots: bool = False  # the model at the end of each cycle of the rate, in snapshots/ (Huang et al. 2017)
     bf16: bool = False  # forward pass and gradients in bfloat16 where that is safe; weights and sums in float32
     fp16: bool = False  # the same in float16, the loss scaled so that small gradients stay; CUDA only
-    threads: PositiveInt | None = None  # None: torch decides
+    workers: PositiveInt = 1  # processes that share the rows of each batch, on this machine or a Ray cluster
+    threads: PositiveInt | None = None  # of each worker; None: torch decides, or 1 where there are several workers
     device: Literal["cpu", "cuda"] = "cpu"
     output_dir: str | None = None  # None: models/ and the recipe's name
 
@@ -181,6 +182,11 @@ class RunSection(Strict):
             raise ValueError("run.bf16 and run.fp16 are both set; choose one")
         if self.fp16 and self.device == "cpu":
             raise ValueError("run.fp16 needs run.device=cuda; on a CPU use run.bf16")
+        if self.workers > self.rows_per_batch:
+            raise ValueError(
+                f"run.workers is {self.workers}, but run.rows_per_batch is {self.rows_per_batch}, so that some would "
+                "have no row; lower the one or raise the other"
+            )
         return self
 
 
@@ -227,6 +233,12 @@ class Recipe(Strict):
             raise ValueError("run.keep_snapshots needs optim.lr_scheduler_type=cosine_with_restarts")
         if not self.makes_text and isinstance(getattr(data.columns, "target", None), tuple):
             raise ValueError(f"data.columns.target is a list, but task {self.task} has one target; name one column")
+        streams = max(1, self.run.tokens_per_batch // data.chunk_length)
+        if self.task == "generate" and self.run.workers > streams:
+            raise ValueError(
+                f"run.workers is {self.run.workers}, but run.tokens_per_batch of {self.run.tokens_per_batch} holds "
+                f"{streams} chunks of data.chunk_length {data.chunk_length}; lower the one or raise the other"
+            )
         default = DataSection.model_fields["max_target_length"].default
         if self.task not in ("translate", "caption") and data.max_target_length != default:
             raise ValueError(f"data.max_target_length does nothing for task {self.task}; remove it")
@@ -339,6 +351,11 @@ def _check_model(recipe: Recipe) -> None:
         raise ConfigError(
             "model.decoder.temporal_activation_penalty does nothing where data.chunk_length is 1: a single step has no "
             "change; raise it"
+        )
+    if recipe.run.workers > 1 and config.input in ("image", "frames"):
+        raise ConfigError(
+            f"run.workers is {recipe.run.workers}, but model.encoder.backbone normalises by the statistics of a whole "
+            "batch, of which each worker would see its own rows alone; set run.workers=1 and raise run.threads"
         )
     if task != recipe.task:
         raise ConfigError(f"task is {recipe.task!r}, but the `model` section describes a model for {task!r}")

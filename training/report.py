@@ -156,6 +156,31 @@ class Reporter:
         self._since = now
 
 
+class Silence(Reporter):
+    """The voice of a worker that leaves the talking to the first."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def step(self, step: int, total_steps: int, done: Update) -> None:
+        pass
+
+    def log(self, line: Mapping[str, Any]) -> int:
+        return 0
+
+    def rewind(self, log_bytes: int, step: int) -> None:
+        pass
+
+    def show_examples(self, examples: Sequence[Example], codec: Codec) -> None:
+        pass
+
+
 def write_report(
     directory: Path, title: str, facts: Mapping[str, object], samples: Sequence[Mapping[str, str]]
 ) -> None:
