@@ -1,4 +1,4 @@
-"""Several workers, without Ray: the same run as one worker's up to the order of sums, and to the bit when killed."""
+"""Several workers, without Ray: the same run as one worker's, up to the order of sums."""
 
 import json
 import subprocess
@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 
 from seqmodels.errors import CheckpointError, ConfigError, DataError
 from seqmodels.pretrained import load_pretrained
-from tests.training.recipes import DECODER, LANGUAGE_MODEL, TRANSLATOR, WORDS, fields
+from tests.training import together
+from tests.training.recipes import DECODER, LANGUAGE_MODEL, TRANSLATOR, WORDS, fields, write_rows
 from training import run
 from training.checkpoint import saved_checkpoints
 from training.config import parse_recipe
+from training.data.generated import generate
 from training.workers import ALONE, Workers
 
 ROOT = Path(__file__).parent.parent.parent
@@ -26,7 +28,7 @@ FRAME_TAGGER = {
 TASKS: dict[str, dict[str, Any]] = {
     # Batches of at most three rows, and of one or two where their lengths come to an end.
     "translate": {
-        "data": {"generated": "numbers-en-fr", "tokenizer": WORDS},
+        "data": {"path": "numbers-en-fr.csv", "columns": {"input": "input", "target": "target"}},
         "model": {**TRANSLATOR, "label_smoothing": 0.1},
         "optim": {"learning_rate": 0.01, "max_grad_norm": 0.3},
         "run": {"rows_per_batch": 3, "tokens_per_batch": 40, "gradient_accumulation_steps": 2},
@@ -34,7 +36,12 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     # Nine rows in two shares, whose states go on from chunk to chunk; the last is shorter than the others.
     "generate": {
-        "data": {"generated": "language-model", "tokenizer": WORDS, "chunk_length": 7, "vary_chunk_length": True},
+        "data": {
+            "path": "language-model.csv",
+            "columns": {"target": "target"},
+            "chunk_length": 7,
+            "vary_chunk_length": True,
+        },
         "model": {"architecture": "generator", "decoder": {**DECODER, "activation_penalty": 0.1}},
         "optim": {"learning_rate": 0.01, "gradient_noise": 0.01},
         "run": {"rows_per_batch": 9},
@@ -42,21 +49,11 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-def train_together(*recipes: dict[str, Any]) -> None:
-    """In one process of its own, which forks."""
-    paths = []
-    for made in recipes:
-        path = Path(made["run"]["output_dir"]).with_suffix(".json")
-        path.write_text(json.dumps(made), encoding="utf-8")
-        paths.append(str(path))
-    command = [sys.executable, "-m", "tests.training.together", *paths]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def of_workers(task: str, directory: Path, workers: int) -> dict[str, Any]:
-    settings = {"max_steps": 12, "logging_steps": 3, "eval_steps": 6, "max_eval_samples": 8, "workers": workers}
-    return fields(task, directory, **{**TASKS[task], "run": {**TASKS[task]["run"], **settings}})
+    settings = {"max_steps": 12, "logging_steps": 3, "eval_steps": 6, "workers": workers}
+    data = {**TASKS[task]["data"], "tokenizer": WORDS, "cut": {"validation": 20}}
+    data["path"] = str(directory.parent / data["path"])
+    return fields(task, directory, **{**TASKS[task], "data": data, "run": {**TASKS[task]["run"], **settings}})
 
 
 def numbers(value: Any) -> list[float]:
@@ -70,8 +67,10 @@ def numbers(value: Any) -> list[float]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """TASK-SIZE: a run of each task by one worker and by several."""
     folder = tmp_path_factory.mktemp("together")
+    for name in ("numbers-en-fr", "language-model"):
+        write_rows(folder / f"{name}.csv", generate(name)["train"][:200])
     sizes = {"translate": (1, 2, 3), "generate": (1, 2)}
-    train_together(*(of_workers(task, folder / f"{task}-{n}", n) for task, all_n in sizes.items() for n in all_n))
+    together.start(*(of_workers(task, folder / f"{task}-{n}", n) for task, all_n in sizes.items() for n in all_n))
     return folder
 
 
@@ -100,15 +99,6 @@ def test_a_checkpoint_holds_what_each_worker_has_of_its_own(trained: Path) -> No
     assert len(together["carried"]) == 4 and torch.allclose(both, alone["carried"], atol=1e-4)
     assert not torch.equal(together["random.cpu"], together["worker-1.random.cpu"])
     assert {name.removeprefix("worker-1.") for name in together} == alone.keys()
-
-
-def test_a_killed_run_of_two_workers_ends_like_one_left_alone() -> None:
-    """One kill of a language model with all kinds of dropout; `make kill-storm` does 100, of four kinds of runs."""
-    code = "import torch; from tests.training import kill_storm as k; torch.set_num_threads(1); print(k.storm(1, 4, 2))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0 and done.stdout.startswith("Counter("), done.stdout + done.stderr
 
 
 def test_every_row_is_one_workers() -> None:
