@@ -293,15 +293,7 @@ class Facts:
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply `key=value` overrides, check everything. Raises ConfigError."""
-    try:
-        fields = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise ConfigError(f"recipe {path}: {error.strerror}; give the path of a YAML file") from None
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ConfigError(f"recipe {path} is not UTF-8 (byte {byte:#04x} at {error.start}); convert it first") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date of month 13, or very deep nesting
-        raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    fields = read_yaml(path, "recipe")
     if not isinstance(fields, dict):
         raise ConfigError(f"recipe {path} must hold keys such as `task` and `data`")
     for override in overrides:
@@ -310,6 +302,19 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if isinstance(fields["run"], dict) and fields["run"].get("output_dir") is None:
         fields["run"]["output_dir"] = f"models/{path.stem}"
     return parse_recipe(fields)
+
+
+def read_yaml(path: Path, kind: str) -> Any:
+    """What a file holds. kind: what it is called in the ConfigError that is raised where it cannot be read."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ConfigError(f"{kind} {path}: {error.strerror}; give the path of a YAML file") from None
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ConfigError(f"{kind} {path} is not UTF-8 (byte {byte:#04x} at {error.start}); convert it first") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date of month 13, or very deep nesting
+        raise ConfigError(f"{kind} {path} is not YAML: {' '.join(str(error).split())}") from None
 
 
 def differences(was: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

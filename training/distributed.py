@@ -5,8 +5,6 @@ worker calls; Ray keeps no checkpoint of its own.
 """
 
 import io
-import logging
-import os
 import shutil
 import signal
 import sys
@@ -16,11 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Read when Ray is imported: it shall send no statistics to its makers, and leave workers in the folder they are put in.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-
-import ray
 from ray.exceptions import RayError
 from ray.train import (
     ControllerError,
@@ -35,15 +28,16 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 from rich.console import Console
 
-from seqmodels.errors import ConfigError, SeqModelsError
+from seqmodels.errors import SeqModelsError
+from training.cluster import enter_folder, needs, ray_running, set_handler
 from training.config import Recipe
+from training.report import Reporter
 from training.run import train_as
 from training.workers import Workers
 
 MAX_FAILURES = 8  # so often a worker may be lost in one call
 # Ray notices by itself when a worker dies. This is for those that wait, and a validation may take long.
 TIMEOUT_S = 7 * 24 * 3600
-OBJECT_STORE_BYTES = 128 * 1024**2  # on this machine; hardly anything goes through it
 
 
 class WorkersLostError(SeqModelsError):
@@ -56,8 +50,7 @@ def train_together(recipe: Recipe) -> Path:
     assert recipe.run.output_dir is not None
     directory = Path(recipe.run.output_dir)
     storage = directory.absolute() / ".ray"
-    on_gpu = recipe.run.device == "cuda"
-    needed = {"CPU": recipe.run.threads or 1, "GPU": int(on_gpu)}
+    on_gpu, needed = recipe.run.device == "cuda", needs(recipe)
     with ray_running(recipe.run.workers, needed), _voice() as voice:
         trainer = TorchTrainer(
             _work,
@@ -76,58 +69,12 @@ def train_together(recipe: Recipe) -> Path:
     return directory
 
 
-@contextmanager
-def ray_running(count: int, needed: Mapping[str, float]) -> Iterator[None]:
-    """Ray with room for so many processes, which need so much each: the one that runs in this program already, or that
-    of RAY_ADDRESS, or one of our own, on this machine alone. What was begun here ends here, however it ends."""
-    if ray.is_initialized():
-        _check_room(count, needed)
-        yield
-        return
-    on_terminate = signal.getsignal(signal.SIGTERM)
-    try:
-        _start(count, needed)
-        _set_handler(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; with Ray's own, the process would crash
-        _check_room(count, needed)
-        yield
-    finally:
-        ray.shutdown()
-        _set_handler(signal.SIGTERM, on_terminate)
-
-
-def _start(count: int, needed: Mapping[str, float]) -> None:
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "include_dashboard": False}
-    if address := os.environ.get("RAY_ADDRESS"):
-        try:
-            ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
-        except (ConnectionError, ValueError) as error:
-            raise ConfigError(
-                f"RAY_ADDRESS is {address!r}, where no Ray cluster answers; start it, or unset it"
-            ) from error
-        return
-    num_cpus = max(os.cpu_count() or 1, count * int(needed["CPU"]))  # room for what was asked, even on few cores
-    ray.init("local", num_cpus=num_cpus, object_store_memory=OBJECT_STORE_BYTES, **options)
-
-
-def _check_room(count: int, needed: Mapping[str, float]) -> None:
-    """Ray would wait for ever. Raises ConfigError."""
-    there = ray.cluster_resources()
-    for kind, field in (("GPU", "device"), ("CPU", "threads")):
-        if count * needed[kind] > there.get(kind, 0):
-            raise ConfigError(
-                f"{count} processes need {count * needed[kind]:g} {kind}s, but Ray has {there.get(kind, 0):g}; lower "
-                f"their number, or change run.{field}"
-            )
-
-
 def _work(given: dict[str, Any]) -> None:
     """What each worker runs."""
-    try:
-        os.chdir(given["folder"])  # paths of the recipe may be relative
-    except OSError:
-        raise ConfigError(f"a worker's machine has no folder {given['folder']}; share it with all machines") from None
+    enter_folder(given["folder"])
     context = get_context()
-    train_as(Workers(context.get_world_rank(), context.get_world_size()), given["recipe"], given["voice"].console())
+    workers = Workers(context.get_world_rank(), context.get_world_size())
+    train_as(workers, given["recipe"], lambda directory: Reporter(directory, given["voice"].console()))
 
 
 class _NoSecondTry(UserCallback):  # type: ignore[misc]
@@ -158,12 +105,7 @@ def _fit(trainer: TorchTrainer) -> None:
             ) from error
         raise
     finally:
-        _set_handler(signal.SIGINT, on_interrupt)  # Ray has put its own there
-
-
-def _set_handler(number: int, handler: Any) -> None:
-    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-        signal.signal(number, handler)
+        set_handler(signal.SIGINT, on_interrupt)  # Ray has put its own there
 
 
 # What the first worker says appears where the command was given

@@ -12,7 +12,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import yaml
 from pydantic import PositiveInt, ValidationError
-from rich.console import Console
 from safetensors import SafetensorError
 
 from seqmodels.config import Average, Strict, explain
@@ -69,7 +68,7 @@ def train(recipe: Recipe) -> Path:
         return train_as(ALONE, recipe)
     assert recipe.run.output_dir is not None
     directory = Path(recipe.run.output_dir)
-    with _refusals(directory), _locked(directory):  # in the first second, before Ray starts
+    with _refusals(directory), locked(directory):  # in the first second, before Ray starts
         _saved_run(directory, recipe)
         if (directory / FINISHED).is_file():
             print(_nothing_to_do(directory))
@@ -79,8 +78,8 @@ def train(recipe: Recipe) -> Path:
     return train_together(recipe)
 
 
-def train_as(workers: Workers, recipe: Recipe, console: Console | None = None) -> Path:
-    """`train`, as one of the workers that make the run together. console: where the first of them speaks."""
+def train_as(workers: Workers, recipe: Recipe, voice: Callable[[Path], Reporter] = Reporter) -> Path:
+    """`train`, as one of the workers that make the run together. voice: makes the Reporter of the first."""
     assert recipe.run.output_dir is not None
     directory = Path(recipe.run.output_dir)
     if recipe.run.threads:
@@ -88,8 +87,8 @@ def train_as(workers: Workers, recipe: Recipe, console: Console | None = None) -
     if recipe.run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device is 'cuda', but torch finds no CUDA device; set run.device=cpu")
     # After a loss Ray begins anew as soon as it has ended the others, one of whom had the lock.
-    lock = _locked(directory, LOCK_WAIT_S if workers.size > 1 else 0.0) if workers.is_first else nullcontext()
-    with _refusals(directory), lock, Reporter(directory, console) if workers.is_first else Silence() as reporter:
+    lock = locked(directory, LOCK_WAIT_S if workers.size > 1 else 0.0) if workers.is_first else nullcontext()
+    with _refusals(directory), lock, voice(directory) if workers.is_first else Silence() as reporter:
         saved = workers.of_first(lambda: _saved_run(directory, recipe))
         if workers.of_first((directory / FINISHED).is_file):
             reporter.say(_nothing_to_do(directory))
@@ -148,7 +147,7 @@ def _reading() -> Iterator[None]:
 
 
 @contextmanager
-def _locked(directory: Path, wait_s: float = 0.0) -> Iterator[None]:
+def locked(directory: Path, wait_s: float = 0.0) -> Iterator[None]:
     """Two runs in one directory would ruin each other. The lock goes with the process, however it ends."""
     deadline = time.monotonic() + wait_s
     try:
