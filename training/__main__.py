@@ -51,9 +51,9 @@ SPACE.yaml holds keys of the recipe and what to draw their values from, bounds i
 
   python -m training tune recipes/demo/sentiment.yaml space.yaml --trials 20 run.output_dir=models/search
 
-Each trial is an ordinary run, in trial-000, trial-001 ... of run.output_dir; the same seed draws the same values. Of the
-trials that come to their 1st, 3rd, 9th ... validation the best third goes on (ASHA). The best one's model directory is
-kept, of the others the scores. The same command goes on where a search was interrupted; a larger --trials adds to it.
+Each trial is an ordinary run, in trial-000, trial-001 ... of run.output_dir; the same seed draws the same values. Of
+the trials that come to their 1st, 3rd, 9th ... validation the best third goes on (ASHA). The best one's model directory
+is kept, of the others the scores. The same command goes on where a search was interrupted; a larger --trials adds more.
 """
 EVALUATION_KEYS = (
     *("data.id", "data.name", "data.revision", "data.path", "data.generated", "data.columns", "data.splits"),

@@ -13,12 +13,13 @@ import ray
 from seqmodels.errors import ConfigError
 from training.config import Recipe
 
-# No statistics to Ray's makers, no folders and logs of its own beside ours, and Ctrl-C is ours.
+# No statistics to Ray's makers, no folders, logs and tables of its own beside ours, and Ctrl-C is ours.
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
 }
 OBJECT_STORE_BYTES = 128 * 1024**2  # on this machine; hardly anything goes through it
 

@@ -41,13 +41,15 @@ def search(
             raise ConfigError(f"--{name} is {value}; it must be at least 1")
     searched = load_space(space)
     base = load_recipe(recipe, overrides)
-    _check(base)
-    trials = draw_trials(recipe, overrides, searched, count, seed)
+    if base.run.workers > 1:
+        raise ConfigError(f"run.workers is {base.run.workers}, but a search runs several trials at once; remove it")
     directory = Path(str(base.run.output_dir))
+    done = already_done(directory)
+    count = max([count, *(number + 1 for number in done)])  # what is there stays
+    trials = draw_trials(recipe, overrides, searched, count, seed)
     console = Console(highlight=False, soft_wrap=True)
     with locked(directory):
         _begin(directory, base, {key: {value.kind: list(value.values)} for key, value in searched.items()}, seed)
-        done = already_done(directory)
         problems: dict[int, str] = {}
         if all(trial.number in done for trial in trials):
             console.print(f"all {count} trials in {directory} are done; nothing to do", markup=False)
@@ -61,21 +63,16 @@ def search(
         show(outcomes, console)
 
 
-def _check(recipe: Recipe) -> None:
-    if recipe.run.workers > 1:
-        raise ConfigError(f"run.workers is {recipe.run.workers}, but a search runs several trials at once; remove it")
-
-
 def _begin(directory: Path, recipe: Recipe, space: dict[str, Any], seed: int) -> None:
     """Write down what is searched, or check that it is what an earlier call has begun."""
     if (directory / RUN).exists() or (directory / "config.json").exists():
         raise ConfigError(f"run.output_dir {directory} holds a run or a model, and no search; name another directory")
     now = {"recipe": recipe.model_dump(mode="json"), "space": space, "seed": seed}
-    path = directory / SEARCH
+    path, text = directory / SEARCH, json.dumps(now, indent=1, default=str) + "\n"
     if not path.is_file():
-        checkpoint.write_whole(path, json.dumps(now, indent=1, default=str) + "\n")
+        checkpoint.write_whole(path, text)
         return
-    for key, was, is_now in differences(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(now))):
+    for key, was, is_now in differences(json.loads(path.read_text(encoding="utf-8")), json.loads(text)):
         raise CheckpointError(
             f"{directory} was begun with {key}={was}, but now it is {is_now}; put it back, or name another "
             "run.output_dir"

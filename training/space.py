@@ -11,7 +11,7 @@ Knows recipes; knows no Ray.
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,7 @@ def _is_finite(value: Any, number: Any) -> bool:
     return isinstance(value, number) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def draw_trials(
-    path: Path, overrides: Sequence[str], space: Mapping[str, Distribution], count: int, seed: int
-) -> list[Trial]:
+def draw_trials(path: Path, overrides: Sequence[str], space: Space, count: int, seed: int) -> list[Trial]:
     """So many trials of a recipe, each a pure function of the seed and its number, and checked as `train` would.
 
     Raises ConfigError that names the trial's values.

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from training import checkpoint
 from training.config import LOWER_IS_BETTER, METRICS, Recipe
@@ -49,15 +48,15 @@ class Outcome:
         return True, -self.best if self.name in LOWER_IS_BETTER else self.best, -self.nll
 
     @property
-    def cells(self) -> dict[str, str]:
-        """Its line of the table."""
+    def line(self) -> dict[str, Any]:
+        """Of the table."""
         return {
-            "trial": str(self.trial.number),
+            "trial": self.trial.number,
             "ended": self.ended,
-            "steps": str(self.points[-1][0]) if self.points else "0",
-            self.name: "" if self.best is None else f"{self.best:.6g}",
-            "nll": "" if self.nll is None else f"{self.nll:.6g}",
-            **{key: _short(value) for key, value in self.trial.values.items()},
+            "steps": self.points[-1][0] if self.points else 0,
+            self.name: self.best,
+            "nll": self.nll,
+            **self.trial.values,
             "problem": self.problem,
         }
 
@@ -104,11 +103,11 @@ def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return sorted(outcomes, key=lambda outcome: outcome.rank, reverse=True)
 
 
-def table_of(outcomes: Sequence[Outcome]) -> list[dict[str, str]]:
-    """A line for each trial, the best first, all with the same keys."""
-    lines = [outcome.cells for outcome in ranked(outcomes)]
+def table_of(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """A line for each trial, the best first, all with the same keys; None where there is nothing to tell."""
+    lines = [outcome.line for outcome in ranked(outcomes)]
     heads = dict.fromkeys(key for line in lines for key in line)
-    return [{key: line.get(key, "") for key in heads} for line in lines]
+    return [{key: line.get(key) for key in heads} for line in lines]
 
 
 def best_of(outcomes: Sequence[Outcome]) -> Outcome | None:
@@ -136,12 +135,12 @@ def conclude(directory: Path, outcomes: Sequence[Outcome], space: Space) -> None
 
 def show(outcomes: Sequence[Outcome], console: Console) -> None:
     """The table, the best first, and where the best is."""
-    lines = table_of(outcomes)
-    heads = [name for name in lines[0] if any(line[name] for line in lines)]
-    table = Table(*heads, box=None, header_style="bold")
-    for line in lines:
-        table.add_row(*(line[name] for name in heads))
-    console.print(table)
+    lines = [{key: _short(value) for key, value in line.items()} for line in table_of(outcomes)]
+    heads = [key for key in lines[0] if any(line[key] for line in lines)]
+    widths = [max(len(text) for text in (key, *(line[key] for line in lines))) for key in heads]
+    for texts in (heads, *([line[key] for key in heads] for line in lines)):
+        padded = "  ".join(text.ljust(width) for text, width in zip(texts, widths, strict=True))
+        console.print(padded.rstrip(), markup=False)
     best = best_of(outcomes)
     if best is None:
         console.print("no trial came to its end; see the column `problem`", markup=False)
@@ -151,7 +150,7 @@ def show(outcomes: Sequence[Outcome], console: Console) -> None:
 
 def _report(title: str, outcomes: Sequence[Outcome], space: Space) -> str:
     plots = draw_trials_plots(outcomes, space)
-    table = html_table(table_of(outcomes))
+    table = html_table([{key: _short(value) for key, value in line.items()} for line in table_of(outcomes)])
     return html_page(f"Search {title}", f"{table}<h2>Scores</h2>{plots[plots.index('<svg') :]}")
 
 
@@ -189,4 +188,4 @@ def draw_trials_plots(outcomes: Sequence[Outcome], space: Space) -> str:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
