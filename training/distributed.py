@@ -64,8 +64,10 @@ def train_together(recipe: Recipe) -> Path:
                 callbacks=[_NoSecondTry()],
             ),
         )
-        _fit(trainer)
-    shutil.rmtree(storage, ignore_errors=True)
+        try:
+            _fit(trainer)
+        finally:
+            shutil.rmtree(storage, ignore_errors=True)
     return directory
 
 

@@ -66,8 +66,8 @@ def validations(directory: Path) -> list[dict[str, Any]]:
     path = directory / "metrics.jsonl"
     if not path.is_file():
         return []
-    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if "validation" in line]
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")  # a trial may be stopped while it writes
+    return [line for line in map(json.loads, whole.splitlines()) if "validation" in line]
 
 
 def score_of(recipe: Recipe, scores: Mapping[str, float]) -> tuple[str, float, float]:
