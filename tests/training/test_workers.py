@@ -1,6 +1,7 @@
 """Several workers, without Ray: the same run as one worker's, up to the order of sums."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from seqmodels.errors import CheckpointError, ConfigError, DataError
 from seqmodels.pretrained import load_pretrained
 from tests.training import together
+from tests.training.kill_storm import outcome
 from tests.training.recipes import DECODER, LANGUAGE_MODEL, TRANSLATOR, WORDS, fields, write_rows
 from training import run
 from training.checkpoint import saved_checkpoints
@@ -56,6 +58,12 @@ def of_workers(task: str, directory: Path, workers: int) -> dict[str, Any]:
     return fields(task, directory, **{**TASKS[task], "data": data, "run": {**TASKS[task]["run"], **settings}})
 
 
+def lossy(folder: Path) -> dict[str, Any]:
+    """The language model of two workers, with dropout."""
+    made = of_workers("generate", folder / "lossy-2", 2)
+    return {**made, "model": {**LANGUAGE_MODEL, "decoder": {**DECODER, "dropout": 0.3}}}
+
+
 def numbers(value: Any) -> list[float]:
     """All numbers of nested plain data, in order."""
     if isinstance(value, dict):
@@ -70,7 +78,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("numbers-en-fr", "language-model"):
         write_rows(folder / f"{name}.csv", generate(name)["train"][:200])
     sizes = {"translate": (1, 2, 3), "generate": (1, 2)}
-    together.start(*(of_workers(task, folder / f"{task}-{n}", n) for task, all_n in sizes.items() for n in all_n))
+    runs = [of_workers(task, folder / f"{task}-{n}", n) for task, all_n in sizes.items() for n in all_n]
+    together.start(*runs, lossy(folder))
     return folder
 
 
@@ -99,6 +108,19 @@ def test_a_checkpoint_holds_what_each_worker_has_of_its_own(trained: Path) -> No
     assert len(together["carried"]) == 4 and torch.allclose(both, alone["carried"], atol=1e-4)
     assert not torch.equal(together["random.cpu"], together["worker-1.random.cpu"])
     assert {name.removeprefix("worker-1.") for name in together} == alone.keys()
+
+
+def test_going_on_gives_each_worker_its_own_back(trained: Path, tmp_path: Path) -> None:
+    """From the checkpoint before the last, with dropout and carried state: to the bit."""
+    alone, again = trained / "lossy-2", tmp_path / "lossy-2"
+    shutil.copytree(alone, again)
+    for name in ("finished.json", "model.safetensors", "config.json"):
+        (again / name).unlink()
+    newest, before = saved_checkpoints(again / "checkpoints")[::-1]
+    assert (newest.name, before.name) == ("step-00000012", "step-00000006")
+    shutil.rmtree(newest)
+    together.start({**lossy(trained), "run": {**lossy(trained)["run"], "output_dir": str(again)}})
+    assert outcome(again) == outcome(alone)
 
 
 def test_every_row_is_one_workers() -> None:
