@@ -44,6 +44,8 @@ bench: $(INSTALLED)  ## run the benchmarks; each prints one JSON line per result
 
 kill-storm: $(INSTALLED)  ## kill training runs 1,000 times, at every phase and system call of a save; damage 10,000 checkpoints
 	$(BIN)/python -m tests.training.kill_storm --kills 1000
+	$(BIN)/python -m tests.training.kill_storm --kills 100 --workers 2
+	SEQMODELS_SLOW=1 $(BIN)/python -m pytest tests/training/test_distributed.py
 	$(BIN)/python -m tests.training.corruption --count 10000
 
 invariance: $(INSTALLED)  ## 10,000 random schedules of the engine, bit for bit, and a soak of 10,000 requests

@@ -1,5 +1,5 @@
 """python -m training train RECIPE.yaml [key=value ...] · evaluate MODEL_DIR [--split test] [key=value ...] · average
-MODEL_DIR ... --output NEW_DIR · calibrate MODEL_DIR · shortlist MODEL_DIR"""
+MODEL_DIR ... --output NEW_DIR · calibrate MODEL_DIR · shortlist MODEL_DIR · tune RECIPE.yaml SPACE.yaml"""
 
 import argparse
 import json
@@ -67,6 +67,20 @@ ADAPTATION_HELP = {
     "cache_size": "of how many words (default: 500)",
     "cache_flatness": "how much a likeness of states counts (default: 0.3)",
 }
+TUNE_HELP = """\
+SPACE.yaml holds keys of the recipe and what to draw their values from, bounds included:
+
+  optim.learning_rate: {log_uniform: [1e-4, 1e-2]}
+  model.dropout: {uniform: [0, 0.5]}
+  model.encoder.recurrent.hidden_size: {integers: [32, 128]}
+  model.encoder.recurrent.cell: {choice: [gru, lstm]}
+
+  python -m training tune recipes/demo/sentiment.yaml space.yaml --trials 20 run.output_dir=models/search
+
+Each trial is an ordinary run, in trial-000, trial-001 ... of run.output_dir; the same seed draws the same values. Of
+the trials that come to their 1st, 3rd, 9th ... validation the best third goes on (ASHA). The best one's model directory
+is kept, of the others the scores. The same command goes on where a search was interrupted; a larger --trials adds more.
+"""
 EVALUATION_KEYS = (
     *("data.id", "data.name", "data.revision", "data.path", "data.generated", "data.columns", "data.splits"),
     *("data.cut", "data.label_names", "data.max_target_length", "run.device", "run.threads"),
@@ -162,6 +176,17 @@ def _parser() -> argparse.ArgumentParser:
     shorten.add_argument("--translations", type=int, default=50, help="of each source token (default: %(default)s)")
     shorten.add_argument("--frequent", type=int, default=100, help="on every list (default: %(default)s)")
     shorten.set_defaults(run=_shortlist)
+    tune = commands.add_parser("tune", help="search a recipe's settings", epilog=TUNE_HELP, formatter_class=raw)
+    tune.add_argument("recipe", type=Path, help="a YAML file, see recipes/")
+    tune.add_argument("space", type=Path, help="a YAML file, see below")
+    tune.add_argument("overrides", nargs="*", metavar="key=value", help="settings that go before the recipe's")
+    tune.add_argument("--trials", type=int, default=10, help="how many to run (default: %(default)s)")
+    tune.add_argument("--at-once", type=int, help="how many at a time (default: as many as there are cores)")
+    tune.add_argument("--seed", type=int, default=1, help="of what is drawn (default: %(default)s)")
+    tune.add_argument(
+        "--min-validations", type=int, default=1, help="before a trial may be stopped (default: %(default)s)"
+    )
+    tune.set_defaults(run=_tune)
     return parser
 
 
@@ -235,6 +260,20 @@ def _shortlist(options: argparse.Namespace) -> None:
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} is {getattr(options, name)}; it must be at least 1")
     print(f"wrote {add_shortlist(options.directory, recipe, options.translations, options.frequent)}")
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from training.search import search
+
+    search(
+        options.recipe,
+        options.space,
+        options.overrides,
+        count=options.trials,
+        seed=options.seed,
+        at_once=options.at_once,
+        min_validations=options.min_validations,
+    )
 
 
 def _recipe_of(directory: Path, overrides: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:

@@ -179,7 +179,8 @@ class RunSection(Strict):
     keep_snapshots: bool = False  # the model at the end of each cycle of the rate, in snapshots/ (Huang et al. 2017)
     bf16: bool = False  # forward pass and gradients in bfloat16 where that is safe; weights and sums in float32
     fp16: bool = False  # the same in float16, the loss scaled so that small gradients stay; CUDA only
-    threads: PositiveInt | None = None  # None: torch decides
+    workers: PositiveInt = 1  # processes that share the rows of each batch, on this machine or a Ray cluster
+    threads: PositiveInt | None = None  # of each worker; None: torch decides, or 1 where there are several workers
     device: Literal["cpu", "cuda"] = "cpu"
     output_dir: str | None = None  # None: models/ and the recipe's name
 
@@ -193,6 +194,11 @@ class RunSection(Strict):
             raise ValueError("run.bf16 and run.fp16 are both set; choose one")
         if self.fp16 and self.device == "cpu":
             raise ValueError("run.fp16 needs run.device=cuda; on a CPU use run.bf16")
+        if self.workers > self.rows_per_batch:
+            raise ValueError(
+                f"run.workers is {self.workers}, but run.rows_per_batch is {self.rows_per_batch}, so that some would "
+                "have no row; lower the one or raise the other"
+            )
         return self
 
 
@@ -236,6 +242,12 @@ class Recipe(Strict):
         several = self.makes_text or self.problem_type == "regression"
         if not several and isinstance(getattr(data.columns, "target", None), tuple):
             raise ValueError(f"data.columns.target is a list, but task {self.task} has one target; name one column")
+        streams = max(1, self.run.tokens_per_batch // data.chunk_length)
+        if self.task == "generate" and self.run.workers > streams:
+            raise ValueError(
+                f"run.workers is {self.run.workers}, but run.tokens_per_batch of {self.run.tokens_per_batch} holds "
+                f"{streams} chunks of data.chunk_length {data.chunk_length}; lower the one or raise the other"
+            )
         default = DataSection.model_fields["max_target_length"].default
         if self.task not in ("translate", "caption") and data.max_target_length != default:
             raise ValueError(f"data.max_target_length does nothing for task {self.task}; remove it")
@@ -311,15 +323,7 @@ class Facts:
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply `key=value` overrides, check everything. Raises ConfigError."""
-    try:
-        fields = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise ConfigError(f"recipe {path}: {error.strerror}; give the path of a YAML file") from None
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ConfigError(f"recipe {path} is not UTF-8 (byte {byte:#04x} at {error.start}); convert it first") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date of month 13, or very deep nesting
-        raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    fields = read_yaml(path, "recipe")
     if not isinstance(fields, dict):
         raise ConfigError(f"recipe {path} must hold keys such as `task` and `data`")
     for override in overrides:
@@ -328,6 +332,19 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if isinstance(fields["run"], dict) and fields["run"].get("output_dir") is None:
         fields["run"]["output_dir"] = f"models/{path.stem}"
     return parse_recipe(fields)
+
+
+def read_yaml(path: Path, kind: str) -> Any:
+    """What a file holds. kind: what it is called in the ConfigError that is raised where it cannot be read."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ConfigError(f"{kind} {path}: {error.strerror}; give the path of a YAML file") from None
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ConfigError(f"{kind} {path} is not UTF-8 (byte {byte:#04x} at {error.start}); convert it first") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date of month 13, or very deep nesting
+        raise ConfigError(f"{kind} {path} is not YAML: {' '.join(str(error).split())}") from None
 
 
 def differences(was: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -369,6 +386,11 @@ def _check_model(recipe: Recipe) -> None:
         raise ConfigError(
             "model.decoder.temporal_activation_penalty does nothing where data.chunk_length is 1: a single step has no "
             "change; raise it"
+        )
+    if recipe.run.workers > 1 and config.input in ("image", "frames"):
+        raise ConfigError(
+            f"run.workers is {recipe.run.workers}, but model.encoder.backbone normalises by the statistics of a whole "
+            "batch, of which each worker would see its own rows alone; set run.workers=1 and raise run.threads"
         )
     if task != recipe.task:
         raise ConfigError(f"task is {recipe.task!r}, but the `model` section describes a model for {task!r}")

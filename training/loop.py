@@ -41,6 +41,7 @@ from training.optim import (
 )
 from training.report import Reporter
 from training.transfer import weights_from
+from training.workers import ALONE, Workers
 
 TOO_LARGE = "the model is too large for this machine's memory; lower the sizes in `model`"
 MAX_SKIPPED_IN_A_ROW = 5
@@ -51,7 +52,8 @@ Evaluate = Callable[[Path], dict[str, float]]  # the scores of a model directory
 
 
 class Trainer:
-    """A run in progress. metric: which of the scores decides what is best."""
+    """A run in progress. metric: which of the scores decides what is best. workers: those that make the run together;
+    the first of them validates and saves."""
 
     def __init__(
         self,
@@ -62,7 +64,9 @@ class Trainer:
         evaluate: Evaluate,
         metric: str,
         reporter: Reporter,
+        workers: Workers = ALONE,
     ) -> None:
+        self.workers = workers
         self.recipe, self.directory, self.codec, self.batches = recipe, directory, codec, batches
         self.evaluate, self.metric, self.reporter = evaluate, metric, reporter
         self.steps_per_epoch = -(-len(batches) // recipe.run.gradient_accumulation_steps)
@@ -77,7 +81,7 @@ class Trainer:
         self.carried: State | None = None
         self.progress = Progress(loss_scale=FIRST_LOSS_SCALE if recipe.run.fp16 else 1.0)
         self.saved_step = 0
-        torch.manual_seed(recipe.run.seed)
+        torch.manual_seed(workers.seed(recipe.run.seed))
         self._resume()
         self.started = time.monotonic() - self.progress.seconds
 
@@ -86,15 +90,15 @@ class Trainer:
         while True:
             over = self._is_over()
             if self._validation_is_due(over):
-                self._validate()
+                self.progress = self.workers.of_first(self._validate)
                 over = over or self._is_over()  # it may have been the last chance for a better score
-            if self._snapshot_is_due():
+            if self._snapshot_is_due() and self.workers.is_first:
                 self._save_model(self._snapshot)
                 shutil.copyfile(self.directory / RECIPE, self._snapshot / RECIPE)  # to be evaluated like a run
             if self._save_is_due():
                 self._save()
             if over:
-                return self._validate_average() if len(self.progress.kept) > 1 else self.best_directory
+                return self.workers.of_first(self._result)
             done = self._step()
             if self.progress.step % self.recipe.run.logging_steps == 0:
                 self._log(done)
@@ -116,6 +120,7 @@ class Trainer:
             measure_ratio=(step + 1) % run.logging_steps == 0,
             step=step,
             precision=self._precision,
+            workers=self.workers,
         )
         self.carried = done.state if self.batches.carries_state else None
         self.progress.step += 1
@@ -126,10 +131,12 @@ class Trainer:
         return done
 
     def _micro_batches(self, step: int) -> Iterator[Batch]:
-        """The batches of one step: a pure function of (seed, epoch, step)."""
+        """This worker's rows of the batches of one step: a pure function of (seed, epoch, step)."""
         epoch, indices = self._indices(step)
         for index in indices:
-            batch = self.batches.batch(epoch, index)
+            batch = self.workers.share(self.batches.batch(epoch, index))
+            if batch is None:
+                continue
             if self.batches.carries_state and index > 0:
                 batch["state"] = None  # `update` puts in where the last batch ended
             yield {name: value if value is None else value.to(self.recipe.run.device) for name, value in batch.items()}
@@ -245,11 +252,11 @@ class Trainer:
         return (
             progress.step >= self.total_steps
             or (patience is not None and progress.validations_without_better >= patience)
-            or (run.max_minutes is not None and self._seconds() >= 60 * run.max_minutes)
+            or (run.max_minutes is not None and self.workers.of_first(self._seconds) >= 60 * run.max_minutes)
         )
 
-    def _validate(self) -> None:
-        """Score the model as it would be served; keep it if it is the best so far."""
+    def _validate(self) -> Progress:
+        """Score the model as it would be served; keep it if it is the best so far. Returns where the run now stands."""
         progress, plateau = self.progress, self.recipe.optim
         candidate = self._candidate(progress.step)
         self._save_model(candidate)
@@ -268,6 +275,7 @@ class Trainer:
                 progress.plateau_wait = 0
         self._keep(self._merit(scores)[0])
         progress.log_bytes = self.reporter.log({"step": progress.step, "validation": scores, "best": better})
+        return progress
 
     def _scores(self, candidate: Path) -> dict[str, float]:
         """Validation must not move the random numbers of training, or its frequency would change the result."""
@@ -284,8 +292,10 @@ class Trainer:
         (score, nll), best = self._merit(scores), self.progress.best_score
         return best is None or (score, -nll) > (best, -self.progress.best_nll)
 
-    def _validate_average(self) -> Path:
-        """The mean of the models kept for it, or the best of all, whichever scores better."""
+    def _result(self) -> Path:
+        """The best model of all, or the mean of those kept for one, whichever scores better."""
+        if len(self.progress.kept) < 2:
+            return self.best_directory
         candidate = self.directory / "validated" / "average"
         averaged(self.kept_directories).save(candidate)
         scores = self._scores(candidate)
@@ -336,10 +346,13 @@ class Trainer:
     # Stopping and going on
 
     def _save(self) -> None:
+        tensors = self._tensors()
+        self.saved_step = self.progress.step
+        if not self.workers.is_first:
+            return
         self.progress.seconds = self._seconds()
         self.reporter.flush()
-        checkpoint.save(self.directory / "checkpoints", self.progress, self._tensors())
-        self.saved_step = self.progress.step
+        checkpoint.save(self.directory / "checkpoints", self.progress, tensors)
         needed = {*self.kept_directories, *([] if self.progress.best_step is None else [self.best_directory])}
         for candidate in (self.directory / "validated").glob("step-*"):
             if candidate not in needed:
@@ -349,13 +362,16 @@ class Trainer:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         if self.average is not None:
             tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
+        own = checkpoint.pack_random_states()
         if self.carried is not None:
-            tensors["carried"] = self.carried.values
-        return tensors | checkpoint.pack_optimizer(self.optimizer) | checkpoint.pack_random_states()
+            own["carried"] = self.carried.values.cpu()
+        for rank, theirs in enumerate(self.workers.gather(own)):
+            tensors |= {_owned(name, rank): tensor for name, tensor in theirs.items()}
+        return tensors | checkpoint.pack_optimizer(self.optimizer)
 
     def _resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one; else rewind the log to its beginning."""
-        found = checkpoint.load_newest(self.directory / "checkpoints")
+        found = self.workers.of_first(lambda: checkpoint.load_newest(self.directory / "checkpoints"))
         if found is not None:
             self.progress, tensors, warnings = found
             self.saved_step = self.progress.step
@@ -364,10 +380,11 @@ class Trainer:
             self.model.load_state_dict(_part(tensors, "model."))
             if self.average is not None:
                 self.average.load_state_dict(_part(tensors, "average."))
-            if "carried" in tensors:
-                self.carried = State(tensors["carried"].to(self.recipe.run.device))
             checkpoint.unpack_optimizer(self.optimizer, tensors)
-            checkpoint.unpack_random_states(tensors)
+            own = _part(tensors, _owned("", self.workers.rank))
+            if "carried" in own:
+                self.carried = State(own["carried"].to(self.recipe.run.device))
+            checkpoint.unpack_random_states(own)
             self.reporter.say(f"going on from step {self.progress.step}")
         self.reporter.rewind(self.progress.log_bytes, self.progress.step)
 
@@ -402,6 +419,11 @@ def _total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
     run = recipe.run
     by_epochs = run.num_train_epochs * steps_per_epoch if run.num_train_epochs else None
     return min(limit for limit in (by_epochs, run.max_steps) if limit is not None)
+
+
+def _owned(name: str, rank: int) -> str:
+    """What a checkpoint calls a tensor that each worker has one of."""
+    return f"worker-{rank}.{name}" if rank else name
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ or a gradient is not finite, the weights stay untouched. Knows no task, no file 
 
 import fnmatch
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from seqmodels.errors import ConfigError, SeqModelsError
 from seqmodels.state import State
 from training.config import OptimSection, some
 from training.data.batches import Batch
+from training.workers import ALONE, Workers
 
 
 class DivergedError(SeqModelsError):
@@ -163,11 +164,13 @@ def update(
     measure_ratio: bool = False,
     step: int = 0,
     precision: Precision = FULL,
+    workers: Workers = ALONE,
 ) -> Update:
     """One update of the weights.
 
     carried: where the last batch of running text ended; micro-batches that have a `state` key go on from it. step:
-    counted from 0, for the noise. The order is: unscale, skip what is not finite, clip, add noise, step.
+    counted from 0, for the noise. workers: those who make the same update, each from micro-batches of its own. The
+    order is: add up over workers, unscale, skip what is not finite, clip, add noise, step.
     """
     optimizer.zero_grad(set_to_none=True)
     buffers = [buffer.clone() for buffer in model.buffers()]  # running statistics move in the forward pass already
@@ -185,20 +188,23 @@ def update(
         num_tokens += _num_tokens(batch)
         carried = out.state.detach().float() if out.state is not None else None
     hold(model, section.unfreeze_steps, step)
-    gradients = list(_gradients(optimizer))
+    workers.add_gradients(_parameters(optimizer))
+    loss_sum, nll_sum, *counts = workers.total(float(loss), float(nll), num_targets, num_tokens)
+    num_targets, num_tokens = map(int, counts)
+    gradients = [parameter.grad for parameter in _parameters(optimizer) if parameter.grad is not None]
     for gradient in gradients:
         gradient /= max(1, num_targets) * precision.loss_scale
     norm = float(gradient_norm(gradients))
-    if not (math.isfinite(float(loss)) and math.isfinite(norm)):
+    if not (math.isfinite(loss_sum) and math.isfinite(norm)):
         for buffer, before in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(before)
         return Update(0.0, 0.0, 0, num_tokens, norm, clipped=False, skipped=True, ratio=None, state=None)
     clipped = clip(gradients, norm, section.max_grad_norm, section.clip_value)
     if section.gradient_noise:
         add_noise(gradients, section.gradient_noise, step)
+        workers.copy_first(gradients)  # the same noise for all
     ratio = _step(optimizer, rate, measure_ratio)
-    sums = float(loss), float(nll), num_targets, num_tokens
-    return Update(*sums, norm, clipped, skipped=False, ratio=ratio, state=carried)
+    return Update(loss_sum, nll_sum, num_targets, num_tokens, norm, clipped, skipped=False, ratio=ratio, state=carried)
 
 
 def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
@@ -233,11 +239,8 @@ def _num_tokens(batch: Batch) -> int:
     return sum(lengths) or len(batch["labels"])
 
 
-def _gradients(optimizer: Optimizer) -> Iterator[Tensor]:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                yield parameter.grad
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _step(optimizer: Optimizer, rate: float, measure_ratio: bool) -> float | None:
@@ -246,7 +249,7 @@ def _step(optimizer: Optimizer, rate: float, measure_ratio: bool) -> float | Non
     if not measure_ratio:
         optimizer.step()
         return None
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = _parameters(optimizer)
     before = [parameter.detach().clone() for parameter in parameters]
     optimizer.step()
     change = gradient_norm([now.detach() - then for now, then in zip(parameters, before, strict=True)])

@@ -157,6 +157,31 @@ class Reporter:
         self._since = now
 
 
+class Silence(Reporter):
+    """The voice of a worker that leaves the talking to the first."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def step(self, step: int, total_steps: int, done: Update) -> None:
+        pass
+
+    def log(self, line: Mapping[str, Any]) -> int:
+        return 0
+
+    def rewind(self, log_bytes: int, step: int) -> None:
+        pass
+
+    def show_examples(self, examples: Sequence[Example], codec: Codec) -> None:
+        pass
+
+
 def write_report(
     directory: Path, title: str, facts: Mapping[str, object], samples: Sequence[Mapping[str, str]]
 ) -> None:
@@ -167,15 +192,20 @@ def write_report(
     rows = "".join(
         f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>" for key, value in facts.items()
     )
-    page = f"""<!doctype html>
+    body = f"""<table>{rows}</table><h2>Curves</h2>{curves[curves.index("<svg") :]}
+{_samples_table(samples)}"""
+    (directory / "report.html").write_text(html_page(title, body), encoding="utf-8")
+
+
+def html_page(title: str, body: str) -> str:
+    """One self-contained page. body: HTML."""
+    return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
 table{{border-collapse:collapse;margin:1rem 0}}th,td{{text-align:left;padding:.25rem .8rem;border-bottom:1px solid #ddd;
 vertical-align:top;white-space:pre-wrap}}th{{font-weight:600}}svg{{width:100%;height:auto}}</style></head>
-<body><h1>{html.escape(title)}</h1><table>{rows}</table><h2>Curves</h2>{curves[curves.index("<svg") :]}
-{_samples_table(samples)}</body></html>
+<body><h1>{html.escape(title)}</h1>{body}</body></html>
 """
-    (directory / "report.html").write_text(page, encoding="utf-8")
 
 
 def draw_curves(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -208,12 +238,15 @@ def draw_curves(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _samples_table(samples: Sequence[Mapping[str, str]]) -> str:
-    if not samples:
-        return ""
-    heads = list(samples[0])
+    return f"<h2>What it says</h2>{html_table(samples)}" if samples else ""
+
+
+def html_table(lines: Sequence[Mapping[str, str]]) -> str:
+    """Lines that all have the keys of the first."""
+    heads = list(lines[0])
     head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
-    rows = "".join(f"<tr>{''.join(f'<td>{html.escape(row[name])}</td>' for name in heads)}</tr>" for row in samples)
-    return f"<h2>What it says</h2><table><tr>{head}</tr>{rows}</table>"
+    rows = "".join(f"<tr>{''.join(f'<td>{html.escape(row[name])}</td>' for name in heads)}</tr>" for row in lines)
+    return f"<table><tr>{head}</tr>{rows}</table>"
 
 
 def _numbers(line: Mapping[str, Any]) -> list[tuple[str, float]]:

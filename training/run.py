@@ -11,8 +11,9 @@ import fcntl
 import json
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -39,10 +40,12 @@ from training.data.sources import Splits, load_rows
 from training.data.streams import Streams
 from training.evaluate import NONE, applicable, evaluate
 from training.loop import Trainer, check_memory
-from training.report import Reporter, write_report
+from training.report import Reporter, Silence, write_report
+from training.workers import ALONE, Workers
 
 RUN, FINISHED, SAMPLES = "run.json", "finished.json", "samples.json"
 NUM_EXAMPLES_SHOWN = 3
+LOCK_WAIT_S = 30.0
 
 
 class RunFile(Strict):
@@ -64,20 +67,39 @@ def train(recipe: Recipe) -> Path:
 
     A finished run is left as it is. Raises ConfigError, DataError, CheckpointError.
     """
+    if recipe.run.workers == 1:
+        return train_as(ALONE, recipe)
+    assert recipe.run.output_dir is not None
+    directory = Path(recipe.run.output_dir)
+    with _refusals(directory), locked(directory):  # in the first second, before Ray starts
+        _saved_run(directory, recipe)
+        if (directory / FINISHED).is_file():
+            print(_nothing_to_do(directory))
+            return directory
+    from training.distributed import train_together
+
+    return train_together(recipe)
+
+
+def train_as(workers: Workers, recipe: Recipe, voice: Callable[[Path], Reporter] = Reporter) -> Path:
+    """`train`, as one of the workers that make the run together. voice: makes the Reporter of the first."""
     assert recipe.run.output_dir is not None
     directory = Path(recipe.run.output_dir)
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     if recipe.run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device is 'cuda', but torch finds no CUDA device; set run.device=cpu")
-    with _refusals(directory), _locked(directory), Reporter(directory) as reporter:
-        saved = _saved_run(directory, recipe)
-        if (directory / FINISHED).is_file():
-            reporter.say(f"{directory} is finished; nothing to do")
+    # After a loss Ray begins anew as soon as it has ended the others, one of whom had the lock.
+    lock = locked(directory, LOCK_WAIT_S if workers.size > 1 else 0.0) if workers.is_first else nullcontext()
+    with _refusals(directory), lock, voice(directory) if workers.is_first else Silence() as reporter:
+        saved = workers.of_first(lambda: _saved_run(directory, recipe))
+        if workers.of_first((directory / FINISHED).is_file):
+            reporter.say(_nothing_to_do(directory))
             return directory
         with _reading():
             rows = load_rows(recipe, say=reporter.say)
-        codec = _prepare(directory, recipe, rows, saved, reporter)
+        codec = workers.of_first(lambda: _prepare(directory, recipe, rows, saved, reporter))
+        _check_same(workers, rows)
         examples = codec.encode(rows["train"])
         batches = _batches(recipe, codec, examples)
         _introduce(recipe, rows, codec, examples, batches, reporter)
@@ -89,11 +111,17 @@ def train(recipe: Recipe) -> Path:
             lambda candidate: _validate(recipe, codec, rows["validation"], candidate),
             _metric(recipe, codec),
             reporter,
+            workers,
         )
         best = trainer.run()
-        _finish(recipe, trainer, best, len(examples))
+        if workers.is_first:
+            _finish(recipe, trainer, best, len(examples))
         reporter.say(f"the best model, {_origin(trainer, best)}, is in {directory}; see its report.html")
     return directory
+
+
+def _nothing_to_do(directory: Path) -> str:
+    return f"{directory} is finished; nothing to do"
 
 
 # Before step 0
@@ -122,8 +150,9 @@ def _reading() -> Iterator[None]:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path, wait_s: float = 0.0) -> Iterator[None]:
     """Two runs in one directory would ruin each other. The lock goes with the process, however it ends."""
+    deadline = time.monotonic() + wait_s
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / ".lock").open("w")
@@ -132,12 +161,16 @@ def _locked(directory: Path) -> Iterator[None]:
             f"run.output_dir is {str(directory)!r}, where no directory can be written: {error.strerror}; name another"
         ) from None
     with lock as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"another process is training in {directory}; wait for it, or set run.output_dir"
-            ) from None
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() >= deadline:
+                    raise ConfigError(
+                        f"another process is training in {directory}; wait for it, or set run.output_dir"
+                    ) from None
+            time.sleep(0.1)
         yield
 
 
@@ -191,6 +224,15 @@ def _prepare(
     source, target = (_read_tokenizer(directory, digest) for digest in saved.tokenizers)
     facts = Facts(0, 0, saved.labels, saved.feature_size, saved.target_mean, saved.target_std)
     return Codec.build(recipe, source, target, facts)
+
+
+def _check_same(workers: Workers, rows: Mapping[str, Sequence[Row]]) -> None:
+    """Each worker reads the data by itself, perhaps from another machine's disk. Raises DataError."""
+    mine = fingerprint(dict(rows)) if workers.size > 1 else ""
+    if mine != workers.of_first(lambda: mine):
+        raise DataError(
+            f"worker {workers.rank} reads other data than the first worker; give all machines the same files"
+        )
 
 
 def _write_run(directory: Path, recipe: Recipe, codec: Codec, data: str) -> None:

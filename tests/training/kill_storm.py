@@ -28,7 +28,7 @@ import torch
 import training.checkpoint
 import training.loop
 import training.run
-from training.config import parse_recipe
+from tests.training import together
 
 PHASES = ("start-up", "step", "validation", "save")
 SYSTEM_CALLS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
@@ -37,10 +37,10 @@ TIMEOUT_S = 120.0
 Shared = mmap.mmap  # byte 0: the phase; byte 1: how often it was entered, modulo 256
 
 
-def recipe_fields(number: int, directory: Path) -> dict[str, Any]:
+def recipe_fields(number: int, directory: Path, workers: int = 1) -> dict[str, Any]:
     """Four runs that between them use all that a checkpoint holds."""
     sections, settings = (_language_model, _classifier, _tagger, _translator)[number % 4]()
-    return {**sections, "run": _run(directory, **settings)}
+    return {**sections, "run": _run(directory, workers=workers, **settings)}
 
 
 def _language_model() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -138,25 +138,28 @@ def outcome(directory: Path) -> dict[str, str]:
     return {**digests, "progress": json.dumps(progress)}
 
 
-def storm(kills: int, seed: int = 1) -> Counter[str]:
-    """Kill so often; return how many kills hit each phase. Raises AssertionError where an end differs."""
+def storm(kills: int, seed: int = 1, workers: int = 1) -> Counter[str]:
+    """Kill so often; return how many kills hit each phase. Raises AssertionError where an end differs.
+
+    workers: of each run; the first is struck, and the others die with it.
+    """
     source = random.Random(seed)
     hits: Counter[str] = Counter()
     number = 0
     with tempfile.TemporaryDirectory() as folder:
         while sum(hits.values()) < kills:
             alone, stormy = Path(folder) / f"alone-{number}", Path(folder) / f"stormy-{number}"
-            assert _finish(recipe_fields(number, alone)), "the uninterrupted run failed"
+            assert _finish(recipe_fields(number, alone, workers)), "the uninterrupted run failed"
             # A quarter of the kills wanted, so that every recipe gets its share.
             limit = min(kills, sum(hits.values()) + -(-kills // 4))
             while sum(hits.values()) < limit:
                 rarest = min(PHASES, key=lambda phase: (hits[phase], source.random()))
                 call = hits["save"] % CALLS_OF_TWO_SAVES + 1 if rarest == "save" else 0
-                hit = _kill_in(rarest, recipe_fields(number, stormy), source, call)
+                hit = _kill_in(rarest, recipe_fields(number, stormy, workers), source, call)
                 if hit is None:  # it was done before we struck
                     break
                 hits[hit] += 1
-            assert _finish(recipe_fields(number, stormy)), "the run did not get over its last kill"
+            assert _finish(recipe_fields(number, stormy, workers)), "the run did not get over its last kill"
             difference = {k for k, v in outcome(alone).items() if v != outcome(stormy)[k]}
             assert not difference, f"after {sum(hits.values())} kills these differ: {', '.join(sorted(difference))}"
             number += 1
@@ -199,7 +202,7 @@ def _fork(fields: dict[str, Any], shared: Shared, call: int = 0) -> int:
         _announce(shared)
         if call:
             _die_before(call, shared)
-        training.run.train(parse_recipe(fields))
+        together.train(fields)
         code = 0
     finally:
         os._exit(code)
@@ -258,10 +261,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)
     began = time.monotonic()
-    hits = storm(options.kills, options.seed)
+    hits = storm(options.kills, options.seed, options.workers)
     missed = [phase for phase in PHASES if not hits[phase]]
     print(
         json.dumps({"kills": dict(hits), "missed": missed, "equal": True, "seconds": round(time.monotonic() - began)})

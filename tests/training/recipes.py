@@ -1,9 +1,12 @@
 """Small recipes that tests train, as plain mappings."""
 
+import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from training.config import Recipe, parse_recipe
+from training.data.rows import Row
 
 TEXT_ENCODER = {"input": "text", "embedding_size": 16, "recurrent": {"cell": "gru", "hidden_size": 16}}
 CLASSIFIER = {"architecture": "classifier", "encoder": TEXT_ENCODER}
@@ -28,3 +31,11 @@ def fields(task: str = "classify", directory: Path | None = None, **sections: An
 
 def recipe(task: str = "classify", directory: Path | None = None, **sections: Any) -> Recipe:
     return parse_recipe(fields(task, directory, **sections))
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """A CSV with columns `input`, where there is one, and `target`."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["target"] if rows[0].input is None else ["input", "target"])
+        writer.writerows([row.target] if row.input is None else [row.input, row.target] for row in rows)

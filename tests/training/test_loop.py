@@ -105,7 +105,7 @@ def test_a_directory_that_holds_another_model_is_not_overwritten(tmp_path: Path)
 
 
 def test_two_runs_in_one_directory(tmp_path: Path) -> None:
-    with training.run._locked(tmp_path), pytest.raises(ConfigError, match="another process"):
+    with training.run.locked(tmp_path), pytest.raises(ConfigError, match="another process"):
         train(recipe(directory=tmp_path))
 
 
