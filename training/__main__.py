@@ -203,7 +203,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise ConfigError(f"--average is {options.average!r}, but one model has nothing to average; leave it out")
     overrides = [text for text in options.overrides if Path(text) not in others]
     recipe, params = _recipe_of(options.directory, overrides)
-    from training.run import evaluate_directory
+    from training.scoring import evaluate_directory
 
     loading = {"decoder_weights": options.decoder_weights, "shortlist": options.shortlist}
     average: Average = options.average or "probability"

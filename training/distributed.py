@@ -31,7 +31,7 @@ from rich.console import Console
 from seqmodels.errors import SeqModelsError
 from training.cluster import enter_folder, needs, ray_running, set_handler
 from training.config import Recipe
-from training.report import Reporter
+from training.reporter import Reporter
 from training.run import train_as
 from training.workers import Workers
 

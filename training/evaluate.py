@@ -24,6 +24,7 @@ from training.data.batches import Buckets
 from training.data.examples import Codec
 from training.data.rows import Row
 from training.data.streams import EVALUATION_ROWS, Streams
+from training.report import Confusion
 
 NONE = Adaptation()
 CHUNK_LENGTH = 128  # of running text; changes the speed only, since the state is carried
@@ -39,6 +40,7 @@ class Evaluation:
     num_rows: int
     signatures: dict[str, str] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
+    confusion: Confusion = field(default_factory=dict)  # of single labels: expected -> given -> how often
 
 
 def evaluate(
@@ -102,7 +104,8 @@ def _score_labels(rows: Sequence[Row], answers: Sequence[dict[str, Any]], nll: f
         "macro_f1": metrics.macro_f1(predicted, expected),
         "nll": nll,
     }
-    return Evaluation(scores, len(rows), samples=_samples(rows, predicted))
+    confusion = metrics.confusion(predicted, expected)
+    return Evaluation(scores, len(rows), samples=_samples(rows, predicted), confusion=confusion)
 
 
 def _score_several(rows: Sequence[Row], answers: Sequence[dict[str, Any]], nll: float) -> Evaluation:
@@ -147,7 +150,8 @@ def _score_tags(rows: Sequence[Row], answers: Sequence[dict[str, Any]], nll: flo
     scores = {"accuracy": metrics.accuracy(flat_predicted, flat_expected), "nll": nll}
     if bio:
         scores = {"span_f1": metrics.span_f1(predicted, expected), **scores}
-    return Evaluation(scores, len(rows), samples=_samples(rows, [" ".join(tags) for tags in predicted], " "))
+    samples = _samples(rows, [" ".join(tags) for tags in predicted], " ")
+    return Evaluation(scores, len(rows), samples=samples, confusion=metrics.confusion(flat_predicted, flat_expected))
 
 
 def _tags_of_steps(row: Row, tags: Sequence[dict[str, Any]]) -> list[str]:

@@ -39,7 +39,7 @@ from training.optim import (
     learning_rate,
     update,
 )
-from training.report import Reporter
+from training.reporter import Reporter
 from training.transfer import weights_from
 from training.workers import ALONE, Workers
 
@@ -84,6 +84,7 @@ class Trainer:
         torch.manual_seed(workers.seed(recipe.run.seed))
         self._resume()
         self.started = time.monotonic() - self.progress.seconds
+        reporter.watch(metric)
 
     def run(self) -> Path:
         """From wherever the run stands to its end; returns the directory of the model that it results in."""

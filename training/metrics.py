@@ -22,6 +22,14 @@ def macro_f1(predicted: Sequence[str], expected: Sequence[str]) -> float:
     return mean_f1(counts_by_label([{p} for p in predicted], [{e} for e in expected]))
 
 
+def confusion(predicted: Sequence[str], expected: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Expected label -> given label -> how often."""
+    table: dict[str, Counter[str]] = {}
+    for p, e in zip(predicted, expected, strict=True):
+        table.setdefault(e, Counter())[p] += 1
+    return {label: dict(row) for label, row in table.items()}
+
+
 def counts_by_label(predicted: Sequence[set[str]], expected: Sequence[set[str]]) -> list[tuple[int, int, int]]:
     """Of each label that occurs in either: how often it is right, how often predicted, how often expected."""
     both: Counter[str] = Counter()

@@ -16,7 +16,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 from rich.console import Console
 
 from training.cluster import enter_folder, needs, ray_running
-from training.report import Reporter
+from training.reporter import Reporter
 from training.run import FINISHED, train_as
 from training.space import Trial
 from training.trials import score_of, validations

@@ -79,7 +79,7 @@ def test_the_mean_is_the_result_only_where_it_scores_better(
     def score(candidate: Path) -> dict[str, float]:
         if candidate.name == "average":
             means.append(load_pretrained(candidate).model.state_dict())
-        (candidate / "samples.json").write_text("[]")
+        (candidate / "shown.json").write_text('{"samples": [], "confusion": {}}')
         return {"accuracy": 0.9 if better and candidate.name == "average" else 0.5, "nll": 1.0}
 
     monkeypatch.setattr("training.run._validate", lambda recipe, codec, rows, candidate: score(candidate))

@@ -66,3 +66,8 @@ def test_perplexity_and_bits() -> None:
     assert metrics.perplexity(math.log(7)) == pytest.approx(7)
     assert math.isfinite(metrics.perplexity(1e6))
     assert metrics.bits_per_character(8 * math.log(2), 4) == pytest.approx(2)
+
+
+def test_confusions_are_counted_by_what_was_expected() -> None:
+    table = metrics.confusion(["a", "b", "a", "c"], ["a", "a", "a", "b"])
+    assert table == {"a": {"a": 2, "b": 1}, "b": {"c": 1}}

@@ -1,0 +1,126 @@
+"""Score a finished model on one split of its data, or of other data: `python -m training evaluate`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from seqmodels.config import Average
+from seqmodels.ensemble import common_reader, load_members, revision_of
+from seqmodels.errors import ConfigError, DataError
+from training import baselines, checkpoint
+from training.adaptive import Adaptation
+from training.config import Recipe, parse_recipe
+from training.data.examples import Codec
+from training.data.rows import Row, fingerprint
+from training.data.sources import Splits
+from training.evaluate import NONE, applicable, evaluate
+from training.run import RUN, data_name, read_run
+
+
+def evaluate_directory(
+    directory: Path,
+    recipe: Recipe,
+    split: str,
+    params: Mapping[str, Any],
+    with_baseline: bool = False,
+    loading: Mapping[str, Any] = MappingProxyType({}),
+    others: Sequence[Path] = (),
+    average: Average = "probability",
+    adaptation: Adaptation = NONE,
+) -> dict[str, Any]:
+    """Score a finished model on one split of its data, or of other data, and write the result beside it.
+
+    loading: see `evaluate`. others: models that answer with it as one, by the average of what all predict. Raises
+    DataError for a split that is cut from other data than the run's: what was trained on could be in it; ConfigError
+    for a loading option that changes nothing, and for models that do not fit together.
+    """
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    directories = [directory, *others]
+    members = load_members(directories)
+    saved = common_reader(members)
+    loading = applicable(saved.config, loading)  # before the data, which may take a while
+    codec = Codec(
+        saved.config, saved.source_tokenizer, saved.target_tokenizer, saved.preprocessor, recipe.data.max_target_length
+    )
+    with_train = with_baseline or adaptation.dynamic_rate > 0
+    rows, *_ = [_rows_to_score(member, recipe, split, with_train) for member in directories]  # each checks its own
+    result = evaluate(
+        directories,
+        rows[split],
+        codec,
+        recipe.run.device,
+        dict(params),
+        loading,
+        average,
+        adaptation,
+        rows["train"] if adaptation.dynamic_rate else (),
+    )
+    scores = dict(result.scores)
+    if with_baseline:
+        name, score = _baseline(recipe, rows["train"], rows[split])
+        scores[name] = score
+    report = {
+        "model": " ".join(member.name for member in directories),
+        "revision": revision_of(members, average),
+        "data": data_name(recipe.data),
+        "split": split,
+        "rows": result.num_rows,
+        "scores": scores,
+        "signatures": result.signatures,
+        "search": {**saved.generation.model_dump(mode="json", exclude_defaults=True), **params},
+        "loading": loading,
+    }
+    ways = [name if value is True else str(value) for name, value in loading.items() if value not in ("float32", False)]
+    if adaptation.ways:
+        report["adaptation"] = adaptation.model_dump(exclude_defaults=True)
+        ways += adaptation.ways
+    if others:
+        report["average"] = average
+        ways.append(f"ensemble-{report['revision']}")
+    checkpoint.write_whole(directory / _report_name(split, ways), json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def _report_name(split: str, ways: Sequence[str]) -> str:
+    """`evaluation-test.json`; other ways of loading have files of their own: `evaluation-test-int8-shortlist.json`."""
+    return "-".join(["evaluation", split, *ways]) + ".json"
+
+
+def _rows_to_score(directory: Path, recipe: Recipe, split: str, with_train: bool) -> dict[str, list[Row]]:
+    """The split, and train where something else is learned from it."""
+    splits, run = Splits(recipe), read_run(directory)
+    wanted = {split, "train"} if with_train else {split}
+    if run is None:
+        print(f"{directory} holds no {RUN}, so nothing tells whether the {split} split was trained on")
+        return splits.rows(sorted(wanted), print)
+    theirs = parse_recipe(run.recipe).data
+    name = getattr(recipe.data.splits, split)
+    if data_name(recipe.data) != data_name(theirs):
+        print(f"scoring on {data_name(recipe.data)}; the model was trained on {data_name(theirs)}")
+    elif split != "train" and name == theirs.splits.train:
+        print(f"data.splits.{split} is {name!r}, which the model was trained on: the scores say nothing about new data")
+    if not splits.is_cut(split):
+        return splits.rows(sorted(wanted), print)
+    rows = splits.rows(sorted(wanted | {"train", "validation"}), print)
+    now = fingerprint({role: rows[role] for role in ("train", "validation")})
+    if now != run.data:
+        raise DataError(
+            f"the {split} split is cut from other data than {directory} was trained on (fingerprint {run.data[:12]}, "
+            f"now {now[:12]}), so its rows may have been trained on; bring data and data.cut back, or name a split "
+            f"that the data itself has with data.splits.{split} (a single file is all of the split train)"
+        )
+    return rows
+
+
+def _baseline(recipe: Recipe, train_rows: Sequence[Row], rows: Sequence[Row]) -> tuple[str, float]:
+    match recipe.task, recipe.input:
+        case "classify", "text":
+            return "bag_of_words_baseline", baselines.bag_of_words(train_rows, rows)
+        case "tag", "frames":
+            return "single_frame_baseline", baselines.single_frame(train_rows, rows)
+    raise ConfigError(f"there is no baseline for task {recipe.task} on {recipe.input}; leave out --baseline")
