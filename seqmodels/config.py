@@ -55,6 +55,7 @@ class RecurrentConfig(Strict):
     layer_norm: bool = False  # of what gates are made of, and of an LSTM's cell as it is read (Ba et al. 2016)
     zoneout: Probability = 0.0  # of hidden units, which keep their old value at a step (Krueger et al. 2017)
     cell_zoneout: Probability = 0.0  # the same of an LSTM's cell
+    memory_length: Annotated[int, Field(ge=3)] | None = None  # steps of keeping at first (Tallec and Ollivier 2018)
 
     @property
     def output_size(self) -> int:
@@ -66,6 +67,11 @@ class RecurrentConfig(Strict):
             raise ValueError(
                 f"cell_zoneout is {self.cell_zoneout}, but {self.cell} has no state beside its hidden one; "
                 "set zoneout, or use cell lstm"
+            )
+        if self.memory_length and self.cell not in ("lstm", "gru"):
+            raise ValueError(
+                f"memory_length is {self.memory_length}, but {self.cell} has no gates that it could set; use cell "
+                "lstm or gru, or remove it"
             )
         for name in ("weight_dropout", "layer_norm"):
             if self.cell in MINIMAL and getattr(self, name):

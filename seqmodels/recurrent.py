@@ -53,11 +53,13 @@ class Recurrent(nn.Module):
         layer_norm: bool = False,
         zoneout: float = 0.0,
         cell_zoneout: float = 0.0,
+        memory_length: int | None = None,
     ) -> None:
         """dropout: between layers. locked_dropout: with one mask for all steps of a row. weight_dropout: of single
         weights from hidden to hidden, the same at all steps of a forward pass (Merity et al. 2018). layer_norm: as
         cells.py says for each cell (Ba et al. 2016). zoneout, cell_zoneout: of hidden units, and of an LSTM's cell,
-        which keep their old value at a step (Krueger et al. 2017).
+        which keep their old value at a step (Krueger et al. 2017). memory_length: steps for which an LSTM's or GRU's
+        gates keep what they hold at first, at most (Tallec and Ollivier 2018).
         """
         super().__init__()
         self.cell, self.hidden_size, self.num_layers = cell, hidden_size, num_layers
@@ -69,6 +71,9 @@ class Recurrent(nn.Module):
         make = partial(_layer, cell, hidden_size=hidden_size, layer_norm=layer_norm, zoneouts=self.zoneouts)
         self.forward_layers = nn.ModuleList(make(size) for size in sizes)
         self.backward_layers = nn.ModuleList(make(size) for size in (sizes if bidirectional else []))
+        if memory_length is not None:
+            for layer in (*self.forward_layers, *self.backward_layers):
+                _remember(layer, cell, memory_length)
 
     @classmethod
     def from_config(cls, config: RecurrentConfig, input_size: int, locked_dropout: bool = False) -> "Recurrent":
@@ -85,6 +90,7 @@ class Recurrent(nn.Module):
             config.layer_norm,
             config.zoneout,
             config.cell_zoneout,
+            config.memory_length,
         )
 
     @property
@@ -199,6 +205,17 @@ def _layer(cell: Cell, input_size: int, hidden_size: int, layer_norm: bool, zone
         with torch.no_grad():
             layer.get_parameter("bias_ih_l0").chunk(NUM_GATES[cell])[FORGET_GATE[cell]].fill_(1.0)
     return layer
+
+
+def _remember(layer: nn.Module, cell: Cell, length: int) -> None:
+    """Chrono initialisation: a unit whose gate keeps its value with bias log(T - 1) forgets it in about T steps. T is
+    drawn for each unit, and an LSTM's input gate closed by as much as its forget gate is open."""
+    gates = layer.get_parameter("bias_ih_l0").chunk(NUM_GATES[cell])
+    with torch.no_grad():
+        keep = torch.empty_like(gates[1]).uniform_(1, length - 1).log()
+        gates[1].copy_(keep)  # forget gate of an LSTM, update gate of a GRU
+        if cell == "lstm":
+            gates[0].copy_(-keep)
 
 
 def _fused_layer(cell: Cell, input_size: int, hidden_size: int) -> nn.RNNBase:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from seqmodels.cells import CellWeights, MinimalWeights, Step, gru_step, lstm_step, minimal_step, rnn_step
+from seqmodels.cells import NUM_GATES, CellWeights, MinimalWeights, Step, gru_step, lstm_step, minimal_step, rnn_step
 from seqmodels.config import Cell
 from seqmodels.recurrent import Recurrent, _weights
 from seqmodels.state import State
@@ -198,3 +198,31 @@ def test_gradients_through_time(radius: float, trend: str) -> None:
     total = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     clipped = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
     assert float(clipped) == pytest.approx(min(1.0, float(total)), rel=1e-5)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_gates_begin_with_memories_of_all_lengths_up_to_the_one_given(cell: Cell) -> None:
+    torch.manual_seed(0)
+    layer = Recurrent(cell, 3, 600, memory_length=101).forward_layers[0]
+    gates = layer.get_parameter("bias_ih_l0").chunk(NUM_GATES[cell])
+    lengths = gates[1].detach().exp()  # sigmoid(b) = 1 - 1 / T where b = log(T - 1)
+    assert 1 <= lengths.min() < 3 and 98 < lengths.max() <= 100
+    assert float(lengths.mean()) == pytest.approx(50.5, abs=5), "drawn evenly"
+    others = [gate for place, gate in enumerate(gates) if place != 1]
+    if cell == "lstm":
+        assert torch.equal(gates[0], -gates[1])
+        others = others[1:]
+    assert all(not gate.any() for gate in others)
+
+
+def test_a_unit_keeps_its_value_for_as_long_as_its_gate_was_drawn() -> None:
+    torch.manual_seed(0)
+    stack = Recurrent("lstm", 1, 200, memory_length=50)
+    layer = stack.forward_layers[0]
+    with torch.no_grad():  # gates that see nothing but their biases
+        layer.get_parameter("weight_ih_l0").zero_()
+        layer.get_parameter("weight_hh_l0").zero_()
+        kept = torch.sigmoid(layer.get_parameter("bias_ih_l0")[200:400])
+        state = State(torch.cat([torch.zeros(1, 200), torch.ones(1, 200)], 1))
+        _, after = stack(torch.zeros(1, 20, 1), None, state)
+    assert torch.allclose(after.values[0, 200:], kept**20, atol=1e-5)

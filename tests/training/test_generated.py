@@ -136,3 +136,15 @@ def _is_number(words: Sequence[object], place: int) -> bool:
     numerals = {word for n in range(1, 100) for word in english(n).split("-")} | {"hundred", "thousand"}
     word = str(words[place])
     return word.isdigit() or (word in numerals and not (word == "one" and words[place - 1] == "no"))
+
+
+def test_sums_and_copies_are_right() -> None:
+    for row in generate("adding", seed=4)["test"][:50]:
+        assert isinstance(row.input, tuple) and len(row.input) == 600
+        marked = [place for place, (_, mark) in enumerate(row.input) if mark]
+        assert len(marked) == 2 and marked[0] < 300 <= marked[1]
+        assert float(row.references[0]) == pytest.approx(sum(row.input[place][0] for place in marked))
+    for row in generate("copy", seed=4)["test"][:50]:
+        assert isinstance(row.input, tuple) and len(row.input) == len(row.references) == 220
+        assert row.references[210:] == row.input[:10] and set(row.references[:210]) == {"-"}
+        assert row.input[209] == "now" and set(row.input[10:209]) | set(row.input[210:]) == {"-"}

@@ -5,7 +5,17 @@ Each is a function of a seed and three sizes that returns splits which share no 
 
 from collections.abc import Callable, Sequence
 
-from training.data.generated import captions, frames, language_model, number_tags, numbers, sentiment, series
+from training.data.generated import (
+    adding,
+    captions,
+    copying,
+    frames,
+    language_model,
+    number_tags,
+    numbers,
+    sentiment,
+    series,
+)
 from training.data.rows import Row
 
 DATA_SETS: dict[str, Callable[[int, Sequence[int]], dict[str, list[Row]]]] = {
@@ -16,6 +26,8 @@ DATA_SETS: dict[str, Callable[[int, Sequence[int]], dict[str, list[Row]]]] = {
     "frames": frames.make,
     "series": series.make,
     "language-model": language_model.make,
+    "adding": adding.make,
+    "copy": copying.make,
 }
 
 SIZES: dict[str, tuple[int, int, int]] = {  # rows of train, validation, test
@@ -26,6 +38,8 @@ SIZES: dict[str, tuple[int, int, int]] = {  # rows of train, validation, test
     "frames": (1500, 150, 300),
     "series": (2000, 200, 500),
     "language-model": (6000, 500, 500),
+    "adding": (8000, 500, 500),
+    "copy": (8000, 500, 500),
 }
 
 
