@@ -98,6 +98,8 @@ class DataSection(Strict):
     label_names: tuple[str, ...] = ()  # for class numbers without names in the data
     license: str = "not stated"  # of the data; goes into the model card
     tokenizer: TokenizerSection = TokenizerSection()
+    input_vectors: str | None = None  # a text file of word vectors: the embeddings that the encoder begins with ...
+    target_vectors: str | None = None  # ... and those of the decoder; the tokenizer's kind must be `word`
     max_input_length: PositiveInt = 256  # tokens, frames or steps
     max_target_length: PositiveInt = 256  # tokens
     chunk_length: PositiveInt = 64  # language models: steps between two cuts of back-propagation
@@ -364,6 +366,7 @@ def _check_model(recipe: Recipe) -> None:
         config = recipe.model_config_with(Facts.unknown())
     except ConfigError as error:
         raise ConfigError(_with_neighbour(f"model.{error}", _model_field_names())) from None
+    _check_vectors(recipe, config)
     task = config.task
     if recipe.data.chunk_length == 1 and config.decoder and config.decoder.temporal_activation_penalty:
         raise ConfigError(
@@ -372,6 +375,23 @@ def _check_model(recipe: Recipe) -> None:
         )
     if task != recipe.task:
         raise ConfigError(f"task is {recipe.task!r}, but the `model` section describes a model for {task!r}")
+
+
+def _check_vectors(recipe: Recipe, config: ModelConfig) -> None:
+    data, there = recipe.data, {"input_vectors": config.input == "text", "target_vectors": recipe.makes_text}
+    for name, has_words in there.items():
+        if getattr(data, name) is None:
+            continue
+        field = f"data.{name} is {getattr(data, name)!r}"
+        if not has_words:
+            what = "reads" if name == "input_vectors" else "writes"
+            raise ConfigError(f"{field}, but the model {what} no text; remove it")
+        if recipe.init_from is not None:
+            raise ConfigError(f"{field}, but model.init_from brings the saved model's embeddings; remove one of them")
+        if data.tokenizer.kind != "word":
+            raise ConfigError(
+                f"{field}, a file of words, but data.tokenizer.kind is {data.tokenizer.kind!r}; set it to word"
+            )
 
 
 def _saved_config(directory: Path) -> ModelConfig:

@@ -41,6 +41,7 @@ from training.optim import (
 )
 from training.report import Reporter
 from training.transfer import weights_from
+from training.vectors import begin_with_vectors
 
 TOO_LARGE = "the model is too large for this machine's memory; lower the sizes in `model`"
 MAX_SKIPPED_IN_A_ROW = 5
@@ -70,7 +71,9 @@ class Trainer:
         check_schedule(recipe.optim, self.total_steps)
         self.eval_steps = recipe.run.eval_steps or self.steps_per_epoch
         torch.manual_seed(recipe.run.seed)
-        self.model = new_model(recipe, codec).to(recipe.run.device)
+        self.model = new_model(recipe, codec)
+        begin_with_vectors(self.model, directory)
+        self.model.to(recipe.run.device)
         freeze(self.model, recipe.optim.freeze)
         self.optimizer = build_optimizer(recipe.optim, self.model)
         self.average = copy.deepcopy(self.model) if recipe.run.ema_decay else None
