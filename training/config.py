@@ -178,6 +178,9 @@ class RunSection(Strict):
     average_last: Annotated[int, Field(ge=2)] | None = (
         None  # ... or of the last: kept if it scores better than the best
     )
+    # The reward, of each text, that sampled texts are to raise over greedy ones (Rennie et al. 2017).
+    self_critical: Literal["chrf", "bleu", "exact_match"] | None = None
+    self_critical_weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9  # its share of the loss
     keep_snapshots: bool = False  # the model at the end of each cycle of the rate, in snapshots/ (Huang et al. 2017)
     bf16: bool = False  # forward pass and gradients in bfloat16 where that is safe; weights and sums in float32
     fp16: bool = False  # the same in float16, the loss scaled so that small gradients stay; CUDA only
@@ -189,6 +192,8 @@ class RunSection(Strict):
     def _check(self) -> Self:
         if self.num_train_epochs is None and self.max_steps is None:
             raise ValueError("run has no end; set run.num_train_epochs or run.max_steps")
+        if self.self_critical is None and self.self_critical_weight != 0.9:
+            raise ValueError("run.self_critical_weight does nothing without run.self_critical; set both, or neither")
         if self.average_best and self.average_last:
             raise ValueError("run.average_best and run.average_last are both set; choose one")
         if self.bf16 and self.fp16:
@@ -238,6 +243,16 @@ class Recipe(Strict):
         several = self.makes_text or self.problem_type == "regression"
         if not several and isinstance(getattr(data.columns, "target", None), tuple):
             raise ValueError(f"data.columns.target is a list, but task {self.task} has one target; name one column")
+        if self.run.self_critical and self.task not in ("translate", "caption"):
+            raise ValueError(
+                f"run.self_critical is {self.run.self_critical!r}, but task {self.task} writes no text for an input; "
+                "remove it"
+            )
+        if self.run.self_critical and "init_from" not in self.model:
+            raise ValueError(
+                f"run.self_critical is {self.run.self_critical!r}, which is learned from what a trained model writes; "
+                "name one in model.init_from"
+            )
         default = DataSection.model_fields["max_target_length"].default
         if self.task not in ("translate", "caption") and data.max_target_length != default:
             raise ValueError(f"data.max_target_length does nothing for task {self.task}; remove it")

@@ -40,6 +40,7 @@ from training.optim import (
     update,
 )
 from training.report import Reporter
+from training.self_critical import objective_of
 from training.transfer import weights_from
 from training.vectors import begin_with_vectors
 
@@ -76,6 +77,7 @@ class Trainer:
         self.model.to(recipe.run.device)
         freeze(self.model, recipe.optim.freeze)
         self.optimizer = build_optimizer(recipe.optim, self.model)
+        self.objective = objective_of(recipe, codec, self.model)
         self.average = copy.deepcopy(self.model) if recipe.run.ema_decay else None
         self.carried: State | None = None
         self.progress = Progress(loss_scale=FIRST_LOSS_SCALE if recipe.run.fp16 else 1.0)
@@ -119,6 +121,7 @@ class Trainer:
             measure_ratio=(step + 1) % run.logging_steps == 0,
             step=step,
             precision=self._precision,
+            objective=self.objective,
         )
         self.carried = done.state if self.batches.carries_state else None
         self.progress.step += 1
