@@ -67,32 +67,29 @@ def distill(
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     console = console or Console(highlight=False, soft_wrap=True)
-    splits = Splits(recipe)
-    roles = ["train", "validation", *(["test"] if splits.has("test") else [])]
-    rows = splits.rows(roles, lambda text: console.print(text, markup=False))
-    members = load_members(directories, recipe.run.device)
-    teacher = Pipeline(members, average=average)
-    readable = [row for row in rows["train"] if _is_readable(teacher, row, params)]
+    rows = _rows(recipe, console)
+    teacher = _Teacher(directories, recipe.run.device, average, params)
+    readable = [row for row in rows["train"] if teacher.reads(row)]
     if not readable:
         raise DataError("every row of the training split is longer than the teacher reads; give it other data")
-    search = SearchParams.over(members[0].generation, params).model_dump(mode="json", exclude_defaults=True)
-    _begin(output, Begun(teacher=teacher.revision, data=fingerprint(rows), search=search))
+    begun = Begun(teacher=teacher.pipeline.revision, data=fingerprint(rows), search=teacher.search)
+    _begin(output, begun)
     if (output / TRAIN).is_file():
         console.print(f"{output} is finished; nothing to do", markup=False)
         return
     lines = _Lines.of(recipe, rows)
     with _appending(output / WRITING) as file:
         for batch in _batches(readable, _whole_lines(file), console):
-            written = _written(teacher, batch, params)
-            file.write("".join(lines.line(row, [text]) for row, text in zip(batch, written, strict=True)).encode())
+            pairs = zip(batch, teacher.writes(batch), strict=True)
+            file.write("".join(lines.line(row, [text]) for row, text in pairs).encode())
             file.flush()
             os.fsync(file.fileno())
-        for role in roles[1:]:
+        for role in rows.keys() - {"train"}:
             write_whole(output / f"{role}.jsonl", "".join(lines.line(row, row.references) for row in rows[role]))
         facts = {
-            "Teacher": " ".join(path.name for path in directories) + (f" (mean {average})" if members[1:] else ""),
-            "Revision": teacher.revision,
-            "Search": json.dumps(search),
+            "Teacher": " ".join(path.name for path in directories) + (f" (mean {average})" if directories[1:] else ""),
+            "Revision": begun.teacher,
+            "Search": json.dumps(begun.search),
             "Rows": len(readable),
             "Rows left out, longer than the teacher reads": len(rows["train"]) - len(readable),
         }
@@ -101,27 +98,45 @@ def distill(
     console.print(f"wrote {output}; its README.md says how to train a student", markup=False)
 
 
-def _written(teacher: Pipeline, rows: Sequence[Row], params: Mapping[str, Any]) -> list[str]:
-    """What the teacher would say; nothing where its search finds no end."""
-    answers = teacher.run([teacher.prepare(row.item, params) for row in rows])
-    return [answer["sequences"][0]["text"] if answer["sequences"] else "" for answer in answers]
+def _rows(recipe: Recipe, console: Console) -> dict[str, list[Row]]:
+    """Of all splits that there are; without validation a student could not be trained."""
+    splits = Splits(recipe)
+    roles = ["train", "validation", *(["test"] if splits.has("test") else [])]
+    return splits.rows(roles, lambda text: console.print(text, markup=False))
 
 
-def _is_readable(teacher: Pipeline, row: Row, params: Mapping[str, Any]) -> bool:
-    try:
-        teacher.prepare(row.item, params)
-    except InputError as error:
-        if error.param != "inputs":
-            raise
-        return False
-    return True
+class _Teacher:
+    """One model, or several that answer as one, and how they search."""
+
+    def __init__(self, directories: Sequence[Path], device: str, average: Average, params: Mapping[str, Any]) -> None:
+        members = load_members(directories, device)
+        self.pipeline = Pipeline(members, average=average)
+        self._generation, self._params = members[0].generation, params
+
+    @property
+    def search(self) -> dict[str, Any]:
+        return SearchParams.over(self._generation, self._params).model_dump(mode="json", exclude_defaults=True)
+
+    def reads(self, row: Row) -> bool:
+        try:
+            self.pipeline.prepare(row.item, self._params)
+        except InputError as error:
+            if error.param != "inputs":
+                raise
+            return False
+        return True
+
+    def writes(self, rows: Sequence[Row]) -> list[str]:
+        """Its answer to each, the one that it would give to it alone; "" where the search found none."""
+        answers = self.pipeline.run([self.pipeline.prepare(row.item, self._params) for row in rows])
+        return [answer["sequences"][0]["text"] if answer["sequences"] else "" for answer in answers]
 
 
 def _begin(output: Path, begun: Begun) -> None:
     """Say in a new folder what it is made from; check it in one that was begun. Raises as above."""
     path = output / BEGUN
     if not path.is_file():
-        if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        if output.exists() and (not output.is_dir() or any(path.name[0] != "." for path in output.iterdir())):
             raise ConfigError(f"--output is {output}, which holds something else; name a new folder")
         output.mkdir(parents=True, exist_ok=True)
         write_whole(path, begun.model_dump_json(indent=1) + "\n")
