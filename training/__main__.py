@@ -1,5 +1,6 @@
 """python -m training train RECIPE.yaml [key=value ...] · evaluate MODEL_DIR [--split test] [key=value ...] · average
-MODEL_DIR ... --output NEW_DIR · calibrate MODEL_DIR · shortlist MODEL_DIR · tune RECIPE.yaml SPACE.yaml"""
+MODEL_DIR ... --output NEW_DIR · calibrate MODEL_DIR · shortlist MODEL_DIR · distill MODEL_DIR --output FOLDER · tune
+RECIPE.yaml SPACE.yaml"""
 
 import argparse
 import json
@@ -60,6 +61,15 @@ A classifier that is sure of itself too often, or not often enough, is put right
 split and kept in config.json. Which label is the likeliest does not change; probabilities and nll do.
 
   python -m training calibrate models/sst2
+"""
+DISTILL_HELP = """\
+A small model learns more from what a large one writes than from what people wrote (Kim and Rush 2016). The folder is a
+data set like that of the teacher's recipe; its README.md says how to train on it. When interrupted, give the same
+command again: it goes on where it stopped.
+
+  python -m training distill models/multi30k-en-de --output data/distilled
+  python -m training distill models/seed-1 models/seed-2 --output data/distilled generation.num_beams=8
+  python -m training train recipes/multi30k-en-de.yaml data.path=data/distilled run.output_dir=models/student
 """
 ADAPTATION_HELP = {
     "dynamic_rate": "dynamic evaluation: the rate of learning, such as 0.002",
@@ -191,6 +201,17 @@ def _parser() -> argparse.ArgumentParser:
         "--min-validations", type=int, default=1, help="before a trial may be stopped (default: %(default)s)"
     )
     tune.set_defaults(run=_tune)
+    teach = commands.add_parser(
+        "distill",
+        help="let translators write the targets that a smaller one learns from",
+        epilog=DISTILL_HELP,
+        formatter_class=raw,
+    )
+    teach.add_argument("directory", type=Path, metavar="MODEL_DIR", help="the teacher, a finished run")
+    teach.add_argument("overrides", nargs="*", metavar="MODEL_DIR | key=value", help="as for evaluate")
+    teach.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the data set is written")
+    teach.add_argument("--average", choices=get_args(Average), help="as for evaluate")
+    teach.set_defaults(run=_distill)
     return parser
 
 
@@ -202,15 +223,11 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    others = [Path(text) for text in options.overrides if "=" not in text and Path(text).is_dir()]
-    if options.average and not others:
-        raise ConfigError(f"--average is {options.average!r}, but one model has nothing to average; leave it out")
-    overrides = [text for text in options.overrides if Path(text) not in others]
+    others, overrides, average = _members(options)
     recipe, params = _recipe_of(options.directory, overrides)
     from training.scoring import evaluate_directory
 
     loading = {"decoder_weights": options.decoder_weights, "shortlist": options.shortlist}
-    average: Average = options.average or "probability"
     result = evaluate_directory(
         options.directory,
         recipe,
@@ -225,6 +242,15 @@ def _evaluate(options: argparse.Namespace) -> None:
     for name, value in result["scores"].items():
         print(f"{name:>24}  {value:.4f}  {result['signatures'].get(name, '')}".rstrip())
     print(json.dumps(result))
+
+
+def _members(options: argparse.Namespace) -> tuple[list[Path], list[str], Average]:
+    """The models that answer with the first as one, the overrides that stand among them, and what is averaged."""
+    others = [Path(text) for text in options.overrides if "=" not in text and Path(text).is_dir()]
+    if options.average and not others:
+        raise ConfigError(f"--average is {options.average!r}, but one model has nothing to average; leave it out")
+    overrides = [text for text in options.overrides if Path(text) not in others]
+    return others, overrides, options.average or "probability"
 
 
 def _adaptation(options: argparse.Namespace) -> "Adaptation":
@@ -278,6 +304,14 @@ def _tune(options: argparse.Namespace) -> None:
         at_once=options.at_once,
         min_validations=options.min_validations,
     )
+
+
+def _distill(options: argparse.Namespace) -> None:
+    others, overrides, average = _members(options)
+    recipe, params = _recipe_of(options.directory, overrides)
+    from training.distill import distill
+
+    distill([options.directory, *others], recipe, options.output, params, average)
 
 
 def _recipe_of(directory: Path, overrides: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:

@@ -98,6 +98,8 @@ class DataSection(Strict):
     label_names: tuple[str, ...] = ()  # for class numbers without names in the data
     license: str = "not stated"  # of the data; goes into the model card
     tokenizer: TokenizerSection = TokenizerSection()
+    input_vectors: str | None = None  # a text file of word vectors: the embeddings that the encoder begins with ...
+    target_vectors: str | None = None  # ... and those of the decoder; the tokenizer's kind must be `word`
     max_input_length: PositiveInt = 256  # tokens, frames or steps
     max_target_length: PositiveInt = 256  # tokens
     chunk_length: PositiveInt = 64  # language models: steps between two cuts of back-propagation
@@ -176,6 +178,9 @@ class RunSection(Strict):
     average_last: Annotated[int, Field(ge=2)] | None = (
         None  # ... or of the last: kept if it scores better than the best
     )
+    # The reward, of each text, that sampled texts are to raise over greedy ones (Rennie et al. 2017).
+    self_critical: Literal["chrf", "bleu", "exact_match"] | None = None
+    self_critical_weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9  # its share of the loss
     keep_snapshots: bool = False  # the model at the end of each cycle of the rate, in snapshots/ (Huang et al. 2017)
     bf16: bool = False  # forward pass and gradients in bfloat16 where that is safe; weights and sums in float32
     fp16: bool = False  # the same in float16, the loss scaled so that small gradients stay; CUDA only
@@ -188,6 +193,8 @@ class RunSection(Strict):
     def _check(self) -> Self:
         if self.num_train_epochs is None and self.max_steps is None:
             raise ValueError("run has no end; set run.num_train_epochs or run.max_steps")
+        if self.self_critical is None and self.self_critical_weight != 0.9:
+            raise ValueError("run.self_critical_weight does nothing without run.self_critical; set both, or neither")
         if self.average_best and self.average_last:
             raise ValueError("run.average_best and run.average_last are both set; choose one")
         if self.bf16 and self.fp16:
@@ -247,6 +254,16 @@ class Recipe(Strict):
             raise ValueError(
                 f"run.workers is {self.run.workers}, but run.tokens_per_batch of {self.run.tokens_per_batch} holds "
                 f"{streams} chunks of data.chunk_length {data.chunk_length}; lower the one or raise the other"
+            )
+        if self.run.self_critical and self.task not in ("translate", "caption"):
+            raise ValueError(
+                f"run.self_critical is {self.run.self_critical!r}, but task {self.task} writes no text for an input; "
+                "remove it"
+            )
+        if self.run.self_critical and "init_from" not in self.model:
+            raise ValueError(
+                f"run.self_critical is {self.run.self_critical!r}, which is learned from what a trained model writes; "
+                "name one in model.init_from"
             )
         default = DataSection.model_fields["max_target_length"].default
         if self.task not in ("translate", "caption") and data.max_target_length != default:
@@ -381,6 +398,7 @@ def _check_model(recipe: Recipe) -> None:
         config = recipe.model_config_with(Facts.unknown())
     except ConfigError as error:
         raise ConfigError(_with_neighbour(f"model.{error}", _model_field_names())) from None
+    _check_vectors(recipe, config)
     task = config.task
     if recipe.data.chunk_length == 1 and config.decoder and config.decoder.temporal_activation_penalty:
         raise ConfigError(
@@ -394,6 +412,23 @@ def _check_model(recipe: Recipe) -> None:
         )
     if task != recipe.task:
         raise ConfigError(f"task is {recipe.task!r}, but the `model` section describes a model for {task!r}")
+
+
+def _check_vectors(recipe: Recipe, config: ModelConfig) -> None:
+    data, there = recipe.data, {"input_vectors": config.input == "text", "target_vectors": recipe.makes_text}
+    for name, has_words in there.items():
+        if getattr(data, name) is None:
+            continue
+        field = f"data.{name} is {getattr(data, name)!r}"
+        if not has_words:
+            what = "reads" if name == "input_vectors" else "writes"
+            raise ConfigError(f"{field}, but the model {what} no text; remove it")
+        if recipe.init_from is not None:
+            raise ConfigError(f"{field}, but model.init_from brings the saved model's embeddings; remove one of them")
+        if data.tokenizer.kind != "word":
+            raise ConfigError(
+                f"{field}, a file of words, but data.tokenizer.kind is {data.tokenizer.kind!r}; set it to word"
+            )
 
 
 def _saved_config(directory: Path) -> ModelConfig:

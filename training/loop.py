@@ -40,7 +40,9 @@ from training.optim import (
     update,
 )
 from training.reporter import Reporter
+from training.self_critical import objective_of
 from training.transfer import weights_from
+from training.vectors import begin_with_vectors
 from training.workers import ALONE, Workers
 
 TOO_LARGE = "the model is too large for this machine's memory; lower the sizes in `model`"
@@ -74,9 +76,12 @@ class Trainer:
         check_schedule(recipe.optim, self.total_steps)
         self.eval_steps = recipe.run.eval_steps or self.steps_per_epoch
         torch.manual_seed(recipe.run.seed)
-        self.model = new_model(recipe, codec).to(recipe.run.device)
+        self.model = new_model(recipe, codec)
+        begin_with_vectors(self.model, directory)
+        self.model.to(recipe.run.device)
         freeze(self.model, recipe.optim.freeze)
         self.optimizer = build_optimizer(recipe.optim, self.model)
+        self.objective = objective_of(recipe, codec, self.model)
         self.average = copy.deepcopy(self.model) if recipe.run.ema_decay else None
         self.carried: State | None = None
         self.progress = Progress(loss_scale=FIRST_LOSS_SCALE if recipe.run.fp16 else 1.0)
@@ -122,6 +127,7 @@ class Trainer:
             step=step,
             precision=self._precision,
             workers=self.workers,
+            objective=self.objective,
         )
         self.carried = done.state if self.batches.carries_state else None
         self.progress.step += 1

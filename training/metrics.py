@@ -11,6 +11,8 @@ from sacrebleu.metrics import BLEU, CHRF
 
 from seqmodels.rendering import bio_spans
 
+_SENTENCE_BLEU, _SENTENCE_CHRF = BLEU(effective_order=True), CHRF()
+
 
 def accuracy(predicted: Sequence[str], expected: Sequence[str]) -> float:
     """The share of equal pairs."""
@@ -84,6 +86,16 @@ def bleu(predicted: Sequence[str], references: Sequence[Sequence[str]], lowercas
 def chrf(predicted: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, str]:
     """Corpus chrF of sacrebleu, and its signature."""
     return _corpus_score(CHRF(), predicted, references)
+
+
+def sentence_bleu(text: str, reference: str) -> float:
+    """sacrebleu's BLEU of one text, of 1; orders of n-grams that the text is too short for do not count."""
+    return float(_SENTENCE_BLEU.sentence_score(text, [reference]).score) / 100
+
+
+def sentence_chrf(text: str, reference: str) -> float:
+    """sacrebleu's chrF of one text, of 1."""
+    return float(_SENTENCE_CHRF.sentence_score(text, [reference]).score) / 100
 
 
 def exact_match(predicted: Sequence[str], references: Sequence[Sequence[str]]) -> float:

@@ -6,7 +6,7 @@ or a gradient is not finite, the weights stay untouched. Knows no task, no file 
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from seqmodels.errors import ConfigError, SeqModelsError
+from seqmodels.losses import Output
 from seqmodels.state import State
 from training.config import OptimSection, some
 from training.data.batches import Batch
@@ -165,9 +166,11 @@ def update(
     step: int = 0,
     precision: Precision = FULL,
     workers: Workers = ALONE,
+    objective: Callable[..., Output] | None = None,
 ) -> Update:
-    """One update of the weights.
+    """One update of the weights. objective: what is called with each batch, where that is not the model itself.
 
+    objective: what is called with each batch, where that is not the model itself.
     carried: where the last batch of running text ended; micro-batches that have a `state` key go on from it. step:
     counted from 0, for the noise. workers: those who make the same update, each from micro-batches of its own. The
     order is: add up over workers, unscale, skip what is not finite, clip, add noise, step.
@@ -180,7 +183,7 @@ def update(
         if "state" in batch:
             batch = batch | {"state": carried}
         with precision.autocast(loss.device):
-            out = model(**batch)
+            out = (objective or model)(**batch)
         total = out.loss * out.num_targets
         (total * precision.loss_scale).backward()
         loss, nll = loss + total.detach(), nll + out.nll.detach() * out.num_targets

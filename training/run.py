@@ -2,6 +2,7 @@
 
 recipe.yaml, run.json      what is trained on what; written before step 0, never changed
 tokenizer.json, ...        trained from the training split, before step 0
+vectors.safetensors        of words, where the recipe names any; before step 0
 checkpoints/, validated/   to go on from; the best model so far
 metrics.jsonl, timings.jsonl, tensorboard/
 config.json, model.safetensors, README.md, report.html, finished.json      at the end: a model directory
@@ -40,6 +41,7 @@ from training.evaluate import evaluate
 from training.loop import Trainer, check_memory
 from training.report import write_report
 from training.reporter import Reporter, Silence
+from training.vectors import read_vectors, save_vectors
 from training.workers import ALONE, Workers
 
 RUN, FINISHED, SHOWN = "run.json", "finished.json", "shown.json"
@@ -208,6 +210,7 @@ def _prepare(
             reporter.say(f"training the {recipe.data.tokenizer.kind} tokenizer on {len(rows['train'])} rows")
         codec = Codec.train(recipe, rows["train"])
         check_memory(codec.config)  # first, so that the same directory serves a smaller model
+        save_vectors(read_vectors(recipe.data, codec, reporter.say), directory)
         _write_run(directory, recipe, codec, data)
         return codec
     if saved.data != data:

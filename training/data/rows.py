@@ -4,7 +4,7 @@
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class Row:
         return (self.target,) if isinstance(self.target, str) else self.target
 
 
-def fingerprint(splits: dict[str, Sequence[Row]]) -> str:
+def fingerprint(splits: Mapping[str, Sequence[Row]]) -> str:
     """sha256 hex over all rows of the given splits, in order."""
     digest = hashlib.sha256()
     for name, rows in sorted(splits.items()):

@@ -28,6 +28,10 @@ class Splits:
         cuts = {"validation": data.cut.validation, "test": data.cut.test}
         self._cuts = {role: size for role, size in cuts.items() if size is not None and role not in self._found}
 
+    def has(self, role: str) -> bool:
+        """Whether there is such a split, or one is cut."""
+        return self._recipe.data.generated is not None or role in self._found or role in self._cuts
+
     def is_cut(self, role: str) -> bool:
         """Whether the split depends on how the training split is cut."""
         return role in self._cuts or (role == "train" and bool(self._cuts))

@@ -1,0 +1,97 @@
+"""Self-critical training (Rennie et al. 2017): a generator learns from the texts that it writes, by the task's metric.
+
+Of each input it writes one text by drawing its tokens and one greedily, as it would be served. What makes the first
+better than the second becomes likelier, what makes it worse less likely: the policy gradient (Williams 1992) of the
+expected reward, with the greedy text's as its baseline. Knows a model, a tokenizer and a reward; knows no loop.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqmodels.losses import Output
+from seqmodels.models import Model, SequenceGenerator
+from seqmodels.state import Memory
+from seqmodels.tokenizer import BOS, EOS, PAD, Tokenizer
+from training import metrics
+from training.config import Recipe
+from training.data.examples import Codec
+
+Reward = Callable[[str, str], float]  # of a text, given the right one: from 0 to 1
+REWARDS: dict[str, Reward] = {
+    "chrf": metrics.sentence_chrf,
+    "bleu": metrics.sentence_bleu,
+    "exact_match": lambda text, reference: metrics.exact_match([text], [[reference]]),
+}
+
+
+def objective_of(recipe: Recipe, codec: Codec, model: Model) -> "Model | SelfCritical":
+    """What a step of training calls for its loss: the model itself, unless the recipe names a reward."""
+    run = recipe.run
+    if run.self_critical is None:
+        return model
+    assert isinstance(model, SequenceGenerator) and codec.target_tokenizer is not None, "others are refused"
+    reward, max_new_tokens = REWARDS[run.self_critical], recipe.generation.max_new_tokens
+    return SelfCritical(model, codec.target_tokenizer, reward, run.self_critical_weight, max_new_tokens)
+
+
+class SelfCritical:
+    """A generator with an encoder called as one is, `out = model(**batch)`; its loss is the model's own, mixed by
+    `weight` with minus the rewards' part. nll stays that of the true targets."""
+
+    def __init__(
+        self, model: SequenceGenerator, tokenizer: Tokenizer, reward: Reward, weight: float, max_new_tokens: int
+    ) -> None:
+        self._model, self._tokenizer, self._reward = model, tokenizer, reward
+        self._weight, self._max_new_tokens = weight, max_new_tokens
+
+    def __call__(self, labels: Tensor, label_lengths: Tensor, inputs: Tensor, lengths: Tensor | None = None) -> Output:
+        given: dict[str, Any] = {"inputs": inputs, "lengths": lengths}
+        out: Output = self._model(labels, label_lengths, **given)
+        drawn, greedy = self._write(**given)
+        references = self._texts(labels, label_lengths)
+        rewards = [self._rewards(self._texts(*written), references) for written in (drawn, greedy)]
+        advantage = torch.tensor(rewards[0], device=labels.device) - torch.tensor(rewards[1], device=labels.device)
+        logits, tokens, _ = self._model.target_logits(*drawn, **given)  # of all M tokens that were drawn, row after row
+        logprobs = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        # Over the number of true targets, as the model's own loss is, so that batches of any size add up alike.
+        cost = -(advantage.repeat_interleave(drawn[1] - 1) * logprobs).sum() / out.num_targets
+        return replace(out, loss=(1 - self._weight) * out.loss + self._weight * cost)
+
+    @torch.no_grad()
+    def _write(self, inputs: Tensor, lengths: Tensor | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Drawn and greedy tokens as labels (B, T+1) with their lengths (B,), without dropout."""
+        training = self._model.training
+        self._model.eval()
+        rows = torch.arange(len(inputs), device=inputs.device)
+        labels, counts = self._walk(self._model.encode(inputs, lengths).select(rows.repeat(2)))
+        self._model.train(training)
+        (drawn, greedy), (drawn_counts, greedy_counts) = labels.chunk(2), counts.chunk(2)
+        return (drawn, drawn_counts), (greedy, greedy_counts)
+
+    def _walk(self, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Of 2B rows, the first half draws each token, the other takes the likeliest."""
+        rows = len(memory.values)
+        state = self._model.start(memory, rows)
+        token = memory.mask.new_full((rows,), BOS, dtype=torch.int64)
+        tokens, counts, live = [token], torch.ones_like(token), torch.ones_like(token, dtype=torch.bool)
+        for _ in range(self._max_new_tokens):
+            logits, state = self._model.decoder(token[:, None], state, memory)
+            drawn, greedy = logits[:, 0].float().chunk(2)
+            token = torch.cat([drawn.softmax(-1).multinomial(1)[:, 0], greedy.argmax(-1)])
+            token = token.masked_fill(~live, PAD)
+            tokens.append(token)
+            counts, live = counts + live, live & (token != EOS)
+            if not live.any():
+                break
+        return torch.stack(tokens, 1), counts
+
+    def _texts(self, labels: Tensor, label_lengths: Tensor) -> list[str]:
+        pairs = zip(labels.tolist(), label_lengths.tolist(), strict=True)
+        return [self._tokenizer.decode(tokens[:length]) for tokens, length in pairs]
+
+    def _rewards(self, texts: list[str], references: list[str]) -> list[float]:
+        return [self._reward(text, reference) for text, reference in zip(texts, references, strict=True)]
