@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import overload
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,7 @@ from training.checkpoint import flush
 from training.data.examples import Example
 
 ENCODED = "encoded.safetensors"
+Array = np.ndarray[tuple[int], np.dtype[np.signedinteger]]
 ALONE = -1  # the size of a target that is one label, not a list of them
 
 
@@ -35,7 +37,8 @@ class Encoded(Sequence[Example]):
         self._arrays = arrays
         self.targets = arrays["targets"]  # of all examples, one after another: int32 (N,)
         self.lengths = arrays["input_lengths"].numpy(), arrays["target_lengths"].numpy()
-        self._ends = arrays["input_lengths"].cumsum(0), arrays["target_sizes"].abs().cumsum(0)
+        self._target_sizes = arrays["target_sizes"].numpy()
+        self._input_ends, self._target_ends = self.lengths[0].cumsum(), np.abs(self._target_sizes).cumsum()
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> "Encoded":
@@ -81,7 +84,7 @@ class Encoded(Sequence[Example]):
         return cls(arrays)
 
     def __len__(self) -> int:
-        return len(self._arrays["target_sizes"])
+        return len(self._target_sizes)
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -91,11 +94,9 @@ class Encoded(Sequence[Example]):
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         number = range(len(self))[index]  # raises IndexError
-        inputs, targets = (
-            _part(self._arrays[name], ends, number)
-            for name, ends in zip(("inputs", "targets"), self._ends, strict=True)
-        )
-        alone = self._arrays["target_sizes"][number] == ALONE
+        inputs = _part(self._arrays["inputs"].numpy(), self._input_ends, number)
+        targets = _part(self.targets.numpy(), self._target_ends, number)
+        alone = self._target_sizes[number] == ALONE
         input_length, target_length = (int(lengths[number]) for lengths in self.lengths)
         return Example(inputs or None, targets[0] if alone else targets, input_length, target_length)
 
@@ -106,10 +107,10 @@ def is_encodable(config: ModelConfig) -> bool:
     return texts and config.problem_type != "regression"
 
 
-def _part(numbers: Tensor, ends: Tensor, place: int) -> list[int]:
+def _part(numbers: Array, ends: Array, place: int) -> list[int]:
     """What stands at a place, where all stand one after another."""
-    first = int(ends[place - 1]) if place else 0
-    part: list[int] = numbers[first : int(ends[place])].tolist()
+    first = ends[place - 1] if place else 0
+    part: list[int] = numbers[first : ends[place]].tolist()
     return part
 
 
