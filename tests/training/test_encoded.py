@@ -14,7 +14,6 @@ import training.run
 from seqmodels.errors import SeqModelsError
 from seqmodels.tokenizer import BOS, PAD
 from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TAGGER, TEXT_ENCODER, TRANSLATOR, WORDS, recipe
-from training.checkpoint import sha256
 from training.data.batches import Buckets
 from training.data.encoded import ENCODED, Encoded, is_encodable
 from training.data.examples import Codec, Example
@@ -202,17 +201,17 @@ def test_a_run_ends_the_same_whatever_became_of_its_file(harm: Callable[[Path], 
     harm(interrupted / ENCODED)
     train(six_steps(interrupted))
     assert bits(interrupted) == bits(straight)
-    shutil.rmtree(straight)
 
 
 def test_a_file_from_a_run_on_other_data_is_made_anew(interrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_file = interrupted / "run.json"
-    mine = run_file.read_bytes()
-    run_file.write_bytes(mine.replace(b'"data": "', b'"data": "0'))
-    source = sha256(run_file)
-    run_file.write_bytes(mine)
-    Encoded.of([Example([4], 0, 1, 0)]).save(interrupted / ENCODED, source)
+    rows = training.run.load_rows(six_steps(interrupted))["train"]
+    other = interrupted / "other"
+    other.mkdir()
+    run_file = (interrupted / "run.json").read_bytes()
+    (other / "run.json").write_bytes(run_file.replace(b'"data": "', b'"data": "0'))
+    training.run._encoded(other, Codec.train(six_steps(other), rows), rows[:9])
+    shutil.copy(other / ENCODED, interrupted / ENCODED)
     seen = []
     monkeypatch.setattr(training.run, "_introduce", lambda *given: seen.append(len(given[3])))
     train(six_steps(interrupted))
-    assert seen == [len(training.run.load_rows(six_steps(interrupted))["train"])]
+    assert seen == [len(rows)]
