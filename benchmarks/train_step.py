@@ -1,29 +1,48 @@
-"""How fast a training step is, beside a bare PyTorch loop of the same shapes.
+"""How fast a training step is, beside a bare PyTorch loop of the same shapes and the peers' own training steps.
 
-    python -m benchmarks.train_step [--threads 2] [--steps 12]
+    python -m benchmarks.train_step [--threads 2] [--steps 12] [--peers SCRATCH]
 
 The shapes are those of Multi30k at 80 sentences a batch: a one-layer bidirectional LSTM 2 x 256, an LSTM decoder 512
-with attention, 7,700 target tokens. The bare loop has no data loading, no logging and no checks; both train on the
-same random batches, in turn, so that a noisy machine slows both; ours in bfloat16 as well. Prints one JSON line.
+with attention, 7,700 target tokens. The bare loop has no data loading, no logging and no checks. All train on the same
+random batches with Adam and clipping, one step each in turn, so that a noisy machine slows all; ours in bfloat16 as
+well. Prints one JSON line; the first two steps are not counted.
+
+--peers: where `benchmarks.peers.install` put OpenNMT-py and JoeyNMT. Each takes its steps in its own environment and
+process, starting from our weights, and must have our loss on the first batch.
 """
 
 import argparse
 import json
 import statistics
-import time
+import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.peers.exchange import PAD, Exported
+from benchmarks.peers.install import TOOLKITS
+from benchmarks.peers.training import (
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    ROWS,
+    Batch,
+    Step,
+    make_batches,
+    peer_step,
+    timed,
+)
 from benchmarks.workload import VOCAB_SIZE, make_model
 from seqmodels.models import SequenceGenerator
 from training.config import OptimSection
 from training.optim import FULL, Precision, build_optimizer, update
 
-ROWS, PAD = 80, 0
-Batch = dict[str, Tensor]
+WARM_UP = 2  # steps
+Timed = Callable[[int], tuple[float, float]]  # number of a batch -> seconds and loss
 
 
 class Bare(nn.Module):
@@ -54,69 +73,75 @@ class Bare(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=PAD)
 
 
-def make_batches(count: int) -> list[Batch]:
-    """Rows of nearly one length each, 15 tokens in the mean, as length bucketing makes them."""
-    generator = torch.Generator().manual_seed(0)
-    batches = []
-    for index in range(count):
-        length = 9 + index % 13
-        lengths = torch.randint(length - 1, length + 2, (ROWS,), generator=generator)
-        inputs = torch.randint(4, VOCAB_SIZE, (ROWS, length + 1), generator=generator)
-        labels = torch.randint(4, VOCAB_SIZE, (ROWS, length + 2), generator=generator)
-        labels[torch.arange(length + 2) >= lengths[:, None] + 1] = PAD
-        batches.append({"inputs": inputs, "lengths": lengths, "labels": labels, "label_lengths": lengths + 1})
-    return batches
-
-
-def ours(model: SequenceGenerator, precision: Precision = FULL) -> Callable[[Batch], None]:
+def ours(model: SequenceGenerator, precision: Precision = FULL) -> Step:
     """The update of the training loop, as the loop calls it."""
-    section = OptimSection(learning_rate=1e-3, max_grad_norm=1.0)
+    section = OptimSection(learning_rate=LEARNING_RATE, max_grad_norm=MAX_GRAD_NORM)
     optimizer = build_optimizer(section, model.train())
 
-    def step(batch: Batch) -> None:
-        update(model, [batch], optimizer, section, 1e-3, precision=precision)
+    def step(batch: Batch) -> float:
+        done = update(model, [batch], optimizer, section, LEARNING_RATE, precision=precision)
+        return done.loss / done.num_targets
 
     return step
 
 
-def bare(model: Bare) -> Callable[[Batch], None]:
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+def bare(model: Bare) -> Step:
+    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
 
-    def step(batch: Batch) -> None:
+    def step(batch: Batch) -> float:
         optimizer.zero_grad()
-        model(batch["inputs"], batch["lengths"], batch["labels"]).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        loss = model(batch["inputs"], batch["lengths"], batch["labels"])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
+        return float(loss.detach())
 
     return step
 
 
-def main() -> None:
+def take_turns(systems: dict[str, Timed], steps: int) -> dict[str, list[float]]:
+    """The seconds of each system's steps. Stops where systems that start from the same weights do not agree."""
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
+    for number in range(steps):
+        losses = {}
+        for name, step in systems.items():
+            taken, losses[name] = step(number)
+            seconds[name].append(taken)
+        if number == 0:
+            for peer in TOOLKITS.keys() & systems.keys():
+                assert abs(losses[peer] - losses["ours"]) < 1e-3, f"{peer} computes another function: {losses}"
+    return seconds
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=12)
-    options = parser.parse_args()
+    parser.add_argument("--peers", type=Path, metavar="SCRATCH")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    steps = {
-        "ours": ours(make_model()),
-        "ours_bf16": ours(make_model(), Precision(torch.bfloat16)),
-        "bare": bare(Bare()),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    batches = make_batches(options.steps + 2)
-    for batch in batches:
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step(batch)
-            seconds[name].append(time.perf_counter() - started)
-    tokens = sum(int(batch["label_lengths"].sum()) - ROWS for batch in batches[2:])
+    model, count = make_model(), options.steps + WARM_UP
+    batches = make_batches(count, VOCAB_SIZE)
+    with ExitStack() as stack:
+        systems: dict[str, Timed] = {}
+        if options.peers:
+            exported = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            Exported("", model.state_dict(), []).save(exported)
+            for peer in TOOLKITS:
+                running = peer_step(options.peers.resolve(), peer, exported, options.threads)
+                systems[peer] = stack.enter_context(running)
+        steps = {"ours": ours(model), "ours_bf16": ours(make_model(), Precision(torch.bfloat16)), "bare": bare(Bare())}
+        systems |= {name: partial(timed, step, batches) for name, step in steps.items()}
+        seconds = take_turns(systems, count)
+    tokens = sum(int(batch["label_lengths"].sum()) - ROWS for batch in batches[WARM_UP:])
     result: dict[str, object] = {"benchmark": "train_step", "threads": options.threads}
     for name, taken in seconds.items():
-        result[f"{name}_target_tokens_per_second"] = round(tokens / sum(taken[2:]))
-        if name != "bare":
-            ratios = [theirs / mine for mine, theirs in zip(taken[2:], seconds["bare"][2:], strict=True)]
-            result[f"{name}_median_ratio_to_bare"] = round(statistics.median(ratios), 3)
+        result[f"{name}_target_tokens_per_second"] = round(tokens / sum(taken[WARM_UP:]))
+    for mine in ("ours", "ours_bf16"):
+        for other in sorted(seconds.keys() - {"ours", "ours_bf16"}):
+            ratios = [theirs / own for own, theirs in zip(seconds[mine], seconds[other], strict=True)]
+            result[f"{mine}_median_ratio_to_{other}"] = round(statistics.median(ratios[WARM_UP:]), 3)
     print(json.dumps(result))
 
 

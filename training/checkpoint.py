@@ -124,6 +124,11 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def pack_optimizer(optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's tensors, named `optimizer.<number of the parameter>.<name>`."""
     states = optimizer.state_dict()["state"]
@@ -183,9 +188,4 @@ def _name(step: int) -> str:
 
 
 def _sums(path: Path) -> str:
-    return "".join(f"{_sha256(path / name)}  {name}\n" for name in (TENSORS, PROGRESS))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return "".join(f"{sha256(path / name)}  {name}\n" for name in (TENSORS, PROGRESS))

@@ -3,6 +3,7 @@
 recipe.yaml, run.json      what is trained on what; written before step 0, never changed
 tokenizer.json, ...        trained from the training split, before step 0
 vectors.safetensors        of words, where the recipe names any; before step 0
+encoded.safetensors        the training split as numbers, where it is text; until the run is finished
 checkpoints/, validated/   to go on from; the best model so far
 metrics.jsonl, timings.jsonl, tensorboard/
 config.json, model.safetensors, README.md, report.html, finished.json      at the end: a model directory
@@ -33,6 +34,7 @@ from training import checkpoint
 from training.card import model_card
 from training.config import DataSection, Facts, Recipe, RunSection, differences, parse_recipe, some
 from training.data.batches import Batches, Buckets
+from training.data.encoded import ENCODED, Encoded, is_encodable
 from training.data.examples import Codec, Example
 from training.data.rows import Row, fingerprint
 from training.data.sources import load_rows
@@ -101,7 +103,7 @@ def train_as(workers: Workers, recipe: Recipe, voice: Callable[[Path], Reporter]
             rows = load_rows(recipe, say=reporter.say)
         codec = workers.of_first(lambda: _prepare(directory, recipe, rows, saved, reporter))
         _check_same(workers, rows)
-        examples = codec.encode(rows["train"])
+        examples = _encoded_by(workers, directory, codec, rows["train"])
         batches = _batches(recipe, codec, examples)
         _introduce(recipe, rows, codec, examples, batches, reporter)
         trainer = Trainer(
@@ -291,6 +293,25 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
     return fields
 
 
+def _encoded_by(workers: Workers, directory: Path, codec: Codec, rows: Sequence[Row]) -> Sequence[Example]:
+    """The first worker writes the file, then the others read it."""
+    mine = _encoded(directory, codec, rows) if workers.is_first else None
+    workers.of_first(lambda: None)
+    return _encoded(directory, codec, rows) if mine is None else mine
+
+
+def _encoded(directory: Path, codec: Codec, rows: Sequence[Row]) -> Sequence[Example]:
+    """The examples to train on; of text, in a file that an earlier call may have left."""
+    if not is_encodable(codec.config):
+        return codec.encode(rows)
+    path, source = directory / ENCODED, checkpoint.sha256(directory / RUN)  # run.json names the data and tokenizers
+    if (found := Encoded.load(path, source)) is not None:
+        return found
+    examples = Encoded.of(codec.examples(rows))
+    examples.save(path, source)
+    return Encoded.load(path, source) or examples  # mapped, in place of what is in memory
+
+
 def _introduce(
     recipe: Recipe,
     rows: Mapping[str, Sequence[Row]],
@@ -380,6 +401,7 @@ def _finish(recipe: Recipe, trainer: Trainer, best: Path, num_examples: int) -> 
     }
     text = (directory / RECIPE).read_text(encoding="utf-8")
     write_report(directory, f"Training {directory.name}", facts, shown["samples"], shown["confusion"], text)
+    (directory / ENCODED).unlink(missing_ok=True)
     checkpoint.write_whole(
         directory / FINISHED, json.dumps({"step": trainer.progress.step, "validation": scores}) + "\n"
     )

@@ -14,9 +14,11 @@ from torch import Tensor
 from seqmodels.errors import DataError
 from seqmodels.losses import IGNORE
 from seqmodels.tokenizer import PAD
+from training.data.encoded import Encoded
 from training.data.examples import Codec, Example
 
 Batch = dict[str, Any]
+Lengths = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 class Batches(Protocol):
@@ -53,8 +55,8 @@ class Buckets:
         if not examples:
             raise DataError("no training row fits; raise data.max_input_length or data.max_target_length")
         self._examples, self._codec, self._seed = examples, codec, seed
-        self._inputs = np.array([example.input_length for example in examples])
-        self._targets = np.array([example.target_length for example in examples])
+        self._lengths = _lengths(examples)
+        self._inputs, self._targets = (lengths.copy() for lengths in self._lengths)
         if codec.config.input == "image":
             # Captions of one length show pictures of one kind, and batch normalisation must see all kinds together.
             self._targets[:] = self._targets.max()
@@ -76,12 +78,8 @@ class Buckets:
     @property
     def padding_share(self) -> float:
         """The share of positions in all batches of the first epoch that are padding."""
-        real = padded = 0
-        for rows in self.rows(0):
-            inputs = [self._examples[row].input_length for row in rows]
-            targets = [self._examples[row].target_length for row in rows]
-            real += sum(inputs) + sum(targets)
-            padded += len(rows) * (max(inputs) + max(targets))
+        real = sum(int(lengths.sum()) for lengths in self._lengths)
+        padded = sum(len(rows) * int(lengths[rows].max()) for rows in self.rows(0) for lengths in self._lengths)
         return 1 - real / padded
 
     def rows(self, epoch: int) -> list[list[int]]:
@@ -110,6 +108,15 @@ def collate(examples: Sequence[Example], codec: Codec) -> Batch:
         batch["labels"] = _padded([torch.tensor(example.targets) for example in examples], PAD)
         batch["label_lengths"] = torch.tensor([example.target_length for example in examples])
     return batch
+
+
+def _lengths(examples: Sequence[Example]) -> tuple[Lengths, Lengths]:
+    """Of the inputs and of the targets, (E,) each."""
+    if isinstance(examples, Encoded):
+        return examples.lengths
+    sizes = [(example.input_length, example.target_length) for example in examples]
+    inputs, targets = np.array(sizes).T
+    return inputs, targets
 
 
 def _inputs(examples: Sequence[Example], codec: Codec) -> Tensor:

@@ -4,7 +4,7 @@ Knows tokenizers, labels and pictures; knows no batch. The same tokenizers and p
 directory, so a model is trained on what it will be served.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,12 +83,15 @@ class Codec:
         return cls(config, source, target, preprocessor_for(config), recipe.data.max_target_length)
 
     def encode(self, rows: Iterable[Row]) -> list[Example]:
+        """All at once, see `examples`."""
+        return list(self.examples(rows))
+
+    def examples(self, rows: Iterable[Row]) -> Iterator[Example]:
         """An Example for each reference of each row.
 
         A classifier reads the beginning of an input that is too long; for the others, what is too long is left out.
         """
-        examples = (example for row in rows for example in self._examples(row))
-        return [example for example in examples if self._fits(example)]
+        return (example for row in rows for example in self._examples(row) if self._fits(example))
 
     def decode_picture(self, data: bytes) -> Tensor:
         """A picture's file -> (C, H, W). Raises InputError."""

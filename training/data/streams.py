@@ -9,11 +9,11 @@ from functools import lru_cache
 from itertools import accumulate
 
 import torch
-from torch import Tensor
 
 from seqmodels.errors import DataError
 from seqmodels.tokenizer import BOS, PAD
 from training.data.batches import Batch
+from training.data.encoded import Encoded
 from training.data.examples import Example
 
 SHORT_SHARE, DEVIATION = 0.05, 5.0  # of the lengths of chunks that vary
@@ -33,14 +33,13 @@ class Streams:
     def __init__(
         self, examples: Sequence[Example], rows: int, chunk_length: int, seed: int | None = None, vary: bool = False
     ) -> None:
-        tokens = [token for example in examples for token in example.targets]
+        tokens = (examples if isinstance(examples, Encoded) else Encoded.of(examples)).targets
         if len(tokens) < 2:
             raise DataError("the text is empty; a language model needs at least one token to predict")
         # Each stream begins with a BOS of its own, so the first text's is left out.
-        self._tokens, self._chunk, self._seed, self._vary = torch.tensor(tokens[1:]), chunk_length, seed, vary
+        self._tokens, self._chunk, self._seed, self._vary = tokens[1:], chunk_length, seed, vary
         self._rows = max(1, min(rows, len(self._tokens) // 2))
         self._length = -(-len(self._tokens) // self._rows)  # tokens of a stream; the last may be shorter
-        self._epoch: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
         return -(-self._length // self._chunk)
@@ -48,11 +47,16 @@ class Streams:
     def batch(self, epoch: int, index: int) -> Batch:
         """labels (B, T+1): the first column is the last chunk's last."""
         first, end = self._bounds(epoch, index)
-        labels = self._table(epoch)[:, first : end + 1]
+        streams = torch.arange(self._rows)[:, None] * self._length
+        places = streams + torch.arange(first - 1, end)  # (B, T+1)
+        labels = self._tokens[(places + self._offset(epoch)) % len(self._tokens)].long()
+        labels[places >= len(self._tokens)] = PAD
+        if first == 0:
+            labels[:, 0] = BOS
         real = torch.full((self._rows,), labels.shape[1])
         last_row = len(self._tokens) - (self._rows - 1) * self._length + 1  # its real columns, BOS counted
         real[-1] = min(max(last_row - first, 0), labels.shape[1])
-        return {"labels": labels.contiguous(), "label_lengths": real}
+        return {"labels": labels, "label_lengths": real}
 
     def rate_scale(self, epoch: int, index: int) -> float:
         """A gradient is a mean over targets, so a short chunk would count for as much as a long one."""
@@ -79,14 +83,6 @@ class Streams:
         ends = [number + round(end * scale) for number, end in enumerate(accumulate(lengths), start=1)]
         return [*ends[:-1], self._length]
 
-    def _table(self, epoch: int) -> Tensor:
-        """(B, 1 + length): a BOS, then the stream."""
-        if self._epoch is None or self._epoch[0] != epoch:
-            offset = 0
-            if self._seed is not None:
-                offset = random.Random(f"{self._seed}:{epoch}").randrange(len(self._tokens))
-            padding = self._rows * self._length - len(self._tokens)
-            tokens = torch.cat([self._tokens.roll(-offset), self._tokens.new_full((padding,), PAD)])
-            begin = tokens.new_full((self._rows, 1), BOS)
-            self._epoch = epoch, torch.cat([begin, tokens.view(self._rows, self._length)], dim=1)
-        return self._epoch[1]
+    def _offset(self, epoch: int) -> int:
+        """Where the text begins in an epoch: at which of its tokens."""
+        return 0 if self._seed is None else random.Random(f"{self._seed}:{epoch}").randrange(len(self._tokens))
