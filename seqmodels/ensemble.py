@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
 from itertools import zip_longest
 from pathlib import Path
 
@@ -112,9 +113,10 @@ class Mean:
         return self._total - math.log(self._count)
 
 
-def mean_numbers(numbers: Sequence[Tensor]) -> Tensor:
-    """What several regressions answer as one, (B, K) of (B, K) each; of one, its own to the bit."""
-    return torch.stack(list(numbers)).mean(0)
+def mean_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Element by element, added up one after another: torch's own sum over an axis of five or more has other bits in a
+    batch of another shape."""
+    return reduce(torch.add, tensors) / len(tensors)
 
 
 class Averaged:
@@ -138,7 +140,7 @@ class Averaged:
 
     def _measured(self, **batch: Tensor) -> Output:
         pairs = [member.target_logits(**batch)[:2] for member in self._members]  # type: ignore[arg-type]
-        numbers, (_, targets) = mean_numbers([numbers for numbers, _ in pairs]), pairs[0]
+        numbers, (_, targets) = mean_of([numbers for numbers, _ in pairs]), pairs[0]
         return measured(numbers, targets, numbers.new_tensor(self._members[0].config.target_std))
 
     def _own(self, state: State | None) -> list[State | None]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from seqmodels.config import Average
 from seqmodels.decoding.padding import ROW_FLOOR, bucket, grouped, has_steps, pad_inputs
 from seqmodels.decoding.request import Event, Failed, Finished
-from seqmodels.ensemble import Mean, mean_numbers
+from seqmodels.ensemble import Mean, mean_of
 from seqmodels.errors import DeadlineError
 from seqmodels.kernels import packed
 from seqmodels.models import Labeller, Model, SequenceClassifier, SequenceGenerator, chosen
@@ -118,7 +118,7 @@ class Forward:
         """Probabilities of labels, (B, C) or (B, C, 2) of classifiers, (B, S, C) of taggers; a regression's numbers."""
         logits = [_labeller(model).predict(inputs, lengths)[0].float() for model in self._models]
         if self._models[0].config.problem_type == "regression":
-            return mean_numbers(logits)
+            return mean_of(logits)
         if len(logits) == 1:
             return logits[0].softmax(-1)
         mean = Mean(self._average)

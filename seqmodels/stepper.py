@@ -7,7 +7,7 @@ One kernel serves prefix and generation, so a token gives a state the same bits 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from seqmodels.attention import padding_bias
 from seqmodels.cells import SHARES, UPDATES, CellWeights, MinimalWeights, zoneout
 from seqmodels.config import Average, Cell, ModelConfig, Weights
+from seqmodels.ensemble import mean_of
 from seqmodels.errors import ConfigError
 from seqmodels.kernels import LINEAR, Linear, PackedLinear, packed
 from seqmodels.models import SequenceGenerator
@@ -268,15 +269,19 @@ class Ensemble:
             states.append(after)
             if member.attends and self.output_attentions:
                 looks.append(weights)
-        means = [self._mean(torch.stack(lane)) for lane in zip(*predictions, strict=True)]
-        return means, _side_by_side(states), [torch.stack(lane).mean(0) for lane in zip(*looks, strict=True)]
+        means = [self._mean(lane) for lane in zip(*predictions, strict=True)]
+        return means, _side_by_side(states), [mean_of(lane) for lane in zip(*looks, strict=True)]
 
-    def _mean(self, logits: Tensor) -> Tensor:
-        """The members' logits (M, R, K, V) -> logits of their mean, as high as theirs are in the mean: a repetition
+    def _mean(self, logits: Sequence[Tensor]) -> Tensor:
+        """Each member's logits (R, K, V) -> logits of their mean, as high as theirs are in the mean: a repetition
         penalty depends on the height, which the search's softmax does not."""
-        logprobs = logits.log_softmax(-1)
-        mean = logprobs.mean(0) if self._average == "logprob" else logprobs.logsumexp(0) - math.log(len(logits))
-        return mean + (logits[..., :1] - logprobs[..., :1]).mean(0)  # the first of a shortlist is never its padding
+        logprobs = [one.log_softmax(-1) for one in logits]
+        if self._average == "logprob":
+            mean = mean_of(logprobs)
+        else:
+            mean = reduce(lambda one, two: torch.stack([one, two]).logsumexp(0), logprobs) - math.log(len(logits))
+        # The first of a shortlist is never its padding.
+        return mean + mean_of([high[..., :1] - low[..., :1] for high, low in zip(logits, logprobs, strict=True)])
 
     def _own_group(self, group: Group, index: int) -> Group:
         """What one member sees of a group."""

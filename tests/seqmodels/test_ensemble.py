@@ -79,3 +79,11 @@ def test_members_that_do_not_fit() -> None:
         Ensemble([Stepper(MEMBERS[0]), Stepper(make_translator(0, vocab_size=30))])
     with pytest.raises(ConfigError, match="read text and nothing"):
         Ensemble([Stepper(MEMBERS[0]), Stepper(make_language_model(0, vocab_size=40))])
+
+
+@pytest.mark.parametrize("average", ["probability", "logprob"])
+def test_many_members_answer_alike_in_any_company(average: Average) -> None:
+    members = [make_translator(seed=seed) for seed in range(6)]
+    if find_row_floor(members[0]) is None:
+        pytest.skip("on this machine these shapes are not batch invariant; /readyz would say so")
+    assert find_row_floor(members, Ensemble([Stepper(member) for member in members], average), average) is not None
