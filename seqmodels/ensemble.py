@@ -63,6 +63,7 @@ def _facts(pretrained: Pretrained) -> Iterator[tuple[str, object]]:
     yield "inputs", config.input
     yield "labels", ", ".join(config.labels)
     yield "problem types", config.problem_type
+    yield "lengths of spellings", config.characters and config.characters.max_length
     yield "feature sizes", encoder.feature_size if isinstance(encoder, FeatureEncoderConfig) else None
     for name, tokenizer in (("source", pretrained.source_tokenizer), ("target", pretrained.target_tokenizer)):
         # Compared by content: as many tokens may be other tokens.

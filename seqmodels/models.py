@@ -36,8 +36,12 @@ class Labeller(nn.Module):
         return self._loss(logits, targets)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Output:
-        weights = logits.new_tensor(self._weights)[labels.clamp(min=0)] if self.config.class_weights else None
+        weights = self._each_weight(logits)[labels.clamp(min=0)] if self.config.class_weights else None
         return labelled(logits, labels, self.config.label_smoothing, weights)
+
+    def _each_weight(self, logits: Tensor) -> Tensor:
+        """Of each label (C,), in float32 under autocast too."""
+        return torch.tensor(self._weights, device=logits.device)
 
     def target_logits(self, inputs: Tensor, labels: Tensor, lengths: Tensor | None = None) -> Targeted:
         """What `forward` compares: logits (..., C) with labels (...), numbers (B, K) with numbers."""
@@ -77,6 +81,7 @@ class SequenceClassifier(Labeller):
             case "multi_label_classification":  # each label is a question of its own: no or yes
                 logits = torch.stack([torch.zeros_like(logits), logits], dim=-1)
             case "regression":  # what the layer computes has mean 0 and deviation 1 in the training split
+                logits = logits.float()  # under autocast too: 16 bits do not hold 2,005
                 mean, deviations = (logits.new_tensor(x) for x in (self.config.target_mean, self.config.target_std))
                 logits = mean + logits * deviations
         return logits, state
@@ -84,7 +89,7 @@ class SequenceClassifier(Labeller):
     def _loss(self, logits: Tensor, labels: Tensor) -> Output:
         match self.config.problem_type:
             case "multi_label_classification":
-                weights = torch.where(labels == 1, logits.new_tensor(self._weights), 1.0)
+                weights = torch.where(labels == 1, self._each_weight(logits), 1.0)
                 return labelled(logits, labels, self.config.label_smoothing, weights)
             case "regression":
                 return measured(logits, labels, logits.new_tensor(self.config.target_std))

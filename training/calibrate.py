@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from seqmodels.errors import ConfigError
+from seqmodels.errors import ConfigError, DataError
 from seqmodels.losses import IGNORE
 from seqmodels.models import Model
 from seqmodels.pretrained import CARD, load_pretrained
-from training.config import Recipe
+from training.config import Recipe, some
 from training.data.batches import Buckets
 from training.data.examples import Codec
 from training.data.sources import load_rows
@@ -35,7 +35,9 @@ def calibrate(directory: Path, recipe: Recipe) -> Calibration:
 
     Raises ConfigError for a model that gives no probabilities of labels, DataError, ModelDirectoryError.
     """
-    saved = load_pretrained(directory)
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    saved = load_pretrained(directory, recipe.run.device)
     if saved.config.architecture == "generator" or saved.config.problem_type == "regression":
         raise ConfigError(f"{directory} gives no probabilities of labels; only classifiers and taggers are calibrated")
     config = saved.config.model_copy(update={"temperature": 1.0})
@@ -55,9 +57,15 @@ def _validation_logits(model: Model, codec: Codec, recipe: Recipe) -> tuple[Tens
     """Logits (N, C) and labels (N,) of all that is labelled in the validation split, in float64."""
     examples = codec.encode(load_rows(recipe, ["validation"])["validation"])
     batches = Buckets(examples, codec, TOKENS_PER_BATCH, ROWS_PER_BATCH, seed=0)
-    found = [model.target_logits(**batches.batch(0, index)) for index in range(len(batches))]
-    logits = torch.cat([logits.flatten(0, -2) for logits, _, _ in found]).double()
-    labels = torch.cat([labels.flatten() for _, labels, _ in found])
+    found = []
+    for index in range(len(batches)):
+        batch = {name: value.to(recipe.run.device) for name, value in batches.batch(0, index).items()}
+        found.append(model.target_logits(**batch)[:2])
+    logits = torch.cat([logits.flatten(0, -2) for logits, _ in found]).double().cpu()
+    labels = torch.cat([labels.flatten() for _, labels in found]).cpu()
+    if not (labels != IGNORE).any():
+        known = some(codec.config.labels)
+        raise DataError(f"no row of the validation split has a label that the model knows ({known})")
     return logits[labels != IGNORE], labels[labels != IGNORE]
 
 

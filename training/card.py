@@ -4,8 +4,12 @@ from collections.abc import Mapping
 
 from training.config import Recipe
 
+PROBLEMS = {
+    "single_label_classification": "gives one label to an input",
+    "multi_label_classification": "gives any number of labels to an input",
+    "regression": "gives numbers to an input",
+}
 DOES = {
-    "classify": "gives one label to an input",
     "tag": "gives a label to each step of an input",
     "translate": "reads a text and writes another",
     "caption": "describes what it sees in words",
@@ -15,10 +19,11 @@ DOES = {
 
 def model_card(name: str, recipe: Recipe, facts: Mapping[str, object]) -> str:
     """Markdown. facts: shown as a table, results among them."""
+    does = PROBLEMS[recipe.problem_type] if recipe.task == "classify" else DOES[recipe.task]
     table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return f"""# {name}
 
-A recurrent model that {DOES[recipe.task]}.
+A recurrent model that {does}.
 
 | | |
 | --- | --- |

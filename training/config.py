@@ -180,7 +180,7 @@ class RunSection(Strict):
     )
     # The reward, of each text, that sampled texts are to raise over greedy ones (Rennie et al. 2017).
     self_critical: Literal["chrf", "bleu", "exact_match"] | None = None
-    self_critical_weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9  # its share of the loss
+    self_critical_weight: Fraction = 0.9  # its share of the loss; the rest is the usual one
     keep_snapshots: bool = False  # the model at the end of each cycle of the rate, in snapshots/ (Huang et al. 2017)
     bf16: bool = False  # forward pass and gradients in bfloat16 where that is safe; weights and sums in float32
     fp16: bool = False  # the same in float16, the loss scaled so that small gradients stay; CUDA only
@@ -221,6 +221,10 @@ class Recipe(Strict):
 
     @check(mode="after")
     def _check(self) -> Self:
+        if not isinstance(self.model.get("init_from", ""), str):
+            raise ValueError(
+                f"model.init_from is {self.model['init_from']!r}, but must be the path of a model directory"
+            )
         metric = self.run.metric_for_best_model
         if metric is not None and metric not in self.metrics:
             raise ValueError(f"run.metric_for_best_model is {metric!r}; task {self.task} has {_list(self.metrics)}")
@@ -288,6 +292,10 @@ class Recipe(Strict):
     def metrics(self) -> tuple[str, ...]:
         """What `run.metric_for_best_model` may be, the default first."""
         return METRICS_OF_PROBLEMS[self.problem_type] if self.task == "classify" else METRICS[self.task]
+
+    def metric(self, has_spans: bool) -> str:
+        """What decides which model is best. has_spans: whether a tagger's labels are BIO."""
+        return self.run.metric_for_best_model or ("span_f1" if has_spans else self.metrics[0])
 
     @property
     def init_from(self) -> Path | None:
@@ -394,6 +402,9 @@ def _check_model(recipe: Recipe) -> None:
         if name in recipe.model:
             fix = "name them in data.label_names" if name == "labels" else "use data.max_input_length"
             raise ConfigError(f"model.{name} is decided by the data; {fix}")
+    for name, by in (("target_mean", "the data"), ("target_std", "the data"), ("temperature", "training calibrate")):
+        if name in recipe.model:
+            raise ConfigError(f"model.{name} is decided by {by}; remove it")
     try:
         config = recipe.model_config_with(Facts.unknown())
     except ConfigError as error:

@@ -64,6 +64,10 @@ def distill(
     """
     if recipe.task != "translate":
         raise ConfigError(f"{directories[0]} is for task {recipe.task}; only translators, text to text, are distilled")
+    if params.get("num_return_sequences", 1) > 1:
+        raise ConfigError(
+            "generation.num_return_sequences does nothing here: the best text alone is written; remove it"
+        )
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     console = console or Console(highlight=False, soft_wrap=True)

@@ -77,7 +77,7 @@ class Trainer:
         self.eval_steps = recipe.run.eval_steps or self.steps_per_epoch
         torch.manual_seed(recipe.run.seed)
         self.model = new_model(recipe, codec)
-        begin_with_vectors(self.model, directory)
+        begin_with_vectors(self.model, recipe.data, directory)
         self.model.to(recipe.run.device)
         freeze(self.model, recipe.optim.freeze)
         self.optimizer = build_optimizer(recipe.optim, self.model)

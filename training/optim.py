@@ -170,7 +170,6 @@ def update(
 ) -> Update:
     """One update of the weights. objective: what is called with each batch, where that is not the model itself.
 
-    objective: what is called with each batch, where that is not the model itself.
     carried: where the last batch of running text ended; micro-batches that have a `state` key go on from it. step:
     counted from 0, for the noise. workers: those who make the same update, each from micro-batches of its own. The
     order is: add up over workers, unscale, skip what is not finite, clip, add noise, step.

@@ -107,10 +107,20 @@ class Reporter:
                 f"metrics.jsonl has {length} bytes, but the checkpoint was made at {log_bytes}; bring it back, or "
                 "start again in a new run.output_dir"
             )
+        self._rewind_timings(step)
         self._log.truncate(log_bytes)
         self._log.seek(log_bytes)
         self._first_step, self._begin = step, time.monotonic()
         self._board = SummaryWriter(str(self._directory / "tensorboard"), purge_step=step + 1)
+
+    def _rewind_timings(self, step: int) -> None:
+        """Keep what is of steps up to this one; a kill may have left half a line."""
+        path = self._directory / "timings.jsonl"
+        self._timings.close()
+        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+        kept = [line for line in whole.splitlines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._timings = path.open("a", encoding="utf-8")
 
     def show_examples(self, examples: Sequence[Example], codec: Codec) -> None:
         """The first examples as the model sees them."""

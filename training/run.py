@@ -294,10 +294,14 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def _encoded_by(workers: Workers, directory: Path, codec: Codec, rows: Sequence[Row]) -> Sequence[Example]:
-    """The first worker writes the file, then the others read it."""
-    mine = _encoded(directory, codec, rows) if workers.is_first else None
+    """The first worker writes the file, then the others read it; one that cannot see it encodes for itself."""
+    if workers.is_first:
+        examples = _encoded(directory, codec, rows)
+        workers.of_first(lambda: None)
+        return examples
     workers.of_first(lambda: None)
-    return _encoded(directory, codec, rows) if mine is None else mine
+    found = Encoded.load(directory / ENCODED, checkpoint.sha256(directory / RUN))
+    return codec.encode(rows) if found is None else found
 
 
 def _encoded(directory: Path, codec: Codec, rows: Sequence[Row]) -> Sequence[Example]:
@@ -349,10 +353,11 @@ def _batches(recipe: Recipe, codec: Codec, examples: Sequence[Example]) -> Batch
 
 
 def _metric(recipe: Recipe, codec: Codec) -> str:
-    """What decides which model is best."""
-    if recipe.run.metric_for_best_model is not None:
-        return recipe.run.metric_for_best_model
-    return "span_f1" if recipe.task == "tag" and is_bio(codec.config.labels) else recipe.metrics[0]
+    """What decides which model is best. Raises ConfigError where it has no meaning for the labels."""
+    has_spans = recipe.task == "tag" and is_bio(codec.config.labels)
+    if (metric := recipe.metric(has_spans)) == "span_f1" and not has_spans:
+        raise ConfigError("run.metric_for_best_model is 'span_f1', but labels are not BIO; use accuracy or nll")
+    return metric
 
 
 def _validate(recipe: Recipe, codec: Codec, rows: Sequence[Row], candidate: Path) -> dict[str, float]:

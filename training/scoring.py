@@ -1,7 +1,7 @@
 """Score a finished model on one split of its data, or of other data: `python -m training evaluate`."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -40,6 +40,8 @@ def evaluate_directory(
     """
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
+    if with_baseline:
+        _baseline(recipe)  # first: to find out that there is none should not take long
     directories = [directory, *others]
     members = load_members(directories)
     saved = common_reader(members)
@@ -62,8 +64,8 @@ def evaluate_directory(
     )
     scores = dict(result.scores)
     if with_baseline:
-        name, score = _baseline(recipe, rows["train"], rows[split])
-        scores[name] = score
+        name, score = _baseline(recipe)
+        scores[name] = score(rows["train"], rows[split])
     report = {
         "model": " ".join(member.name for member in directories),
         "revision": revision_of(members, average),
@@ -117,10 +119,12 @@ def _rows_to_score(directory: Path, recipe: Recipe, split: str, with_train: bool
     return rows
 
 
-def _baseline(recipe: Recipe, train_rows: Sequence[Row], rows: Sequence[Row]) -> tuple[str, float]:
-    match recipe.task, recipe.input:
-        case "classify", "text":
-            return "bag_of_words_baseline", baselines.bag_of_words(train_rows, rows)
-        case "tag", "frames":
-            return "single_frame_baseline", baselines.single_frame(train_rows, rows)
-    raise ConfigError(f"there is no baseline for task {recipe.task} on {recipe.input}; leave out --baseline")
+def _baseline(recipe: Recipe) -> tuple[str, Callable[[Sequence[Row], Sequence[Row]], float]]:
+    """Its name, and what scores it, of rows to train on and rows to score. Raises ConfigError where there is none."""
+    match recipe.task, recipe.input, recipe.problem_type:
+        case "classify", "text", "single_label_classification":
+            return "bag_of_words_baseline", baselines.bag_of_words
+        case "tag", "frames", _:
+            return "single_frame_baseline", baselines.single_frame
+    what = f"task {recipe.task}" if recipe.task != "classify" else recipe.problem_type
+    raise ConfigError(f"there is no baseline for {what} on {recipe.input}; leave out --baseline")

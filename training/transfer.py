@@ -24,7 +24,8 @@ def fields_from(saved: ModelConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in given.items() if name != "init_from"}
     architecture = given.get("architecture", saved.architecture)
     if architecture == saved.architecture:
-        return _merged(saved.model_dump(mode="json") | {"temperature": 1.0, "class_weights": {}}, given)
+        learned = {"temperature": 1.0, "class_weights": {}, "target_mean": [], "target_std": []}
+        return _merged(saved.model_dump(mode="json") | learned, given)
     if architecture == "generator":
         raise ConfigError(
             f"model.init_from holds a {saved.architecture}, which has no decoder to start a generator from; name a "

@@ -18,13 +18,16 @@ from typing import Any
 from rich.console import Console
 
 from training import checkpoint
-from training.config import LOWER_IS_BETTER, METRICS, Recipe
+from training.config import LOWER_IS_BETTER, Recipe
+from training.data.encoded import ENCODED
 from training.report import html_page, html_table
 from training.run import FINISHED
 from training.space import Space, Trial
+from training.vectors import FILE as VECTORS
 
 CSV = "trials.csv"
-LARGE = ("checkpoints", "validated", "snapshots", "tensorboard", "model.safetensors")  # removed from all but the best
+# Removed from all but the best.
+LARGE = ("checkpoints", "validated", "snapshots", "tensorboard", "model.safetensors", ENCODED, VECTORS)
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,7 @@ def validations(directory: Path) -> list[dict[str, Any]]:
 
 def score_of(recipe: Recipe, scores: Mapping[str, float]) -> tuple[str, float, float]:
     """The name and value of what decides which model is best, and a number that is the larger the better it is."""
-    default = "span_f1" if "span_f1" in scores else METRICS[recipe.task][0]
-    name = recipe.run.metric_for_best_model or default
+    name = recipe.metric(has_spans="span_f1" in scores)
     return name, scores[name], -scores[name] if name in LOWER_IS_BETTER else scores[name]
 
 
@@ -83,8 +85,7 @@ def outcome_of(trial: Trial, problem: str = "") -> Outcome:
     named = [(line["step"], *score_of(trial.recipe, line["validation"]), line["validation"]["nll"]) for line in lines]
     ended = "failed" if problem else "finished" if (trial.directory / FINISHED).is_file() else "stopped"
     if not named:
-        name = trial.recipe.run.metric_for_best_model or METRICS[trial.recipe.task][0]
-        return Outcome(trial, ended, name, (), None, None, problem)
+        return Outcome(trial, ended, trial.recipe.metric(has_spans=False), (), None, None, problem)
     _, name, best, _, nll = max(named, key=lambda line: (line[3], -line[4]))
     return Outcome(trial, ended, name, tuple((step, value) for step, _, value, _, _ in named), best, nll, problem)
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from ray import tune
 from ray.tune import Callback, RunConfig, TuneConfig, Tuner
 from ray.tune.schedulers import AsyncHyperBandScheduler
@@ -35,7 +36,7 @@ def run_trials(
     at_once: trials that run at a time, None for as many as there are cores. min_validations: none is stopped before.
     """
     needed = needs(trials[0].recipe)
-    at_once = at_once or max(1, (os.cpu_count() or 1) // int(needed["CPU"]))
+    at_once = at_once or min(len(trials), _room(needed))
     storage = directory.absolute() / ".ray"
     shutil.rmtree(storage, ignore_errors=True)  # of an interrupted search; what counts is in the trials' directories
     asha = AsyncHyperBandScheduler(
@@ -70,6 +71,14 @@ def _run(config: dict[str, Any], trials: Sequence[Trial], done: frozenset[int], 
     train_as(ALONE, trial.recipe, lambda directory: _TrialReporter(directory, trial))
 
 
+def _room(needed: Mapping[str, float]) -> int:
+    """For how many trials at a time there are cores, and GPUs where they use them, on this machine."""
+    rooms = [(os.cpu_count() or 1) // int(needed["CPU"])]
+    if needed["GPU"]:
+        rooms.append(torch.cuda.device_count() // int(needed["GPU"]))
+    return max(1, min(rooms))
+
+
 class _Teller:
     """Tells Ray Tune of each validation."""
 
@@ -102,7 +111,7 @@ class _TrialReporter(Reporter):
 
     def log(self, line: Mapping[str, Any]) -> int:
         end = super().log(line)
-        if "validation" in line:
+        if "validation" in line and "average_of" not in line:  # a mean at the end is no further validation
             self._teller.tell(line)
         return end
 

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from seqmodels.errors import ConfigError, DataError
+from seqmodels.errors import CheckpointError, ConfigError, DataError
 from seqmodels.tokenizer import Tokenizer
 from training import checkpoint
 from training.config import DataSection
@@ -62,12 +63,23 @@ def save_vectors(vectors: Mapping[str, Tensor], directory: Path) -> None:
         temporary.replace(directory / FILE)
 
 
-def begin_with_vectors(model: nn.Module, directory: Path) -> None:
-    """Put in what `save_vectors` has kept, if anything; words without vectors keep their initial ones."""
-    if (directory / FILE).is_file():
-        for name, found in load_file(directory / FILE).items():
-            weight = model.get_parameter(name).data
-            weight.copy_(torch.where(found.isnan(), weight, found))
+def begin_with_vectors(model: nn.Module, data: DataSection, directory: Path) -> None:
+    """Put in what `save_vectors` has kept, if any are named; words without vectors keep their initial ones.
+
+    Raises CheckpointError where it is gone.
+    """
+    if not (data.input_vectors or data.target_vectors):
+        return
+    try:
+        vectors = load_file(directory / FILE)
+    except (OSError, SafetensorError):
+        raise CheckpointError(
+            f"{directory / FILE} is gone or broken, so the run cannot begin with its vectors; remove the directory to "
+            "start again"
+        ) from None
+    for name, found in vectors.items():
+        weight = model.get_parameter(name).data
+        weight.copy_(torch.where(found.isnan(), weight, found))
 
 
 class _SizeError(Exception):

@@ -128,3 +128,13 @@ def test_only_taggers_are_given_words(architecture: str) -> None:
         fields = {**fields, "labels": [], "decoder": {"vocab_size": 9}}
     with pytest.raises(ConfigError, match=r"encoder\.characters"):
         ModelConfig.parse(fields)
+
+
+def test_members_that_read_spellings_otherwise_are_refused(tmp_path: Path) -> None:
+    directories = [
+        tagger_directory(tmp_path / str(length), characters={"max_length": length} if length else None)
+        for length in (10, 6, 0)
+    ]
+    for other in directories[1:]:
+        with pytest.raises(ConfigError, match="lengths of spellings differ"):
+            Pipeline.from_pretrained([directories[0], other])

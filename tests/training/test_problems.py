@@ -203,3 +203,65 @@ def test_only_what_has_labels_is_calibrated(tmp_path: Path, capsys: pytest.Captu
     directory = train(recipe_on(data, "count", tmp_path / "run", steps=2, problem_type="regression"))
     assert main(["calibrate", str(directory)]) == 2
     assert "only classifiers and taggers" in capsys.readouterr().err
+
+
+def test_large_numbers_are_learned_in_bfloat16_too(tmp_path: Path) -> None:
+    source, rows = random.Random(3), []
+    for i in range(200):
+        word = source.choice(["old", "new"])
+        rows.append({"text": f"{word} {i}", "year": 2001 if word == "old" else 2009})
+    made = recipe_on(write(tmp_path / "years.jsonl", rows), "year", tmp_path / "run", problem_type="regression")
+    made = made.model_copy(update={"run": made.run.model_copy(update={"bf16": True})})
+    scores = json.loads((train(made) / "finished.json").read_text())["validation"]
+    assert scores["mse"] < 0.5, "bfloat16 itself has no number between 2,000 and 2,008"
+
+
+def test_as_many_numbers_as_the_model_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = colours(tmp_path / "colours.jsonl")
+    directory = train(recipe_on(data, ["count", "price"], tmp_path / "run", steps=2, problem_type="regression"))
+    capsys.readouterr()
+    other = [
+        "data.columns.target=count",
+        f"data.path={colours(tmp_path / 'other.jsonl')}",
+        "data.splits.validation=train",
+    ]
+    assert main(["evaluate", str(directory), "--split", "validation", *other]) == 2
+    assert "names 1 columns, but the model gives 2 numbers (count, price)" in capsys.readouterr().err
+    assert main(["evaluate", str(directory), "--split", "validation", "--baseline"]) == 2
+    assert "no baseline for regression" in capsys.readouterr().err
+
+
+def test_a_classifier_starts_from_a_regression_without_its_scales(tmp_path: Path) -> None:
+    data = colours(tmp_path / "colours.jsonl")
+    directory = train(recipe_on(data, "price", tmp_path / "run", steps=2, problem_type="regression"))
+    given = {"path": str(data), "columns": {"input": "text", "target": "count"}, "cut": {"validation": 0.15}}
+    model = {"init_from": str(directory), "problem_type": "single_label_classification"}
+    assert load_pretrained(train(recipe(directory=tmp_path / "next", data=given, model=model))).config.target_mean == ()
+
+
+def test_a_constant_is_refused_though_its_deviation_is_not_quite_zero(tmp_path: Path) -> None:
+    data = write(tmp_path / "same.jsonl", [{"text": f"word{i}", "y": 0.1} for i in range(20)])
+    with pytest.raises(DataError, match="y is the same number"):
+        train(recipe_on(data, "y", tmp_path / "run", problem_type="regression"))
+
+
+def test_nothing_is_calibrated_on_labels_that_the_model_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = train(recipe(directory=tmp_path / "run"))
+    before = (directory / "config.json").read_bytes()
+    other = write(tmp_path / "other.jsonl", [{"text": f"a fine film {i}", "verdict": "superb"} for i in range(9)])
+    given = ["data.generated=null", f"data.path={other}", "data.columns={input: text, target: verdict}"]
+    assert main(["calibrate", str(directory), *given, "data.splits.validation=train"]) == 2
+    assert "has a label that the model knows (negative, positive)" in capsys.readouterr().err
+    assert (directory / "config.json").read_bytes() == before
+
+
+def test_span_f1_needs_spans(tmp_path: Path) -> None:
+    rows = [{"text": ["a", str(i)], "tags": ["X", "Y"]} for i in range(18)]
+    columns = {"input": "text", "target": "tags"}
+    data = {"path": str(write(tmp_path / "tags.jsonl", rows)), "columns": columns, "cut": {"validation": 3}}
+    run = {"metric_for_best_model": "span_f1"}
+    made = recipe("tag", tmp_path / "run", data=data, model={**CLASSIFIER, "architecture": "tagger"}, run=run)
+    with pytest.raises(ConfigError, match="labels are not BIO"):
+        train(made)

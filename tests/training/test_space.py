@@ -8,9 +8,11 @@ import pytest
 import yaml
 
 from seqmodels.errors import CheckpointError, ConfigError
-from tests.training.recipes import fields
+from tests.training.recipes import CLASSIFIER, fields
+from training.config import parse_recipe
 from training.search import search
 from training.space import Distribution, draw_trials, load_space
+from training.trials import score_of
 
 RATES = "optim.learning_rate: {log_uniform: [1e-4, 1e-2]}"
 
@@ -111,3 +113,17 @@ def test_a_search_refuses_what_it_cannot_do(recipe: Path, tmp_path: Path) -> Non
     (tmp_path / "search" / "run.json").touch()
     with pytest.raises(ConfigError, match="holds a run or a model"):
         search(recipe, space)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scores", "expected"),
+    [
+        ("multi_label_classification", {"micro_f1": 0.5, "macro_f1": 0.1, "nll": 1.0}, ("micro_f1", 0.5, 0.5)),
+        ("regression", {"mse": 4.0, "mae": 1.0, "nll": 1.0}, ("mse", 4.0, -4.0)),
+    ],
+)
+def test_a_score_is_that_of_the_problem(
+    kind: str, scores: dict[str, float], expected: tuple[str, float, float]
+) -> None:
+    made = parse_recipe(fields(model={**CLASSIFIER, "problem_type": kind}))
+    assert score_of(made, scores) == expected

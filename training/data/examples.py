@@ -22,6 +22,8 @@ from training.config import DataSection, Facts, Recipe, some
 from training.data.pictures import decode, preprocessor_for
 from training.data.rows import Row
 
+SMALLEST_DEVIATION = 1e-6  # of a regression's targets, as a share of the largest: float32 tells no less apart
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -142,6 +144,11 @@ class Codec:
     def _classified(self, row: Row) -> int | list[int] | list[float]:
         match self.config.problem_type:
             case "regression":
+                if len(row.references) != len(self.config.labels):
+                    raise DataError(
+                        f"data.columns.target names {len(row.references)} columns, but the model gives "
+                        f"{len(self.config.labels)} numbers ({some(self.config.labels)}); name as many"
+                    )
                 return [float(number) for number in row.references]
             case "multi_label_classification":
                 return [int(label in row.references) for label in self.config.labels]
@@ -190,8 +197,8 @@ def _facts(recipe: Recipe, rows: Sequence[Row]) -> Facts:
     names = recipe.data.columns.targets if recipe.data.columns else ("value",)
     numbers = np.array([[float(number) for number in row.references] for row in rows])
     deviations = numbers.std(axis=0)
-    for name, deviation in zip(names, deviations, strict=True):
-        if not deviation > 0:
+    for name, deviation, largest in zip(names, deviations, np.abs(numbers).max(axis=0), strict=True):
+        if deviation <= SMALLEST_DEVIATION * largest:
             raise DataError(f"{name} is the same number in every row of the training split; there is nothing to learn")
     return Facts(0, 0, names, size, tuple(numbers.mean(axis=0).tolist()), tuple(deviations.tolist()))
 
