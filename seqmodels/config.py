@@ -201,6 +201,7 @@ class ModelConfig(Strict):
     decoder: DecoderConfig | None = None
     labels: tuple[str, ...] = ()
     pooling: Pooling = "last"  # classifier only
+    crf: bool = False  # tagger only: a label is chosen by what its neighbours are likely to be (Lample et al. 2016)
     problem_type: ProblemType = "single_label_classification"  # classifier only; of a regression, labels name numbers
     class_weights: dict[str, PositiveFloat] = Field(default_factory=dict)  # in `loss`, by label; 1 where left out
     temperature: PositiveFloat = 1.0  # what a classifier's or tagger's logits are divided by, see `training calibrate`
@@ -221,8 +222,8 @@ class ModelConfig(Strict):
     def _check_generator(self) -> None:
         if self.decoder is None:
             raise ValueError("architecture is 'generator', which needs a `decoder` section")
-        if self.labels:
-            raise ValueError("architecture is 'generator', which has no `labels`")
+        if self.labels or self.crf:
+            raise ValueError(f"architecture is 'generator', which has no `{'labels' if self.labels else 'crf'}`")
         if self.class_weights or self.temperature != 1.0 or self.problem_type != "single_label_classification":
             raise ValueError("class_weights, temperature and problem_type are for classifiers and taggers; remove them")
         if self.characters:
@@ -246,8 +247,11 @@ class ModelConfig(Strict):
         self._check_problem()
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels holds a name twice")
-        if self.architecture != "tagger" and self.characters:
-            raise ValueError("encoder.characters is for taggers, which are given words; remove it")
+        if self.architecture != "tagger" and (self.characters or self.crf):
+            name = "crf" if self.crf else "encoder.characters"
+            raise ValueError(f"{name} is for taggers, which give a label to each word or step; remove it")
+        if self.crf and (self.class_weights or self.label_smoothing):
+            raise ValueError("crf is true, which has no class_weights or label_smoothing; remove them")
         if self.architecture == "tagger" and self.encoder.input == "image":
             raise ValueError("architecture is 'tagger', but an image has no steps to label; use 'classifier'")
 

@@ -19,12 +19,13 @@ from seqmodels.decoding.request import Event, Failed, Finished
 from seqmodels.ensemble import Mean, mean_of
 from seqmodels.errors import DeadlineError
 from seqmodels.kernels import packed
-from seqmodels.models import Labeller, Model, SequenceClassifier, SequenceGenerator, chosen
+from seqmodels.models import Model, SequenceClassifier, SequenceGenerator, SequenceTagger, chosen
 
 
 @dataclass(frozen=True, eq=False)
 class ForwardRequest:
-    """inputs: as in `engine.Request`. labels: BOS ... EOS of the text to score, for generators only.
+    """inputs: as in `engine.Request`. labels: BOS ... EOS of the text to score, for generators only. positions: at
+    which steps a tagger's labels are asked for; at all of them where left out.
 
     Its result is a tensor: probabilities (C,) of a classifier, (C, 2) where several labels may be right, (S, C) of a
     tagger; the numbers (K,) of a regression; log-probabilities (T,) of labels.
@@ -34,6 +35,7 @@ class ForwardRequest:
     inputs: Tensor | None
     labels: tuple[int, ...] = ()
     deadline: float | None = None
+    positions: tuple[int, ...] | None = None
 
 
 class Forward:
@@ -101,7 +103,7 @@ class Forward:
             logprobs = chosen(self._scores(labels, inputs, lengths), labels, label_lengths).cpu()
             return [logprobs[row, : len(request.labels) - 1] for row, request in enumerate(group)]
         assert inputs is not None
-        answers = self._predictions(inputs, lengths).cpu()
+        answers = self._predictions(inputs, lengths, _labelled(padded, inputs)).cpu()
         if isinstance(self._models[0], SequenceClassifier):
             return list(answers[: len(group)])
         return [answers[row, : _length(request)] for row, request in enumerate(group)]
@@ -114,9 +116,9 @@ class Forward:
             mean.add(model.predict(labels, inputs, lengths))
         return mean.logprobs
 
-    def _predictions(self, inputs: Tensor, lengths: Tensor | None) -> Tensor:
+    def _predictions(self, inputs: Tensor, lengths: Tensor | None, labelled: Tensor | None) -> Tensor:
         """Probabilities of labels, (B, C) or (B, C, 2) of classifiers, (B, S, C) of taggers; a regression's numbers."""
-        logits = [_labeller(model).predict(inputs, lengths)[0].float() for model in self._models]
+        logits = [_logits(model, inputs, lengths, labelled) for model in self._models]
         if self._models[0].config.problem_type == "regression":
             return mean_of(logits)
         if len(logits) == 1:
@@ -127,9 +129,21 @@ class Forward:
         return mean.logprobs.exp()
 
 
-def _labeller(model: Model) -> Labeller:
-    assert isinstance(model, Labeller)
-    return model
+def _logits(model: Model, inputs: Tensor, lengths: Tensor | None, labelled: Tensor | None) -> Tensor:
+    if isinstance(model, SequenceTagger):
+        return model.predict(inputs, lengths, labelled=labelled)[0].float()
+    assert isinstance(model, SequenceClassifier)
+    return model.predict(inputs, lengths)[0].float()
+
+
+def _labelled(requests: Sequence[ForwardRequest], inputs: Tensor) -> Tensor | None:
+    """At which positions labels are asked for (B, S); None where that is all of each row."""
+    if requests[0].positions is None:
+        return None
+    labelled = torch.zeros(inputs.shape[:2], dtype=torch.bool)
+    for row, request in zip(labelled, requests, strict=True):
+        row[list(request.positions or ())] = True
+    return labelled.to(inputs.device)
 
 
 def _length(request: ForwardRequest) -> int:

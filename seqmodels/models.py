@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqmodels.config import ModelConfig
+from seqmodels.crf import LinearChain
 from seqmodels.decoder import Decoder
 from seqmodels.encoders import build_encoder
-from seqmodels.losses import Output, labelled, measured
+from seqmodels.losses import IGNORE, Output, labelled, measured
 from seqmodels.state import Memory, State
 
 # Logits (..., C), what each should have been (...), and the State after the batch of those that carry one.
@@ -52,15 +53,49 @@ class Labeller(nn.Module):
     ) -> tuple[Tensor, State | None]:
         """What `Output.logits` says, divided by the temperature, and the State after the inputs if one was given."""
         memory, state = self.encoder(inputs, lengths, state)
+        return self._logits(memory) / self.config.temperature, state
+
+    def _logits(self, memory: Memory) -> Tensor:
         logits: Tensor = self.head(F.dropout(self.features(memory), self.config.dropout, self.training))
-        return logits / self.config.temperature, state
+        return logits
 
     def features(self, memory: Memory) -> Tensor:
         raise NotImplementedError
 
 
 class SequenceTagger(Labeller):
-    """Encoder + linear per step: one label per position."""
+    """Encoder + linear per step: one label per position, each on its own or, with `crf`, by its neighbours too."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.crf = LinearChain(len(config.labels)) if config.crf else None
+
+    def forward(self, inputs: Tensor, labels: Tensor, lengths: Tensor | None = None) -> Output:
+        """As of every Labeller. With a CRF, loss and nll are of each row's labels as one sequence."""
+        if self.crf is None:
+            return super().forward(inputs, labels, lengths)
+        memory, _ = self.encoder(inputs, lengths, None)
+        logits, labelled = self._logits(memory).float(), labels != IGNORE
+        num_targets = labelled.sum()
+        loss = self.crf.costs(logits, labels, labelled).sum() / num_targets.clamp(min=1)
+        return Output(loss, loss.detach(), num_targets, logits)
+
+    def target_logits(self, inputs: Tensor, labels: Tensor, lengths: Tensor | None = None) -> Targeted:
+        return self.predict(inputs, lengths, labelled=labels != IGNORE)[0], labels, None
+
+    def predict(
+        self,
+        inputs: Tensor,
+        lengths: Tensor | None = None,
+        state: State | None = None,
+        labelled: Tensor | None = None,
+    ) -> tuple[Tensor, State | None]:
+        """labelled (B, S): at which positions labels are asked for, which a CRF has to know; all where left out."""
+        if self.crf is None:
+            return super().predict(inputs, lengths, state)
+        memory, state = self.encoder(inputs, lengths, state)
+        logprobs = self.crf.logprobs(self._logits(memory).float(), memory.mask if labelled is None else labelled)
+        return logprobs / self.config.temperature, state
 
     def features(self, memory: Memory) -> Tensor:
         return memory.values

@@ -169,7 +169,8 @@ class Pipeline:
             if name := next((name for name, value in options.items() if value is not None), None):
                 raise InputError(f"{name} is an option of generators, and this model answers with labels", param=name)
             reading = self._reader.read(item, field, truncate)
-            return Job(ForwardRequest(_new_id(), reading.inputs, (), deadline), reading)
+            positions = reading.positions if self.config.architecture == "tagger" else None
+            return Job(ForwardRequest(_new_id(), reading.inputs, (), deadline, positions), reading)
         search = self._search_params(params or {})
         saved = None if state is None else self._saved(state)
         reading = self._reader.read(item, field, truncate, inside=bool(saved and saved.tokens))

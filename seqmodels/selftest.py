@@ -113,7 +113,17 @@ def _detailed(search: SearchParams, attends: bool) -> SearchParams:
 
 def _sample_forward(config: ModelConfig) -> list[ForwardRequest]:
     labels = (2, 3, 2, 3) if config.decoder else ()
-    return [ForwardRequest(str(i), inputs, labels[: 2 + i % 3]) for i, inputs in enumerate(_sample_inputs(config))]
+    return [
+        ForwardRequest(str(i), inputs, labels[: 2 + i % 3], positions=_sample_positions(config, inputs))
+        for i, inputs in enumerate(_sample_inputs(config))
+    ]
+
+
+def _sample_positions(config: ModelConfig, inputs: Tensor | None) -> tuple[int, ...] | None:
+    """Of a tagger that reads text, every other step, as where words are of two pieces."""
+    if config.architecture != "tagger" or inputs is None:
+        return None
+    return tuple(range(len(inputs)))[:: 2 if config.input == "text" else 1]
 
 
 def _sample_inputs(config: ModelConfig) -> list[Tensor | None]:

@@ -417,7 +417,7 @@ def new_model(recipe: Recipe, codec: Codec) -> Model:
         saved = load_pretrained(recipe.init_from)
         weights = weights_from(saved.config, saved.model.state_dict(), model.state_dict())
         if saved.config.labels != codec.config.labels:
-            weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
+            weights = {name: tensor for name, tensor in weights.items() if not name.startswith(("head.", "crf."))}
         model.load_state_dict(weights, strict=False)
     return model
 

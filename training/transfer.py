@@ -13,7 +13,7 @@ from seqmodels.errors import ConfigError
 if TYPE_CHECKING:  # a recipe is checked before torch, which takes seconds, is imported
     from torch import Tensor
 
-OWN = ("head.", "pool.")  # what a classifier or tagger learns anew
+OWN = ("head.", "pool.", "crf.")  # what a classifier or tagger learns anew
 
 
 def fields_from(saved: ModelConfig, given: Mapping[str, Any]) -> dict[str, Any]:

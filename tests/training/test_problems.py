@@ -94,6 +94,36 @@ def test_a_regression_goes_on_with_the_scales_that_it_began_with(
     assert json.loads((tmp_path / "run" / "run.json").read_text())["target_std"] == list(config.target_std)
 
 
+def test_labels_as_one_sequence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tagger with a CRF from table to tags: trained, calibrated, averaged with itself, gone on with."""
+    source = random.Random(1)
+    rows = []
+    for _ in range(300):
+        words = [source.choice(["buy", "red", "cars", "now"]) for _ in range(source.randint(2, 8))]
+        inside = [i > 0 and words[i - 1] == "red" for i in range(len(words))]
+        tags = [
+            "I-THING" if after else "B-THING" if word == "red" else "O"
+            for word, after in zip(words, inside, strict=True)
+        ]
+        rows.append({"words": words, "tags": tags})
+    data = {"path": str(write(tmp_path / "tags.jsonl", rows)), "columns": {"input": "words", "target": "tags"}}
+    data |= {"cut": {"validation": 0.2}, "tokenizer": {"kind": "bpe", "vocab_size": 260}}  # words of several pieces
+    run = {"max_steps": 80, "rows_per_batch": 32}
+    model = {"architecture": "tagger", "encoder": CLASSIFIER["encoder"], "crf": True}
+    made = recipe("tag", tmp_path / "run", data=data, model=model, optim={"learning_rate": 2e-2}, run=run)
+    directory = train(made)
+    scores = json.loads((directory / "finished.json").read_text())["validation"]
+    assert scores["span_f1"] > 0.98
+    assert main(["calibrate", str(directory)]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(directory), str(directory), "--split", "validation"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["scores"]["span_f1"] == pytest.approx(scores["span_f1"])
+    assert "crf.transitions" in load_pretrained(directory).model.state_dict()
+    model = {"init_from": str(directory)}
+    further = recipe("tag", tmp_path / "further", data={**data, "tokenizer": {}}, model=model)
+    assert load_pretrained(train(further)).config.crf
+
+
 @pytest.mark.parametrize(
     ("row", "target", "kind", "named"),
     [
