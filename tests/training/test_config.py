@@ -14,7 +14,7 @@ ALL_RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 DEMO = ROOT / "recipes" / "demo" / "sentiment.yaml"
 NAMED = {"sst2", "imdb", "multi30k-en-de", "multi30k-en-fr", "tatoeba-de-en", "ptb", "tinyshakespeare"}
 NAMED |= {"ud-english-ewt", "conll2000", "flickr8k", "sentiment", "numbers-en-fr", "captions", "number-tags"}
-NAMED |= {"frames", "series", "language-model", "adding", "copy"}
+NAMED |= {"frames", "series", "language-model", "adding", "copy", "digits"}
 
 
 def test_all_recipes_are_there() -> None:
