@@ -4,8 +4,8 @@
 
 The shapes are those of Multi30k at 80 sentences a batch: a one-layer bidirectional LSTM 2 x 256, an LSTM decoder 512
 with attention, 7,700 target tokens. The bare loop has no data loading, no logging and no checks. All train on the same
-random batches with Adam and clipping, one step each in turn, so that a noisy machine slows all; ours in bfloat16 as
-well. Prints one JSON line; the first two steps are not counted.
+random batches with Adam and clipping, one step each in turn, so that a noisy machine slows all; ours and the bare loop
+in bfloat16 as well. Prints one JSON line; the first two steps are not counted.
 
 --peers: where `benchmarks.peers.install` put OpenNMT-py and JoeyNMT. Each takes its steps in its own environment and
 process, starting from our weights, and must have our loss on the first batch.
@@ -85,12 +85,13 @@ def ours(model: SequenceGenerator, precision: Precision = FULL) -> Step:
     return step
 
 
-def bare(model: Bare) -> Step:
+def bare(model: Bare, bf16: bool = False) -> Step:
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
 
     def step(batch: Batch) -> float:
         optimizer.zero_grad()
-        loss = model(batch["inputs"], batch["lengths"], batch["labels"])
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(batch["inputs"], batch["lengths"], batch["labels"])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
@@ -131,15 +132,21 @@ def main(arguments: list[str] | None = None) -> None:
             for peer in TOOLKITS:
                 running = peer_step(options.peers.resolve(), peer, exported, options.threads)
                 systems[peer] = stack.enter_context(running)
-        steps = {"ours": ours(model), "ours_bf16": ours(make_model(), Precision(torch.bfloat16)), "bare": bare(Bare())}
+        steps = {
+            "ours": ours(model),
+            "bare": bare(Bare()),
+            "ours_bf16": ours(make_model(), Precision(torch.bfloat16)),
+            "bare_bf16": bare(Bare(), bf16=True),
+        }
         systems |= {name: partial(timed, step, batches) for name, step in steps.items()}
         seconds = take_turns(systems, count)
     tokens = sum(int(batch["label_lengths"].sum()) - ROWS for batch in batches[WARM_UP:])
     result: dict[str, object] = {"benchmark": "train_step", "threads": options.threads}
     for name, taken in seconds.items():
         result[f"{name}_target_tokens_per_second"] = round(tokens / sum(taken[WARM_UP:]))
-    for mine in ("ours", "ours_bf16"):
-        for other in sorted(seconds.keys() - {"ours", "ours_bf16"}):
+    others = sorted(seconds.keys() - {"ours", "ours_bf16", "bare_bf16"})
+    for mine, beside in (("ours", others), ("ours_bf16", [*others, "bare_bf16"])):
+        for other in beside:
             ratios = [theirs / own for own, theirs in zip(seconds[mine], seconds[other], strict=True)]
             result[f"{mine}_median_ratio_to_{other}"] = round(statistics.median(ratios[WARM_UP:]), 3)
     print(json.dumps(result))

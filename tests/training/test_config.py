@@ -7,7 +7,7 @@ import pytest
 
 from seqmodels.errors import ConfigError
 from tests.training.recipes import DECODER, LANGUAGE_MODEL, fields
-from training.config import load_recipe, parse_recipe
+from training.config import Facts, load_recipe, parse_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 ALL_RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -15,6 +15,9 @@ DEMO = ROOT / "recipes" / "demo" / "sentiment.yaml"
 NAMED = {"sst2", "imdb", "multi30k-en-de", "multi30k-en-fr", "tatoeba-de-en", "ptb", "tinyshakespeare"}
 NAMED |= {"ud-english-ewt", "conll2000", "flickr8k", "sentiment", "numbers-en-fr", "captions", "number-tags"}
 NAMED |= {"frames", "series", "language-model", "adding", "copy", "digits"}
+NAMED |= {"imdb-lm", "imdb-from-lm", "multi30k-en-de-student", "multi30k-en-de-self-critical"}
+# What a recipe starts from, and the recipe that makes it.
+BEGUN_BY = {"imdb-from-lm": "imdb-lm", "multi30k-en-de-self-critical": "multi30k-en-de"}
 
 
 def test_all_recipes_are_there() -> None:
@@ -22,8 +25,15 @@ def test_all_recipes_are_there() -> None:
 
 
 @pytest.mark.parametrize("path", ALL_RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_parses(path: Path) -> None:
+def test_every_recipe_parses(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if first := BEGUN_BY.get(path.stem):
+        made = load_recipe(path.with_name(f"{first}.yaml"))
+        directory = tmp_path / made.run.output_dir if made.run.output_dir else tmp_path
+        directory.mkdir(parents=True)
+        made.model_config_with(Facts.unknown()).save(directory / "config.json")
+        monkeypatch.chdir(tmp_path)
     recipe = load_recipe(path)
+    assert (recipe.init_from is not None) == bool(first)
     assert recipe.run.output_dir == f"models/{path.stem}"
 
 
