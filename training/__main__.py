@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from seqmodels.config import Average, Weights, explain
 from seqmodels.errors import ConfigError, SeqModelsError
-from training.config import Recipe, differences, load_recipe
+from training.config import Recipe
+from training.parsing import differences, load_recipe
 
 if TYPE_CHECKING:
     from training.adaptive import Adaptation

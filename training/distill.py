@@ -30,9 +30,10 @@ from seqmodels.ensemble import load_members
 from seqmodels.errors import CheckpointError, ConfigError, DataError, InputError
 from seqmodels.pipeline import Pipeline
 from training.checkpoint import write_whole
-from training.config import ColumnsSection, DataSection, Recipe, differences
+from training.config import ColumnsSection, DataSection, Recipe
 from training.data.rows import Row, fingerprint
 from training.data.sources import Splits
+from training.parsing import differences
 from training.reporter import SECONDS_BETWEEN_LINES
 
 BEGUN, TRAIN, WRITING = ".distill.json", "train.jsonl", ".train.jsonl.writing"

@@ -32,7 +32,7 @@ from seqmodels.rendering import is_bio
 from seqmodels.tokenizer import Tokenizer
 from training import checkpoint
 from training.card import model_card
-from training.config import DataSection, Facts, Recipe, RunSection, differences, parse_recipe, some
+from training.config import DataSection, Facts, Recipe, RunSection, some
 from training.data.batches import Batches, Buckets
 from training.data.encoded import ENCODED, Encoded, is_encodable
 from training.data.examples import Codec, Example
@@ -41,6 +41,7 @@ from training.data.sources import load_rows
 from training.data.streams import Streams
 from training.evaluate import evaluate
 from training.loop import Trainer, check_memory
+from training.parsing import differences, parse_recipe
 from training.report import write_report
 from training.reporter import Reporter, Silence
 from training.vectors import read_vectors, save_vectors

@@ -13,11 +13,12 @@ from seqmodels.ensemble import common_reader, load_members, revision_of
 from seqmodels.errors import ConfigError, DataError
 from training import baselines, checkpoint
 from training.adaptive import Adaptation
-from training.config import Recipe, parse_recipe
+from training.config import Recipe
 from training.data.examples import Codec
 from training.data.rows import Row, fingerprint
 from training.data.sources import Splits
 from training.evaluate import NONE, applicable, evaluate
+from training.parsing import parse_recipe
 from training.run import RUN, data_name, read_run
 
 

@@ -18,7 +18,8 @@ from typing import Any
 
 from seqmodels.config import suggestion
 from seqmodels.errors import ConfigError
-from training.config import Recipe, load_recipe, read_yaml
+from training.config import Recipe
+from training.parsing import load_recipe, read_yaml
 
 KINDS = ("uniform", "log_uniform", "integers", "choice")
 # What must be alike for trials to be compared, and what the search itself decides.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.training.kill_storm import recipe_fields
 from training import checkpoint
-from training.config import parse_recipe
+from training.parsing import parse_recipe
 from training.run import train
 
 FILES = (checkpoint.TENSORS, checkpoint.PROGRESS, checkpoint.SUMS)

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training.config import Recipe, parse_recipe
+from training.config import Recipe
 from training.data.rows import Row
+from training.parsing import parse_recipe
 
 TEXT_ENCODER = {"input": "text", "embedding_size": 16, "recurrent": {"cell": "gru", "hidden_size": 16}}
 CLASSIFIER = {"architecture": "classifier", "encoder": TEXT_ENCODER}

@@ -18,8 +18,9 @@ from tests.training.corruption import corrupt
 from tests.training.kill_storm import PHASES, outcome, recipe_fields
 from training import checkpoint
 from training.checkpoint import Progress
-from training.config import OptimSection, parse_recipe
+from training.config import OptimSection
 from training.optim import build_optimizer
+from training.parsing import parse_recipe
 from training.run import train
 
 ROOT = Path(__file__).parent.parent.parent

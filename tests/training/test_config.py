@@ -7,7 +7,8 @@ import pytest
 
 from seqmodels.errors import ConfigError
 from tests.training.recipes import DECODER, LANGUAGE_MODEL, fields
-from training.config import Facts, load_recipe, parse_recipe
+from training.config import Facts
+from training.parsing import load_recipe, parse_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 ALL_RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from training.config import load_recipe
+from training.parsing import load_recipe
 from training.run import train
 
 DEMO = sorted((Path(__file__).parent.parent.parent / "recipes" / "demo").glob("*.yaml"))

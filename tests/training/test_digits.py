@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from recipes.digits import ORDERS, main, write
-from training.config import load_recipe
+from training.parsing import load_recipe
 from training.run import train
 
 RECIPE = Path(__file__).parent.parent.parent / "recipes" / "digits.yaml"

@@ -17,9 +17,9 @@ from tests.training import together
 from tests.training.kill_storm import outcome
 from tests.training.recipes import LANGUAGE_MODEL, WORDS, fields, recipe, write_rows
 from training.checkpoint import saved_checkpoints
-from training.config import parse_recipe
 from training.data.generated import generate
 from training.distributed import WorkersLostError, _fit, _NoSecondTry
+from training.parsing import parse_recipe
 from training.run import train
 
 LOSSY = {**LANGUAGE_MODEL["decoder"], "dropout": 0.2, "embedding_dropout": 0.1}

@@ -8,10 +8,11 @@ import torch
 
 from seqmodels.errors import DataError
 from seqmodels.models import build_model
-from training.config import Recipe, load_recipe
+from training.config import Recipe
 from training.data.examples import Codec
 from training.data.rows import Row
 from training.data.sources import load_rows
+from training.parsing import load_recipe
 from training.run import _batches
 
 pytestmark = pytest.mark.data

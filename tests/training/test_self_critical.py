@@ -17,9 +17,9 @@ from seqmodels.pretrained import load_pretrained
 from seqmodels.tokenizer import BOS, EOS, PAD, Tokenizer
 from tests.seqmodels.builders import make_translator
 from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TRANSLATOR, WORDS, fields, recipe
-from training.config import parse_recipe
 from training.data import generated
 from training.loop import Trainer
+from training.parsing import parse_recipe
 from training.run import train
 from training.self_critical import REWARDS, Reward, SelfCritical
 

@@ -9,7 +9,7 @@ import yaml
 
 from seqmodels.errors import CheckpointError, ConfigError
 from tests.training.recipes import CLASSIFIER, fields
-from training.config import parse_recipe
+from training.parsing import parse_recipe
 from training.search import search
 from training.space import Distribution, draw_trials, load_space
 from training.trials import score_of

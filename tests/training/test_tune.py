@@ -13,9 +13,9 @@ import yaml
 from seqmodels.pretrained import load_pretrained
 from tests.training.recipes import WORDS, fields, write_rows
 from training.__main__ import main
-from training.config import load_recipe
 from training.data.generated import generate
 from training.loop import Trainer
+from training.parsing import load_recipe
 from training.run import train
 from training.space import draw_trials, load_space
 

@@ -11,8 +11,8 @@ from seqmodels.pretrained import load_pretrained
 from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TEXT_ENCODER, TRANSLATOR, WORDS, fields, recipe
 from training import vectors
 from training.__main__ import main
-from training.config import parse_recipe
 from training.loop import Trainer
+from training.parsing import parse_recipe
 from training.run import train
 
 SIZE = 16  # of the embeddings in tests.training.recipes

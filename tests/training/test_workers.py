@@ -18,8 +18,8 @@ from tests.training.kill_storm import outcome
 from tests.training.recipes import DECODER, LANGUAGE_MODEL, TRANSLATOR, WORDS, fields, write_rows
 from training import run
 from training.checkpoint import saved_checkpoints
-from training.config import parse_recipe
 from training.data.generated import generate
+from training.parsing import parse_recipe
 from training.workers import ALONE, Workers
 
 ROOT = Path(__file__).parent.parent.parent

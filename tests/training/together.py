@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import distributed
 
-from training.config import parse_recipe
 from training.loop import Trainer
+from training.parsing import parse_recipe
 from training.run import train_as
 from training.workers import Workers
 

@@ -1,0 +1,162 @@
+"""From a YAML file and `key=value` overrides to a Recipe, and the words for what is wrong in them.
+
+Knows files, and that a recipe's `model` section has to be a ModelConfig's; knows no data and no tensor.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from seqmodels import config as model_fields
+from seqmodels.config import ModelConfig, Strict, explain, suggestion
+from seqmodels.errors import ConfigError
+from training.config import Facts, Recipe
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply `key=value` overrides, check everything. Raises ConfigError."""
+    fields = read_yaml(path, "recipe")
+    if not isinstance(fields, dict):
+        raise ConfigError(f"recipe {path} must hold keys such as `task` and `data`")
+    for override in overrides:
+        _apply(fields, override)
+    fields.setdefault("run", {})
+    if isinstance(fields["run"], dict) and fields["run"].get("output_dir") is None:
+        fields["run"]["output_dir"] = f"models/{path.stem}"
+    return parse_recipe(fields)
+
+
+def read_yaml(path: Path, kind: str) -> Any:
+    """What a file holds. kind: what it is called in the ConfigError that is raised where it cannot be read."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ConfigError(f"{kind} {path}: {error.strerror}; give the path of a YAML file") from None
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ConfigError(f"{kind} {path} is not UTF-8 (byte {byte:#04x} at {error.start}); convert it first") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date of month 13, or very deep nesting
+        raise ConfigError(f"{kind} {path} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def differences(was: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, was, now) wherever two recipes, as plain data, are not alike."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for name in sorted(was.keys() | now.keys()):
+            yield from differences(was.get(name), now.get(name), f"{key}.{name}" if key else name)
+    elif was != now:
+        yield key, was, now
+
+
+def parse_recipe(fields: Mapping[str, Any]) -> Recipe:
+    """Build from plain data. Raises ConfigError that names key, value and what is allowed."""
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(fields))
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+    except (TypeError, ValueError, RecursionError) as error:  # of json: a date, an anchor that holds itself
+        raise ConfigError(f"recipe holds a value that is no plain data: {error}") from None
+    _check_model(recipe)
+    return recipe
+
+
+def _check_model(recipe: Recipe) -> None:
+    for part, name in (("encoder", "vocab_size"), ("encoder", "feature_size"), ("decoder", "vocab_size")):
+        section = recipe.model.get(part)
+        if isinstance(section, dict) and name in section:
+            raise ConfigError(f"model.{part}.{name} is decided by the data; remove it")
+    for name in ("labels", "max_source_length"):
+        if name in recipe.model:
+            fix = "name them in data.label_names" if name == "labels" else "use data.max_input_length"
+            raise ConfigError(f"model.{name} is decided by the data; {fix}")
+    for name, by in (("target_mean", "the data"), ("target_std", "the data"), ("temperature", "training calibrate")):
+        if name in recipe.model:
+            raise ConfigError(f"model.{name} is decided by {by}; remove it")
+    try:
+        config = recipe.model_config_with(Facts.unknown())
+    except ConfigError as error:
+        raise ConfigError(_with_neighbour(f"model.{error}", _model_field_names())) from None
+    _check_vectors(recipe, config)
+    task = config.task
+    if recipe.data.chunk_length == 1 and config.decoder and config.decoder.temporal_activation_penalty:
+        raise ConfigError(
+            "model.decoder.temporal_activation_penalty does nothing where data.chunk_length is 1: a single step has no "
+            "change; raise it"
+        )
+    if recipe.run.workers > 1 and config.input in ("image", "frames"):
+        raise ConfigError(
+            f"run.workers is {recipe.run.workers}, but model.encoder.backbone normalises by the statistics of a whole "
+            "batch, of which each worker would see its own rows alone; set run.workers=1 and raise run.threads"
+        )
+    if task != recipe.task:
+        raise ConfigError(f"task is {recipe.task!r}, but the `model` section describes a model for {task!r}")
+
+
+def _check_vectors(recipe: Recipe, config: ModelConfig) -> None:
+    data, there = recipe.data, {"input_vectors": config.input == "text", "target_vectors": recipe.makes_text}
+    for name, has_words in there.items():
+        if getattr(data, name) is None:
+            continue
+        field = f"data.{name} is {getattr(data, name)!r}"
+        if not has_words:
+            what = "reads" if name == "input_vectors" else "writes"
+            raise ConfigError(f"{field}, but the model {what} no text; remove it")
+        if recipe.init_from is not None:
+            raise ConfigError(f"{field}, but model.init_from brings the saved model's embeddings; remove one of them")
+        if data.tokenizer.kind != "word":
+            raise ConfigError(
+                f"{field}, a file of words, but data.tokenizer.kind is {data.tokenizer.kind!r}; set it to word"
+            )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 1e-3 as a number, as everybody who writes it expects."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _apply(fields: dict[str, Any], override: str) -> None:
+    """Set one dotted key, in place."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r} is no override; write key=value, such as run.seed=2")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise ConfigError(f"override {key}: {text!r} is not YAML; quote it") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = fields.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {key}: {parent} is {inner!r}, which has no keys")
+        fields = inner
+    fields[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    fault = error.errors(include_url=False)[0]
+    if fault["type"] == "value_error":  # our own words, which name the whole key
+        return str(fault["msg"]).removeprefix("Value error, ")
+    return explain(error, Recipe)
+
+
+def _with_neighbour(message: str, names: Iterable[str]) -> str:
+    unknown = re.search(r"([\w.]+): Extra inputs are not permitted", message)
+    if unknown is None:
+        return message
+    key = unknown.group(1)
+    return f"{key} is no setting{suggestion(key.rsplit('.', 1)[-1], names)}"
+
+
+def _model_field_names() -> set[str]:
+    """Every field name of ModelConfig and its parts."""
+    sections = [value for value in vars(model_fields).values() if isinstance(value, type) and issubclass(value, Strict)]
+    return {name for section in sections for name in section.model_fields}
