@@ -21,8 +21,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## train every task on generated data, serve, ask; EXIT=1 stops after the answers
 	$(BIN)/python -m recipes.demo $(if $(EXIT),--exit)
 
-test: $(INSTALLED)  ## run the tests
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## run the tests, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(INSTALLED)  ## format, lint and types
 	$(BIN)/ruff format --check .

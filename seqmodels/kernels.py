@@ -23,7 +23,7 @@ class Linear(Protocol):
     def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor: ...
 
 
-LARGEST_INT8 = 127
+LARGEST_INT8, MIDDLE_UINT8 = 127, 128
 LSTM_MODE = 2  # what torch's kernels call it
 PACKED_FOR_ROWS = 32  # oneDNN chooses a layout by the number of rows it expects; measured the same from 4 to 160
 
@@ -55,7 +55,9 @@ class Int8Linear:
     """The same in whole numbers: weights with a scale per output, inputs with a scale per row.
 
     Several times as fast as float32 on a CPU with 8-bit dot products; docs/performance.md says what it costs in BLEU. A
-    scale per row, not per batch, and sums of whole numbers keep a row's bits independent of its neighbours.
+    scale per row, not per batch, and sums of whole numbers keep a row's bits independent of its neighbours. The
+    instruction (VNNI) multiplies numbers without a sign by numbers with one: given both with a sign, oneDNN has no
+    kernel on processors without AMX and goes through a loop that takes seconds. CPUs without VNNI would overflow.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -67,13 +69,15 @@ class Int8Linear:
         self._weight = torch.ops.onednn.qlinear_prepack((weight / self._scale[:, None]).round().to(torch.int8), None)
         self._bias = torch.zeros_like(self._scale) if bias is None else bias.detach()
         self._no_offset = torch.zeros_like(self._scale, dtype=torch.int64)
+        self._zero, self._dtype = (MIDDLE_UINT8, torch.uint8) if has_vnni() else (0, torch.int8)  # of inputs
 
     def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         scale = _scale(x)
-        whole = (x / scale).round_().to(torch.int8)
+        whole = (x / scale).round_().add_(self._zero).to(self._dtype)
         products: Tensor = torch.ops.onednn.qlinear_pointwise(
-            whole, 1.0, 0, self._weight, self._scale, self._no_offset, None, 1.0, 0, torch.float32, "none", [], ""
-        )  # already times the outputs' scales
+            whole, 1.0, self._zero, self._weight, self._scale, self._no_offset, None, 1.0, 0, torch.float32, "none",
+            [], "",
+        )  # fmt: skip  # already times the outputs' scales
         return torch.addcmul(self._bias if plus is None else plus, products, scale, out=products)
 
 
@@ -153,6 +157,11 @@ LINEAR: dict[Weights, Callable[..., Linear]] = {
     "float16": partial(HalfLinear, dtype=torch.float16),
     "bfloat16": partial(HalfLinear, dtype=torch.bfloat16),
 }
+
+
+def has_vnni() -> bool:
+    """Whether the CPU has dot products of 8-bit numbers that never overflow."""
+    return torch.cpu._is_vnni_supported()
 
 
 def _scale(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Packed weights against `F.linear`, and what a row's bits depend on."""
 
+import timeit
 from collections.abc import Callable
 
 import pytest
@@ -47,6 +48,25 @@ def test_int8_rows_do_not_depend_on_their_neighbours() -> None:
     together = linear(x)
     for first, count in ((0, 4), (3, 5), (17, 31), (60, 4)):
         assert torch.equal(linear(x[first : first + count].contiguous()), together[first : first + count])
+
+
+def test_int8_is_the_same_with_signed_inputs_where_there_is_no_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, bias, x = torch.randn(64, 33), torch.randn(64), torch.randn(9, 33)
+    here = Int8Linear(weight, bias)(x)
+    for there in (False, True):
+        monkeypatch.setattr(kernels, "has_vnni", lambda there=there: there)
+        assert torch.equal(Int8Linear(weight, bias)(x), here)
+
+
+@pytest.mark.skipif(not kernels.has_vnni(), reason="this CPU has no 8-bit dot products")
+def test_int8_has_a_kernel_of_its_own() -> None:
+    """Where oneDNN has none, it takes a thousand times as long as float32 and not a half."""
+    weight, x = torch.randn(2048, 768), torch.randn(16, 768)
+    float32, int8 = PackedLinear(weight), Int8Linear(weight)
+    fastest = {
+        linear: min(timeit.repeat(lambda linear=linear: linear(x), number=1, repeat=9)) for linear in (float32, int8)
+    }
+    assert fastest[int8] < 10 * fastest[float32]
 
 
 def test_rows_of_nothing_are_the_bias() -> None:
