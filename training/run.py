@@ -1,35 +1,18 @@
-"""A run from recipe to model directory: prepare the run directory, train, finish.
+"""A run from recipe to model directory: prepare its directory, train, finish."""
 
-recipe.yaml, run.json      what is trained on what; written before step 0, never changed
-tokenizer.json, ...        trained from the training split, before step 0
-vectors.safetensors        of words, where the recipe names any; before step 0
-encoded.safetensors        the training split as numbers, where it is text; until the run is finished
-checkpoints/, validated/   to go on from; the best model so far
-metrics.jsonl, timings.jsonl, tensorboard/
-config.json, model.safetensors, README.md, report.html, finished.json      at the end: a model directory
-"""
-
-import fcntl
 import json
 import platform
 import random
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
-from pydantic import PositiveInt, ValidationError
-from safetensors import SafetensorError
 
-from seqmodels.config import Strict, explain
 from seqmodels.errors import CheckpointError, ConfigError, DataError
-from seqmodels.pretrained import RECIPE, load_pretrained, tokenizer_names
+from seqmodels.pretrained import RECIPE, load_pretrained
 from seqmodels.rendering import is_bio
-from seqmodels.tokenizer import Tokenizer
 from training import checkpoint
 from training.card import model_card
 from training.config import DataSection, Facts, Recipe, RunSection, some
@@ -39,31 +22,17 @@ from training.data.examples import Codec, Example
 from training.data.rows import Row, fingerprint
 from training.data.sources import load_rows
 from training.data.streams import Streams
+from training.directory import FINISHED, RUN, RunFile, locked, read_run, read_tokenizer, refusals, saved_run, write_run
 from training.evaluate import evaluate
 from training.loop import Trainer, check_memory
-from training.parsing import differences, parse_recipe
 from training.report import write_report
 from training.reporter import Reporter, Silence
 from training.vectors import read_vectors, save_vectors
 from training.workers import ALONE, Workers
 
-RUN, FINISHED, SHOWN = "run.json", "finished.json", "shown.json"
+SHOWN = "shown.json"  # of a validated model: outputs or confusions, for the report
 NUM_EXAMPLES_SHOWN = 3
 LOCK_WAIT_S = 30.0
-
-
-class RunFile(Strict):
-    """run.json: what a run must find unchanged when it goes on."""
-
-    recipe: dict[str, Any]
-    data: str  # fingerprint of the training and validation rows
-    labels: tuple[str, ...]
-    feature_size: int
-    target_mean: tuple[float, ...] = ()  # of a regression
-    target_std: tuple[float, ...] = ()
-    tokenizers: tuple[str | None, str | None]  # fingerprints of the source's and the target's
-    torch: str
-    threads: PositiveInt
 
 
 def train(recipe: Recipe) -> Path:
@@ -75,8 +44,8 @@ def train(recipe: Recipe) -> Path:
         return train_as(ALONE, recipe)
     assert recipe.run.output_dir is not None
     directory = Path(recipe.run.output_dir)
-    with _refusals(directory), locked(directory):  # in the first second, before Ray starts
-        _saved_run(directory, recipe)
+    with refusals(directory), locked(directory):  # in the first second, before Ray starts
+        saved_run(directory, recipe)
         if (directory / FINISHED).is_file():
             print(_nothing_to_do(directory))
             return directory
@@ -95,8 +64,8 @@ def train_as(workers: Workers, recipe: Recipe, voice: Callable[[Path], Reporter]
         raise ConfigError("run.device is 'cuda', but torch finds no CUDA device; set run.device=cpu")
     # After a loss Ray begins anew as soon as it has ended the others, one of whom had the lock.
     lock = locked(directory, LOCK_WAIT_S if workers.size > 1 else 0.0) if workers.is_first else nullcontext()
-    with _refusals(directory), lock, voice(directory) if workers.is_first else Silence() as reporter:
-        saved = workers.of_first(lambda: _saved_run(directory, recipe))
+    with refusals(directory), lock, voice(directory) if workers.is_first else Silence() as reporter:
+        saved = workers.of_first(lambda: saved_run(directory, recipe))
         if workers.of_first((directory / FINISHED).is_file):
             reporter.say(_nothing_to_do(directory))
             return directory
@@ -132,75 +101,12 @@ def _nothing_to_do(directory: Path) -> str:
 
 
 @contextmanager
-def _refusals(directory: Path) -> Iterator[None]:
-    """A disk that is full, or may only be read, ends a run; what was saved before is whole."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error  # safetensors writes by itself
-        raise CheckpointError(
-            f"{directory} could not be written to ({reason}). Mend that, such as by making room, and give the same "
-            "command again: what was saved before is kept"
-        ) from error
-
-
-@contextmanager
 def _reading() -> Iterator[None]:
     """What the system cannot read is the data's fault, not the run directory's."""
     try:
         yield
     except OSError as error:
         raise DataError(f"{error.filename or 'the data'} cannot be read: {error.strerror or error}") from error
-
-
-@contextmanager
-def locked(directory: Path, wait_s: float = 0.0) -> Iterator[None]:
-    """Two runs in one directory would ruin each other. The lock goes with the process, however it ends."""
-    deadline = time.monotonic() + wait_s
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".lock").open("w")
-    except OSError as error:
-        raise ConfigError(
-            f"run.output_dir is {str(directory)!r}, where no directory can be written: {error.strerror}; name another"
-        ) from None
-    with lock as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() >= deadline:
-                    raise ConfigError(
-                        f"another process is training in {directory}; wait for it, or set run.output_dir"
-                    ) from None
-            time.sleep(0.1)
-        yield
-
-
-def _saved_run(directory: Path, recipe: Recipe) -> RunFile | None:
-    """What an earlier call left, if it is of the same recipe."""
-    saved = read_run(directory)
-    if saved is None:
-        if (directory / "config.json").exists():
-            raise ConfigError(f"run.output_dir {directory} holds a model that no run made; name another directory")
-        return None
-    for key, was, now in differences(_completed(saved.recipe), _plain(recipe)):
-        raise CheckpointError(
-            f"{directory} was begun with {key}={was}, but the recipe now says {now}; put it back, or name another "
-            "run.output_dir"
-        )
-    return saved
-
-
-def read_run(directory: Path) -> RunFile | None:
-    path = directory / RUN
-    if not path.is_file():
-        return None
-    try:
-        return RunFile.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise CheckpointError(f"{path}: {explain(error)}; remove the directory to start again") from None
 
 
 def _prepare(
@@ -214,7 +120,7 @@ def _prepare(
         codec = Codec.train(recipe, rows["train"])
         check_memory(codec.config)  # first, so that the same directory serves a smaller model
         save_vectors(read_vectors(recipe.data, codec, reporter.say), directory)
-        _write_run(directory, recipe, codec, data)
+        write_run(directory, recipe, codec, data)
         return codec
     if saved.data != data:
         raise CheckpointError(
@@ -226,7 +132,7 @@ def _prepare(
             f"begun with torch {saved.torch} and {saved.threads} threads, now {torch.__version__} and "
             f"{torch.get_num_threads()}: the result may differ in its last bits"
         )
-    source, target = (_read_tokenizer(directory, digest) for digest in saved.tokenizers)
+    source, target = (read_tokenizer(directory, digest) for digest in saved.tokenizers)
     facts = Facts(0, 0, saved.labels, saved.feature_size, saved.target_mean, saved.target_std)
     return Codec.build(recipe, source, target, facts)
 
@@ -238,60 +144,6 @@ def _check_same(workers: Workers, rows: Mapping[str, Sequence[Row]]) -> None:
         raise DataError(
             f"worker {workers.rank} reads other data than the first worker; give all machines the same files"
         )
-
-
-def _write_run(directory: Path, recipe: Recipe, codec: Codec, data: str) -> None:
-    """All files of before step 0; run.json last, since it says that the others are there."""
-    tokenizers = (codec.source_tokenizer, codec.target_tokenizer)
-    for name, tokenizer in zip(tokenizer_names(codec.config), tokenizers, strict=True):
-        if name and tokenizer:
-            tokenizer.save(directory / f".{name}.writing")
-            checkpoint.flush(directory / f".{name}.writing")
-            (directory / f".{name}.writing").replace(directory / name)
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    checkpoint.write_whole(directory / RECIPE, text)
-    file = RunFile(
-        recipe=_plain(recipe),
-        data=data,
-        labels=codec.config.labels,
-        feature_size=getattr(codec.config.encoder, "feature_size", 0),
-        target_mean=codec.config.target_mean,
-        target_std=codec.config.target_std,
-        tokenizers=(_digest(codec.source_tokenizer), _digest(codec.target_tokenizer)),
-        torch=torch.__version__,
-        threads=torch.get_num_threads(),
-    )
-    checkpoint.write_whole(directory / RUN, file.model_dump_json(indent=2) + "\n")
-
-
-def _read_tokenizer(directory: Path, digest: str | None) -> Tokenizer | None:
-    """The tokenizer with the given fingerprint, whichever name it has here."""
-    if digest is None:
-        return None
-    for path in directory.glob("*tokenizer.json"):
-        tokenizer = Tokenizer.load(path)
-        if tokenizer.fingerprint == digest:
-            return tokenizer
-    raise CheckpointError(f"{directory} has no tokenizer with fingerprint {digest[:12]}; it was changed since step 0")
-
-
-def _digest(tokenizer: Tokenizer | None) -> str | None:
-    return tokenizer.fingerprint if tokenizer else None
-
-
-def _completed(saved: dict[str, Any]) -> dict[str, Any]:
-    """A recipe of an earlier version, with the defaults of the fields that have come since."""
-    try:
-        return _plain(parse_recipe(saved))
-    except ConfigError:  # then the differences tell
-        return saved
-
-
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data, less where it is kept: a run directory may be moved."""
-    fields: dict[str, Any] = recipe.model_dump(mode="json")
-    del fields["run"]["output_dir"]
-    return fields
 
 
 def _encoded_by(workers: Workers, directory: Path, codec: Codec, rows: Sequence[Row]) -> Sequence[Example]:

@@ -17,9 +17,10 @@ from training.config import Recipe
 from training.data.examples import Codec
 from training.data.rows import Row, fingerprint
 from training.data.sources import Splits
+from training.directory import RUN, read_run
 from training.evaluate import NONE, applicable, evaluate
 from training.parsing import parse_recipe
-from training.run import RUN, data_name, read_run
+from training.run import data_name
 
 
 def evaluate_directory(

@@ -15,8 +15,8 @@ from rich.console import Console
 from seqmodels.errors import CheckpointError, ConfigError
 from training import checkpoint
 from training.config import Recipe
+from training.directory import RUN, locked
 from training.parsing import differences, load_recipe
-from training.run import RUN, locked
 from training.space import Trial, draw_trials, load_space
 from training.trials import already_done, conclude, outcome_of, show
 

@@ -20,8 +20,8 @@ from rich.console import Console
 from training import checkpoint
 from training.config import LOWER_IS_BETTER, Recipe
 from training.data.encoded import ENCODED
+from training.directory import FINISHED
 from training.report import html_page, html_table
-from training.run import FINISHED
 from training.space import Space, Trial
 from training.vectors import FILE as VECTORS
 

@@ -17,8 +17,9 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 from rich.console import Console
 
 from training.cluster import enter_folder, needs, ray_running
+from training.directory import FINISHED
 from training.reporter import Reporter
-from training.run import FINISHED, train_as
+from training.run import train_as
 from training.space import Trial
 from training.trials import score_of, validations
 from training.workers import ALONE

@@ -16,6 +16,7 @@ from seqmodels.errors import CheckpointError, ConfigError, DataError
 from seqmodels.pretrained import load_pretrained
 from tests.seqmodels.builders import UNFUSED
 from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TAGGER, TEXT_ENCODER, WORDS, fields, recipe
+from training.directory import locked
 from training.loop import MAX_SKIPPED_IN_A_ROW, Trainer
 from training.optim import DivergedError, Precision, Update, update
 from training.run import train
@@ -108,7 +109,7 @@ def test_a_directory_that_holds_another_model_is_not_overwritten(tmp_path: Path)
 
 
 def test_two_runs_in_one_directory(tmp_path: Path) -> None:
-    with training.run.locked(tmp_path), pytest.raises(ConfigError, match="another process"):
+    with locked(tmp_path), pytest.raises(ConfigError, match="another process"):
         train(recipe(directory=tmp_path))
 
 

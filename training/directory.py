@@ -1,0 +1,164 @@
+"""The directory of a run: what stands in it before step 0, and whether a run may go on there.
+
+recipe.yaml, run.json      what is trained on what; written before step 0, never changed
+tokenizer.json, ...        trained from the training split, before step 0
+vectors.safetensors        of words, where the recipe names any; before step 0
+encoded.safetensors        the training split as numbers, where it is text; until the run is finished
+checkpoints/, validated/   to go on from; the best model so far
+metrics.jsonl, timings.jsonl, tensorboard/
+config.json, model.safetensors, README.md, report.html, finished.json      at the end: a model directory
+"""
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import PositiveInt, ValidationError
+from safetensors import SafetensorError
+
+from seqmodels.config import Strict, explain
+from seqmodels.errors import CheckpointError, ConfigError
+from seqmodels.pretrained import RECIPE, tokenizer_names
+from seqmodels.tokenizer import Tokenizer
+from training import checkpoint
+from training.config import Recipe
+from training.data.examples import Codec
+from training.parsing import differences, parse_recipe
+
+RUN, FINISHED = "run.json", "finished.json"
+
+
+class RunFile(Strict):
+    """run.json: what a run must find unchanged when it goes on."""
+
+    recipe: dict[str, Any]
+    data: str  # fingerprint of the training and validation rows
+    labels: tuple[str, ...]
+    feature_size: int
+    target_mean: tuple[float, ...] = ()  # of a regression
+    target_std: tuple[float, ...] = ()
+    tokenizers: tuple[str | None, str | None]  # fingerprints of the source's and the target's
+    torch: str
+    threads: PositiveInt
+
+
+@contextmanager
+def refusals(directory: Path) -> Iterator[None]:
+    """A disk that is full, or may only be read, ends a run; what was saved before is whole."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error  # safetensors writes by itself
+        raise CheckpointError(
+            f"{directory} could not be written to ({reason}). Mend that, such as by making room, and give the same "
+            "command again: what was saved before is kept"
+        ) from error
+
+
+@contextmanager
+def locked(directory: Path, wait_s: float = 0.0) -> Iterator[None]:
+    """Two runs in one directory would ruin each other. The lock goes with the process, however it ends."""
+    deadline = time.monotonic() + wait_s
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"run.output_dir is {str(directory)!r}, where no directory can be written: {error.strerror}; name another"
+        ) from None
+    with lock as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() >= deadline:
+                    raise ConfigError(
+                        f"another process is training in {directory}; wait for it, or set run.output_dir"
+                    ) from None
+            time.sleep(0.1)
+        yield
+
+
+def saved_run(directory: Path, recipe: Recipe) -> RunFile | None:
+    """What an earlier call left, if it is of the same recipe."""
+    saved = read_run(directory)
+    if saved is None:
+        if (directory / "config.json").exists():
+            raise ConfigError(f"run.output_dir {directory} holds a model that no run made; name another directory")
+        return None
+    for key, was, now in differences(_completed(saved.recipe), _plain(recipe)):
+        raise CheckpointError(
+            f"{directory} was begun with {key}={was}, but the recipe now says {now}; put it back, or name another "
+            "run.output_dir"
+        )
+    return saved
+
+
+def read_run(directory: Path) -> RunFile | None:
+    path = directory / RUN
+    if not path.is_file():
+        return None
+    try:
+        return RunFile.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {explain(error)}; remove the directory to start again") from None
+
+
+def write_run(directory: Path, recipe: Recipe, codec: Codec, data: str) -> None:
+    """All files of before step 0; run.json last, since it says that the others are there."""
+    tokenizers = (codec.source_tokenizer, codec.target_tokenizer)
+    for name, tokenizer in zip(tokenizer_names(codec.config), tokenizers, strict=True):
+        if name and tokenizer:
+            tokenizer.save(directory / f".{name}.writing")
+            checkpoint.flush(directory / f".{name}.writing")
+            (directory / f".{name}.writing").replace(directory / name)
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    checkpoint.write_whole(directory / RECIPE, text)
+    file = RunFile(
+        recipe=_plain(recipe),
+        data=data,
+        labels=codec.config.labels,
+        feature_size=getattr(codec.config.encoder, "feature_size", 0),
+        target_mean=codec.config.target_mean,
+        target_std=codec.config.target_std,
+        tokenizers=(_digest(codec.source_tokenizer), _digest(codec.target_tokenizer)),
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+    )
+    checkpoint.write_whole(directory / RUN, file.model_dump_json(indent=2) + "\n")
+
+
+def read_tokenizer(directory: Path, digest: str | None) -> Tokenizer | None:
+    """The tokenizer with the given fingerprint, whichever name it has here."""
+    if digest is None:
+        return None
+    for path in directory.glob("*tokenizer.json"):
+        tokenizer = Tokenizer.load(path)
+        if tokenizer.fingerprint == digest:
+            return tokenizer
+    raise CheckpointError(f"{directory} has no tokenizer with fingerprint {digest[:12]}; it was changed since step 0")
+
+
+def _digest(tokenizer: Tokenizer | None) -> str | None:
+    return tokenizer.fingerprint if tokenizer else None
+
+
+def _completed(saved: dict[str, Any]) -> dict[str, Any]:
+    """A recipe of an earlier version, with the defaults of the fields that have come since."""
+    try:
+        return _plain(parse_recipe(saved))
+    except ConfigError:  # then the differences tell
+        return saved
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data, less where it is kept: a run directory may be moved."""
+    fields: dict[str, Any] = recipe.model_dump(mode="json")
+    del fields["run"]["output_dir"]
+    return fields
