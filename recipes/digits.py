@@ -19,7 +19,7 @@ ORDERS = {"sequential": list(IN_ORDER), "permuted": random.Random(1).sample(IN_O
 def main() -> int:
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print(__doc__)
-        return 2
+        return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -38,6 +38,7 @@ def write(folder: Path, pictures: Sequence[Sequence[float]], labels: Sequence[in
             for picture, label in zip(pictures, labels, strict=True):
                 series = [[picture[place]] for place in order]
                 file.write(json.dumps({"pixels": series, "label": str(label)}) + "\n")
+        print(f"wrote {len(pictures)} series to {file.name}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ All three share one call, `out = model(**batch)`, so one task-blind loop trains 
 and `start`; a search goes on from there step by step, through `Stepper`.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -71,14 +73,16 @@ class SequenceTagger(Labeller):
         self.crf = LinearChain(len(config.labels)) if config.crf else None
 
     def forward(self, inputs: Tensor, labels: Tensor, lengths: Tensor | None = None) -> Output:
-        """As of every Labeller. With a CRF, loss and nll are of each row's labels as one sequence."""
+        """As of every Labeller. With a CRF the loss is of each row's labels as one sequence; nll stays that of each
+        label, by what `predict` gives it."""
         if self.crf is None:
             return super().forward(inputs, labels, lengths)
         memory, _ = self.encoder(inputs, lengths, None)
-        logits, labelled = self._logits(memory).float(), labels != IGNORE
-        num_targets = labelled.sum()
-        loss = self.crf.costs(logits, labels, labelled).sum() / num_targets.clamp(min=1)
-        return Output(loss, loss.detach(), num_targets, logits)
+        scores, counted = self._logits(memory).float(), labels != IGNORE
+        with torch.no_grad():
+            out = labelled(self.crf.logprobs(scores, counted) / self.config.temperature, labels)
+        loss = self.crf.costs(scores, labels, counted).sum() / out.num_targets.clamp(min=1)
+        return replace(out, loss=loss)
 
     def target_logits(self, inputs: Tensor, labels: Tensor, lengths: Tensor | None = None) -> Targeted:
         return self.predict(inputs, lengths, labelled=labels != IGNORE)[0], labels, None

@@ -27,7 +27,8 @@ examples:
   python -m training train recipes/multi30k-en-de.yaml optim.learning_rate=5e-4 run.output_dir=models/second-try
 
 Every key of the recipe can be set on the command line. Interrupted runs go on where they stopped when the same
-command is given again; a finished run is left as it is.
+command is given again, or end at once with their best model when run.max_minutes=0.1 is added; a finished run is left
+as it is.
 """
 EVALUATE_HELP = """\
 examples:
@@ -58,8 +59,8 @@ or a service.
   python -m training evaluate models/mean --split validation
 """
 CALIBRATE_HELP = """\
-A classifier that is sure of itself too often, or not often enough, is put right by one number, fitted on the validation
-split and kept in config.json. Which label is the likeliest does not change; probabilities and nll do.
+A classifier or tagger that is sure of itself too often, or not often enough, is put right by one number, fitted on the
+validation split and kept in config.json. Which label is the likeliest does not change; probabilities and nll do.
 
   python -m training calibrate models/sst2
 """
@@ -114,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        goes_on = options.run in (_train, _tune, _distill)
+        print(f"interrupted{'; the same command goes on where it stopped' if goes_on else ''}", file=sys.stderr)
         return 130
     return 0
 
@@ -279,6 +281,8 @@ def _calibrate(options: argparse.Namespace) -> None:
 
     done = calibrate(options.directory, recipe)
     print(f"temperature {done.temperature:.4f}, in {options.directory / 'config.json'}")
+    if done.is_at_bound:
+        print("that is as far as it may go: the model's probabilities say little, or are always right; train it longer")
     for name, (before, after) in (("nll", done.nll), ("calibration error", done.error)):
         print(f"validation {name} {before:.4f} before, {after:.4f} with it")
 

@@ -29,6 +29,11 @@ class Calibration:
     nll: tuple[float, float]
     error: tuple[float, float]
 
+    @property
+    def is_at_bound(self) -> bool:
+        """Whether only the bounds kept it from going on."""
+        return not 1.01 * COLDEST < self.temperature < 0.99 * HOTTEST
+
 
 def calibrate(directory: Path, recipe: Recipe) -> Calibration:
     """Fit the temperature on the validation split and write it into the model directory.

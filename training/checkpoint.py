@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from seqmodels.errors import CheckpointError
 
+CHECKPOINTS = "checkpoints"  # where a run keeps them
 TENSORS, PROGRESS, SUMS = "state.safetensors", "progress.json", "SHA256SUMS"
 KEPT = 2
 

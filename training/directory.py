@@ -31,6 +31,7 @@ from training.data.examples import Codec
 from training.parsing import differences, parse_recipe
 
 RUN, FINISHED = "run.json", "finished.json"
+MAY_CHANGE = ("run.max_minutes",)  # between two calls of one run: when it ends by the clock changes nothing before
 
 
 class RunFile(Strict):
@@ -86,18 +87,29 @@ def locked(directory: Path, wait_s: float = 0.0) -> Iterator[None]:
 
 
 def saved_run(directory: Path, recipe: Recipe) -> RunFile | None:
-    """What an earlier call left, if it is of the same recipe."""
+    """What an earlier call left, if it is of the same recipe; None where it came to nothing, so that this one begins.
+
+    Raises CheckpointError where a run of another recipe is under way.
+    """
     saved = read_run(directory)
     if saved is None:
         if (directory / "config.json").exists():
             raise ConfigError(f"run.output_dir {directory} holds a model that no run made; name another directory")
         return None
-    for key, was, now in differences(_completed(saved.recipe), _plain(recipe)):
+    changed = [one for one in differences(_completed(saved.recipe), _plain(recipe)) if one[0] not in MAY_CHANGE]
+    if changed and not is_under_way(directory):
+        return None
+    for key, was, now in changed:
         raise CheckpointError(
             f"{directory} was begun with {key}={was}, but the recipe now says {now}; put it back, or name another "
             "run.output_dir"
         )
     return saved
+
+
+def is_under_way(directory: Path) -> bool:
+    """Whether a run has saved anything of its training that another beginning would lose."""
+    return (directory / FINISHED).is_file() or bool(checkpoint.saved_checkpoints(directory / checkpoint.CHECKPOINTS))
 
 
 def read_run(directory: Path) -> RunFile | None:
@@ -111,7 +123,10 @@ def read_run(directory: Path) -> RunFile | None:
 
 
 def write_run(directory: Path, recipe: Recipe, codec: Codec, data: str) -> None:
-    """All files of before step 0; run.json last, since it says that the others are there."""
+    """All files of before step 0; run.json last, since it says that the others are there. Those of an earlier beginning
+    that came to nothing go first."""
+    for stale in (directory / RUN, *directory.glob("*tokenizer.json")):
+        stale.unlink(missing_ok=True)
     tokenizers = (codec.source_tokenizer, codec.target_tokenizer)
     for name, tokenizer in zip(tokenizer_names(codec.config), tokenizers, strict=True):
         if name and tokenizer:

@@ -33,10 +33,11 @@ from training.checkpoint import write_whole
 from training.config import ColumnsSection, DataSection, Recipe
 from training.data.rows import Row, fingerprint
 from training.data.sources import Splits
+from training.data.tables import HALF_WRITTEN
 from training.parsing import differences
 from training.reporter import SECONDS_BETWEEN_LINES
 
-BEGUN, TRAIN, WRITING = ".distill.json", "train.jsonl", ".train.jsonl.writing"
+BEGUN, TRAIN, WRITING = ".distill.json", "train.jsonl", HALF_WRITTEN
 COLUMNS = ColumnsSection(input="input", target="target")  # of generated data, which has no columns of its own
 ROWS = 256  # answered, then written, at a time
 

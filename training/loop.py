@@ -24,7 +24,7 @@ from seqmodels.state import State
 from training import checkpoint
 from training.average import averaged
 from training.checkpoint import Progress
-from training.config import LOWER_IS_BETTER, Recipe
+from training.config import LOWER_IS_BETTER, Recipe, some
 from training.data.batches import Batch, Batches
 from training.data.examples import Codec
 from training.optim import (
@@ -37,6 +37,7 @@ from training.optim import (
     cycles_done,
     freeze,
     learning_rate,
+    too_late,
     update,
 )
 from training.reporter import Reporter
@@ -74,9 +75,11 @@ class Trainer:
         self.steps_per_epoch = -(-len(batches) // recipe.run.gradient_accumulation_steps)
         self.total_steps = _total_steps(recipe, self.steps_per_epoch)
         check_schedule(recipe.optim, self.total_steps)
+        for warning in too_late(recipe.optim, self.total_steps):
+            reporter.say(warning)
         self.eval_steps = recipe.run.eval_steps or self.steps_per_epoch
         torch.manual_seed(recipe.run.seed)
-        self.model = new_model(recipe, codec)
+        self.model = new_model(recipe, codec, reporter.say)
         begin_with_vectors(self.model, recipe.data, directory)
         self.model.to(recipe.run.device)
         freeze(self.model, recipe.optim.freeze)
@@ -233,8 +236,10 @@ class Trainer:
     # Once in a while
 
     def _validation_is_due(self, over: bool) -> bool:
+        """At step 0 too where a trained model goes on by its metric: it may have been better before."""
         step = self.progress.step
-        return step > 0 and self.progress.validated_step != step and (over or step % self.eval_steps == 0)
+        begun = step > 0 or self.recipe.run.self_critical is not None
+        return begun and self.progress.validated_step != step and (over or step % self.eval_steps == 0)
 
     def _save_is_due(self) -> bool:
         step = self.progress.step
@@ -359,7 +364,7 @@ class Trainer:
             return
         self.progress.seconds = self._seconds()
         self.reporter.flush()
-        checkpoint.save(self.directory / "checkpoints", self.progress, tensors)
+        checkpoint.save(self.directory / checkpoint.CHECKPOINTS, self.progress, tensors)
         needed = {*self.kept_directories, *([] if self.progress.best_step is None else [self.best_directory])}
         for candidate in (self.directory / "validated").glob("step-*"):
             if candidate not in needed:
@@ -378,7 +383,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one; else rewind the log to its beginning."""
-        found = self.workers.of_first(lambda: checkpoint.load_newest(self.directory / "checkpoints"))
+        found = self.workers.of_first(lambda: checkpoint.load_newest(self.directory / checkpoint.CHECKPOINTS))
         if found is not None:
             self.progress, tensors, warnings = found
             self.saved_step = self.progress.step
@@ -407,8 +412,9 @@ def check_memory(config: ModelConfig) -> None:
         raise ConfigError(TOO_LARGE)
 
 
-def new_model(recipe: Recipe, codec: Codec) -> Model:
-    """Initial weights, in place of them those of `model.init_from`, as far as they have a place here."""
+def new_model(recipe: Recipe, codec: Codec, say: Callable[[str], None]) -> Model:
+    """Initial weights, in place of them those of `model.init_from`, as far as they have a place here; `say` is told
+    which parts are new."""
     try:
         model = build_model(codec.config)
     except (RuntimeError, MemoryError):  # the allocator's
@@ -419,6 +425,8 @@ def new_model(recipe: Recipe, codec: Codec) -> Model:
         if saved.config.labels != codec.config.labels:
             weights = {name: tensor for name, tensor in weights.items() if not name.startswith(("head.", "crf."))}
         model.load_state_dict(weights, strict=False)
+        new = {name.split(".")[0] for name in model.state_dict().keys() - weights.keys()}
+        say(f"begun from {recipe.init_from}{f', but for the new {some(sorted(new))}' if new else ', all of it'}")
     return model
 
 

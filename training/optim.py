@@ -149,6 +149,20 @@ def check_schedule(section: OptimSection, total_steps: int) -> None:
         )
 
 
+def too_late(section: OptimSection, total_steps: int) -> list[str]:
+    """What will not come about within so many steps, such as in a recipe's short trial; a line for each."""
+    never = [pattern for pattern, step in section.unfreeze_steps.items() if step >= total_steps]
+    lines = (
+        [f"optim.unfreeze_steps leaves {some(never)} frozen for all {total_steps} steps of this run"] if never else []
+    )
+    if section.warmup_steps > total_steps:
+        lines.append(
+            f"optim.warmup_steps is {section.warmup_steps}, but this run has {total_steps} steps: its rate never comes "
+            f"to {section.learning_rate}"
+        )
+    return lines
+
+
 def cycles_done(section: OptimSection, step: int, total_steps: int) -> int:
     """How many cycles of the rate have ended after so many steps; see `learning_rate`."""
     done = (step - section.warmup_steps) * section.num_cycles / max(1, total_steps - section.warmup_steps)

@@ -80,7 +80,7 @@ def _check_model(recipe: Recipe) -> None:
     try:
         config = recipe.model_config_with(Facts.unknown())
     except ConfigError as error:
-        raise ConfigError(_with_neighbour(f"model.{error}", _model_field_names())) from None
+        raise ConfigError(_with_neighbour(f"model.{str(error).removeprefix('model.')}", _model_field_names())) from None
     _check_vectors(recipe, config)
     task = config.task
     if recipe.data.chunk_length == 1 and config.decoder and config.decoder.temporal_activation_penalty:

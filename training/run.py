@@ -22,7 +22,18 @@ from training.data.examples import Codec, Example
 from training.data.rows import Row, fingerprint
 from training.data.sources import load_rows
 from training.data.streams import Streams
-from training.directory import FINISHED, RUN, RunFile, locked, read_run, read_tokenizer, refusals, saved_run, write_run
+from training.directory import (
+    FINISHED,
+    RUN,
+    RunFile,
+    is_under_way,
+    locked,
+    read_run,
+    read_tokenizer,
+    refusals,
+    saved_run,
+    write_run,
+)
 from training.evaluate import evaluate
 from training.loop import Trainer, check_memory
 from training.report import write_report
@@ -114,7 +125,7 @@ def _prepare(
 ) -> Codec:
     """Tokenizers and labels: trained and written, or read back and checked."""
     data = fingerprint(dict(rows))
-    if saved is None:
+    if saved is None or (saved.data != data and not is_under_way(directory)):
         if recipe.init_from is None and (recipe.input == "text" or recipe.makes_text):
             reporter.say(f"training the {recipe.data.tokenizer.kind} tokenizer on {len(rows['train'])} rows")
         codec = Codec.train(recipe, rows["train"])
@@ -183,6 +194,8 @@ def _introduce(
         f"{len(rows['validation'])} rows to validate; {len(batches)} batches an epoch, "
         f"{batches.padding_share:.1%} padding"
     )
+    if warning := _overlap(recipe):
+        reporter.say(warning)
     if left_out:
         reporter.say(f"{left_out} examples are left out, being longer than data.max_input_length or max_target_length")
     if codec.config.labels and codec.config.problem_type != "regression":
@@ -191,6 +204,21 @@ def _introduce(
             names = some(sorted(unseen))
             reporter.say(f"the training split lacks labels of the validation split, which can never be right: {names}")
     reporter.show_examples(examples[:NUM_EXAMPLES_SHOWN], codec)
+
+
+def _overlap(recipe: Recipe) -> str | None:
+    """A warning where what the run begins from may have been trained on rows that this one validates or tests on."""
+    saved = read_run(recipe.init_from) if recipe.init_from is not None else None
+    if saved is None:
+        return None
+    theirs, ours = saved.recipe["data"], recipe.data.model_dump(mode="json")
+    same = all(theirs.get(name) == ours[name] for name in ("id", "name", "path", "generated"))
+    if not same or theirs["cut"] == ours["cut"]:
+        return None
+    return (
+        f"warning: {recipe.init_from} was trained on the same data with data.cut {theirs['cut']}, here it is "
+        f"{ours['cut']}: it may know rows that are held out here; give both the same"
+    )
 
 
 def data_name(data: DataSection) -> str:

@@ -111,7 +111,11 @@ def test_loss_of_a_tagger_is_the_mean_per_label() -> None:
         for row, n in enumerate(lengths.tolist())
     ]
     assert int(out.num_targets) == 12
-    assert float(out.nll) == pytest.approx(sum(float(one.nll) * int(one.num_targets) for one in alone) / 12, rel=1e-5)
+    for name in ("loss", "nll"):
+        total = sum(float(getattr(one, name).detach()) * int(one.num_targets) for one in alone)
+        assert float(getattr(out, name).detach()) == pytest.approx(total / 12, rel=1e-5)
+    logprobs, targets, _ = model.target_logits(tokens, labels, lengths)
+    assert torch.allclose(out.nll, F.nll_loss(logprobs.flatten(0, 1), targets.flatten(), ignore_index=IGNORE))
     nothing = model(tokens, torch.full_like(labels, IGNORE), lengths)
     assert float(nothing.loss.detach()) == 0.0 and int(nothing.num_targets) == 0
 
@@ -136,7 +140,8 @@ def test_it_learns_what_each_position_alone_cannot_tell() -> None:
         out = model(tokens, labels, torch.full((16,), 6))
         out.loss.backward()
         optimizer.step()
-    assert float(out.nll) == pytest.approx(math.log(2) / 6, abs=0.02)  # one choice a row; alone, each is log 2
+    assert float(out.loss.detach()) == pytest.approx(math.log(2) / 6, abs=0.02)  # one choice a row
+    assert float(out.nll) == pytest.approx(math.log(2), abs=0.05)  # of each label, whatever the others are
 
 
 @torch.inference_mode()

@@ -114,6 +114,8 @@ TAG_DATA = {"path": "x", "columns": {"input": "words", "target": "tags"}}
         ({"words": ["a", None]}, ["column 'words' has nothing as word 2"]),
         ({"tags": ["O", None]}, ["column 'tags' holds None, so it is unlabelled"]),
         ({"tags": ["O"]}, ["column 'tags' holds 1 tags for 2 steps"]),
+        ({"tags": ["O", -100]}, ["column 'tags' holds -100, so it is unlabelled"]),
+        ({"tags": None}, ["column 'tags' holds no tags, so it is unlabelled"]),
         ({"words": ["a", ["b"]]}, ["column 'words' holds ['b'], which is no text"]),
         ({"words": '["a", "b"]'}, ["list written as text", "separated by spaces"]),
         ({"tags": "['O', 'O']"}, ["list written as text", "separated by spaces"]),
@@ -177,6 +179,19 @@ def test_what_is_no_text_and_no_label_is_named(change: dict[str, Any], words: li
     with pytest.raises(DataError) as error:
         reader.rows("train", [{"text": "a", "label": 0}, {"text": "b", "label": 1, **change}], print)
     assert all(word in str(error.value) for word in ["split train, row 2", *words]), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "it has no rows"),
+        ('{"text": "a", "label": 0}\n\n{"text": "b" "label": 1}\n', "in line 3 of rows.jsonl"),
+    ],
+)
+def test_broken_json_lines_say_where(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=words):
+        load_rows(csv_recipe(tmp_path / "rows.jsonl"))
 
 
 @pytest.mark.parametrize("kind", ["image", "frames"])

@@ -29,6 +29,7 @@ def test_the_recipe_reads_what_is_written(tmp_path: Path) -> None:
 
 
 def test_without_a_folder_it_tells_how(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.argv", ["digits", "--help"])
-    assert main() == 2
-    assert "python -m recipes.digits FOLDER" in capsys.readouterr().out
+    for arguments, status in (([], 2), (["--help"], 0), (["one", "two"], 2)):
+        monkeypatch.setattr("sys.argv", ["digits", *arguments])
+        assert main() == status
+        assert "python -m recipes.digits FOLDER" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from seqmodels.errors import ConfigError
+from seqmodels.errors import ConfigError, DataError
 from seqmodels.pipeline import Pipeline
 from tests.training.recipes import CLASSIFIER, TRANSLATOR, WORDS, fields, recipe
 from training import distill as module
@@ -104,6 +104,9 @@ def test_an_interrupted_one_goes_on_behind_the_last_whole_line(
         patch.setattr(Pipeline, "run", interrupted)
         assert main([*command, str(tmp_path / "stopped")]) == 130
     assert not (tmp_path / "stopped" / "train.jsonl").exists()
+    half = {"path": str(tmp_path / "stopped"), "columns": {"input": "input", "target": "target"}}
+    with pytest.raises(DataError, match="is half written; give its `distill` command again"):
+        load_rows(recipe("translate", data=half, model=TRANSLATOR))
     with (tmp_path / "stopped" / module.WRITING).open("ab") as file:
         file.write(b'{"input": "half a li')
     asked = []

@@ -233,6 +233,63 @@ def test_a_run_of_before_a_field_came_goes_on(tmp_path: Path) -> None:
         train(recipe(directory=tmp_path, run={"bf16": True}))
 
 
+@pytest.mark.parametrize(
+    "mistake", [{"optim": {"freeze": ["encoderx.*"]}}, {"run": {"workers": 1, "rows_per_batch": 1, "max_steps": 4}}]
+)
+def test_a_mistake_found_before_the_first_step_can_be_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: dict[str, Any]
+) -> None:
+    with monkeypatch.context() as patch:
+        if "run" in mistake:
+            patch.setattr("training.run._introduce", lambda *_: (_ for _ in ()).throw(ConfigError("no")))
+        with pytest.raises(ConfigError):
+            train(recipe(directory=tmp_path, **mistake))
+    assert (tmp_path / "run.json").is_file()
+    train(recipe(directory=tmp_path))
+    train(recipe(directory=tmp_path / "fresh"))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (tmp_path / "fresh" / "metrics.jsonl").read_bytes()
+
+
+def test_other_data_is_refused_only_where_a_run_would_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = training.run.load_rows
+    with monkeypatch.context() as patch:
+        patch.setattr("training.run._introduce", lambda *_: (_ for _ in ()).throw(ConfigError("no")))
+        patch.setattr("training.run.load_rows", lambda *a, **b: {k: v[:40] for k, v in rows(*a, **b).items()})
+        with pytest.raises(ConfigError):
+            train(recipe(directory=tmp_path))
+    train(recipe(directory=tmp_path))
+    (tmp_path / "finished.json").unlink()
+    monkeypatch.setattr("training.run.load_rows", lambda *a, **b: {k: v[:40] for k, v in rows(*a, **b).items()})
+    with pytest.raises(CheckpointError, match="begun with other data"):
+        train(recipe(directory=tmp_path))
+
+
+def test_a_run_ends_early_with_its_best_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = {"max_steps": 1000, "eval_steps": 3, "save_steps": 2}
+    step = Trainer._step
+
+    def stopping(trainer: Trainer) -> Update:
+        if trainer.progress.step == 7:
+            raise KeyboardInterrupt
+        return step(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe(directory=tmp_path, run=run))
+    train(recipe(directory=tmp_path, run={**run, "max_minutes": 1e-6}))
+    assert [line["step"] for line in log_of(tmp_path) if "validation" in line] == [3, 6]
+    assert load_pretrained(tmp_path).config.labels and (tmp_path / "finished.json").is_file()
+
+
+def test_what_comes_too_late_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    optim = {"warmup_steps": 3, "unfreeze_steps": {"encoder.*": 2, "head.*": 1}, "learning_rate": 0.5}
+    train(recipe(directory=tmp_path, optim=optim))
+    said = capsys.readouterr().out
+    assert "optim.unfreeze_steps leaves encoder.* frozen for all 2 steps" in said
+    assert "optim.warmup_steps is 3, but this run has 2 steps: its rate never comes to 0.5" in said
+
+
 def test_data_that_cannot_be_read_is_not_the_run_directorys_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from seqmodels.pretrained import load_pretrained
 from tests.training.recipes import CLASSIFIER, WORDS, recipe
 from training import metrics
 from training.__main__ import main
-from training.calibrate import COLDEST, fit_temperature
+from training.calibrate import COLDEST, Calibration, fit_temperature
 from training.run import train
 
 COLOURS = ["blue", "green", "red"]
@@ -195,7 +195,10 @@ def test_a_planted_temperature_is_found_and_is_the_best_of_a_grid() -> None:
         return float(torch.nn.functional.cross_entropy(logits / temperature, labels))
 
     assert nll(found) <= min(nll(found + step) for step in (-0.3, -0.01, 0.01, 0.3))
-    assert fit_temperature(logits, logits.argmax(1)) == pytest.approx(COLDEST), "all right: as cold as it may be"
+    coldest = fit_temperature(logits, logits.argmax(1))
+    assert coldest == pytest.approx(COLDEST), "all right: as cold as it may be"
+    assert Calibration(coldest, (1.0, 1.0), (0.0, 0.0)).is_at_bound
+    assert not Calibration(found, (1.0, 1.0), (0.0, 0.0)).is_at_bound
 
 
 def test_calibrate_changes_probabilities_and_no_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -200,6 +200,9 @@ def test_it_raises_the_metric_more_than_the_usual_loss_does(begun: Path, tmp_pat
         train(parse_recipe(critical(begun, tmp_path / name, max_steps=60, self_critical=reward)))
     before, after, usual = (validated(path)["chrf"] for path in (begun, tmp_path / "rewarded", tmp_path / "usual"))
     assert after > before + 5 and after > usual + 1, (before, after, usual)
+    lines = [json.loads(line) for line in (tmp_path / "rewarded" / "metrics.jsonl").read_text().splitlines()]
+    first = next(line for line in lines if "validation" in line)
+    assert first["step"] == 0 and first["validation"]["chrf"] == pytest.approx(before), "what it began with may be best"
 
 
 @pytest.mark.parametrize("settings", [{}, {"bf16": True, "gradient_accumulation_steps": 2}], ids=["plain", "bf16"])

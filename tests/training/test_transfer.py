@@ -8,7 +8,8 @@ import torch
 
 from seqmodels.errors import ConfigError
 from seqmodels.pretrained import load_pretrained
-from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TRANSLATOR, WORDS, recipe
+from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TRANSLATOR, WORDS, recipe, write_rows
+from training.data.rows import Row
 from training.run import train
 
 SENTENCES = {"generated": "language-model", "tokenizer": WORDS}
@@ -33,6 +34,23 @@ def started(saved: Path, directory: Path, task: str = "classify", **sections: An
     sections = {"optim": {"freeze": ["encoder.*"]}, "data": data, **sections}
     run = {"max_steps": 1, "max_eval_samples": 4}
     return load_pretrained(train(recipe(task, directory, model=model, run=run, **sections))).model.state_dict()
+
+
+def test_it_says_what_is_taken_over_and_warns_of_other_cuts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [Row(f"{word} film", (label,)) for word, label in [("good", "1"), ("bad", "0")] * 40]
+    rows = [Row(f"{n} {row.input}", row.references) for n, row in enumerate(rows)]
+    write_rows(tmp_path / "films.csv", rows)
+    data = {"path": str(tmp_path / "films.csv"), "cut": {"validation": 10}}
+    read = {**data, "columns": {"target": "input"}, "tokenizer": WORDS}
+    first = train(recipe("generate", tmp_path / "lm", data=read, model=LANGUAGE_MODEL))
+    model = {"init_from": str(first), "architecture": "classifier"}
+    capsys.readouterr()
+    for size, warned in ((10, False), (12, True)):
+        labelled = {**data, "columns": {"input": "input", "target": "target"}, "cut": {"validation": size}}
+        train(recipe(directory=tmp_path / f"cut-{size}", data=labelled, model=model))
+        said = capsys.readouterr().out
+        assert f"begun from {first}, but for the new head" in said
+        assert ("may know rows that are held out here" in said) == warned
 
 
 @pytest.mark.parametrize(("task", "architecture"), [("classify", "classifier"), ("tag", "tagger")])

@@ -16,6 +16,7 @@ from training.data.pictures import preprocessor_for
 from training.data.rows import Input, Row
 from training.data.tables import Table, source_name
 
+IGNORED = -100  # what other libraries' data has in place of a label; as one of ours it would be learned
 LARGEST_TARGET = 1e12  # of a regression; the square of it still fits float32
 WITHOUT_LISTS = "in a CSV write them separated by spaces; lists need JSON lines or parquet"
 
@@ -82,6 +83,8 @@ class RowReader:
             return Row(given, self._label(*targets[0]))
         if self.task == "tag":
             tags = self._tags(*targets[0])
+            if given and not tags:
+                self._refuse(targets[0][0], "holds no tags, so it is unlabelled; label it or remove it")
             if len(tags) != len(given or ()):
                 self._refuse(targets[0][0], f"holds {len(tags)} tags for {len(given or ())} steps; give one for each")
             return Row(given, tags)
@@ -196,7 +199,7 @@ class RowReader:
         return repr(number)
 
     def _label(self, where: str, value: Any) -> str:
-        if value is None or value == self.unlabelled or (isinstance(value, str) and not value.strip()):
+        if value is None or value in (self.unlabelled, IGNORED) or (isinstance(value, str) and not value.strip()):
             self._refuse(
                 where,
                 f"holds {value!r}, so it is unlabelled; label it or remove it; where no row of the split has a label, "

@@ -6,6 +6,7 @@ Knows files and formats; knows no row and no token. CSV is read here rather than
 
 import csv
 import io
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from training.config import DataSection
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 TEXT_SUFFIXES = {".txt", ".conll"}
+HALF_WRITTEN = ".train.jsonl.writing"  # what `training distill` has in a folder until it is whole
 
 csv.field_size_limit(2**31 - 1)  # a cell may hold a whole document
 
@@ -45,6 +47,8 @@ def read_tables(data: DataSection, task: str) -> dict[str, Table]:
         names = ["train"] if len(texts) == 1 else [file.stem for file in texts]
         return {name: _read_text(file, task) for name, file in zip(names, texts, strict=True)}
     if path.is_dir():
+        if (path / HALF_WRITTEN).exists():
+            raise DataError(f"data.path is {data.path!r}, which is half written; give its `distill` command again")
         return _load_folder(data, path)
     if path.suffix in SEPARATORS:
         return {"train": _read_csv([path], SEPARATORS[path.suffix])}
@@ -54,10 +58,19 @@ def read_tables(data: DataSection, task: str) -> dict[str, Table]:
     return _load_with_datasets(data, BUILDERS[path.suffix], data_files={"train": str(path)})
 
 
-def _load_folder(data: DataSection, path: Path) -> dict[str, Table]:
-    """Which file is of which split is for `datasets` to say, by their names or the folder's README."""
+def _library() -> Any:
+    """`datasets`, which costs a second, and which generated data does without; without its remarks."""
     import datasets
 
+    datasets.disable_progress_bars()
+    for name in ("huggingface_hub", "datasets"):  # every local README is asked for hub metadata
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what is an error comes as an exception too
+    return datasets
+
+
+def _load_folder(data: DataSection, path: Path) -> dict[str, Table]:
+    """Which file is of which split is for `datasets` to say, by their names or the folder's README."""
+    datasets = _library()
     try:
         builder = datasets.load_dataset_builder(str(path))
     except Exception as error:  # see _load_with_datasets
@@ -70,12 +83,8 @@ def _load_folder(data: DataSection, path: Path) -> dict[str, Table]:
 
 
 def _load_with_datasets(data: DataSection, *args: Any, **options: Any) -> dict[str, Table]:
-    import datasets  # costs a second, and generated data does without
-
-    datasets.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it asks every local README for hub metadata
     try:
-        return dict(datasets.load_dataset(*args, **options))
+        return dict(_library().load_dataset(*args, **options))
     except Exception as error:  # the library raises nearly everything, from OSError to bare Exception
         raise _cannot_load(data, error) from None
 
@@ -88,9 +97,23 @@ def _cannot_load(data: DataSection, error: BaseException) -> DataError:
         reason = _not_utf8(error)
     else:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        reason = "it has no rows" if "corresponds to no data" in reason else reason
+        reason = "it has no rows" if "corresponds to no data" in reason or reason == "StopIteration" else reason
+        reason += _bad_line(data)
     advice = "" if data.path else "; for a local copy set data.path=..."
     return DataError(f"{source_name(data)} cannot be loaded: {reason}{advice}")
+
+
+def _bad_line(data: DataSection) -> str:
+    """Where a file of JSON lines stops being one: the library counts only within a line."""
+    path = Path(data.path or "")
+    if path.suffix != ".jsonl" or not path.is_file():
+        return ""
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            json.loads(line or b"null")
+        except ValueError:
+            return f", in line {number} of {path.name}"
+    return ""
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
