@@ -34,13 +34,15 @@ NUM_SAMPLES, NUM_FREE_SAMPLES = 8, 4
 
 @dataclass(frozen=True)
 class Evaluation:
-    """scores: by name. signatures: what exactly was measured, where that has a name. samples: some answers to read."""
+    """scores: by name. signatures: what exactly was measured, where that has a name. samples: some answers to read.
+    kinds: of spans, a line for each kind, to read."""
 
     scores: dict[str, float]
     num_rows: int
     signatures: dict[str, str] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
     confusion: Confusion = field(default_factory=dict)  # of single labels: expected -> given -> how often
+    kinds: list[dict[str, str]] = field(default_factory=list)
 
 
 def evaluate(
@@ -148,10 +150,29 @@ def _score_tags(rows: Sequence[Row], answers: Sequence[dict[str, Any]], nll: flo
     expected = [list(row.references) for row in rows]
     flat_predicted, flat_expected = ([tag for tags in rows_ for tag in tags] for rows_ in (predicted, expected))
     scores = {"accuracy": metrics.accuracy(flat_predicted, flat_expected), "nll": nll}
+    kinds = []
     if bio:
         scores = {"span_f1": metrics.span_f1(predicted, expected), **scores}
-    samples = _samples(rows, [" ".join(tags) for tags in predicted], " ")
-    return Evaluation(scores, len(rows), samples=samples, confusion=metrics.confusion(flat_predicted, flat_expected))
+        kinds = [
+            {"kind": kind, **{name: f"{value:.3f}" for name, value in found.items()}, "expected": str(there)}
+            for kind, (found, there) in metrics.scores_by_kind(predicted, expected).items()
+        ]
+    samples = [_tagged(row, tags) for row, tags in zip(rows[:NUM_SAMPLES], predicted, strict=False)]
+    confusion = metrics.confusion(flat_predicted, flat_expected)
+    return Evaluation(scores, len(rows), samples=samples, confusion=confusion, kinds=kinds)
+
+
+def _tagged(row: Row, tags: Sequence[str]) -> dict[str, str]:
+    """Each word, or the number of each step, with its tag, and those that are wrong."""
+    assert isinstance(row.input, tuple)
+    steps = [step if isinstance(step, str) else str(number) for number, step in enumerate(row.input, start=1)]
+    wrong = [
+        f"{step}: {given or 'none'}, expected {right}"
+        for step, given, right in zip(steps, tags, row.references, strict=True)
+        if given != right
+    ]
+    answer = "  ".join(f"{step}/{tag}" for step, tag in zip(steps, tags, strict=True))
+    return {"answer": answer, "wrong": "\n".join(wrong)}
 
 
 def _tags_of_steps(row: Row, tags: Sequence[dict[str, Any]]) -> list[str]:

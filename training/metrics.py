@@ -69,13 +69,33 @@ def r2(predicted: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]
 
 def span_f1(predicted: Sequence[Sequence[str]], expected: Sequence[Sequence[str]]) -> float:
     """F1 of BIO spans as conlleval counts them: right only where kind, beginning and end are all right."""
-    both = found = there = 0
+    return micro_f1(list(_spans_by_kind(predicted, expected).values()))
+
+
+def scores_by_kind(
+    predicted: Sequence[Sequence[str]], expected: Sequence[Sequence[str]]
+) -> dict[str, tuple[dict[str, float], int]]:
+    """Precision, recall and F1 of each kind of span, the most frequent first, and how often it is expected."""
+    counts = _spans_by_kind(predicted, expected)
+    return {
+        kind: (
+            {"precision": both / max(1, found), "recall": both / max(1, there), "F1": _f1(both, found, there)},
+            there,
+        )
+        for kind, (both, found, there) in sorted(counts.items(), key=lambda item: -item[1][2])
+    }
+
+
+def _spans_by_kind(
+    predicted: Sequence[Sequence[str]], expected: Sequence[Sequence[str]]
+) -> dict[str, tuple[int, int, int]]:
+    """How many spans of each kind are right, predicted, expected."""
+    both, found, there = Counter[str](), Counter[str](), Counter[str]()
     for p, e in zip(predicted, expected, strict=True):
         spans_found, spans_there = set(bio_spans(p)), set(bio_spans(e))
-        both += len(spans_found & spans_there)
-        found += len(spans_found)
-        there += len(spans_there)
-    return _f1(both, found, there)
+        for counter, spans in ((both, spans_found & spans_there), (found, spans_found), (there, spans_there)):
+            counter.update(kind for kind, _, _ in spans)
+    return {kind: (both[kind], found[kind], there[kind]) for kind in sorted({*found, *there})}
 
 
 def bleu(predicted: Sequence[str], references: Sequence[Sequence[str]], lowercase: bool = False) -> tuple[float, str]:

@@ -5,7 +5,10 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+from training.data.rows import in_order
 
 RATIO = "update to weights"
 # Name in the log: panel, and what the curve is called there.
@@ -35,25 +38,27 @@ PANELS_IN_A_ROW = 3
 MAX_LABELS = 30  # in a table of confusions
 
 
-Confusion = dict[str, dict[str, int]]  # expected label -> given label -> how often
+Confusion = Mapping[str, Mapping[str, int]]  # expected label -> given label -> how often
 
 
 def write_report(
     directory: Path,
     title: str,
     facts: Mapping[str, object],
-    samples: Sequence[Mapping[str, str]],
-    confusion: Confusion,
     recipe: str,
+    samples: Sequence[Mapping[str, str]] = (),
+    confusion: Confusion = MappingProxyType({}),
+    kinds: Sequence[Mapping[str, str]] = (),
 ) -> None:
-    """Curves are drawn from metrics.jsonl and timings.jsonl. recipe: as YAML."""
+    """Curves are drawn from metrics.jsonl and timings.jsonl. recipe: as YAML. The others: see `Evaluation`."""
     curves = draw_curves([*_lines(directory / "metrics.jsonl"), *_lines(directory / "timings.jsonl")])
     (directory / "curves.svg").write_text(curves, encoding="utf-8")
     rows = "".join(
         f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>" for key, value in facts.items()
     )
+    tables = _table("Each kind of span", kinds), _confusion_table(confusion), _table("What it says", samples)
     body = f"""<table>{rows}</table><h2>Curves</h2>{curves[curves.index("<svg") :]}
-{_confusion_table(confusion)}{_samples_table(samples)}<h2>Recipe</h2><pre>{html.escape(recipe)}</pre>"""
+{"".join(tables)}<h2>Recipe</h2><pre>{html.escape(recipe)}</pre>"""
     (directory / "report.html").write_text(html_page(title, body), encoding="utf-8")
 
 
@@ -112,8 +117,10 @@ def _confusion_table(confusion: Confusion) -> str:
     """Rows: expected. Columns: given. The darker, the larger a share of its row. The most frequent labels."""
     if not confusion:
         return ""
-    labels = sorted(confusion, key=lambda label: -sum(confusion[label].values()))[:MAX_LABELS]
-    given = [*labels, *sorted({name for row in confusion.values() for name in row} - confusion.keys())][:MAX_LABELS]
+    frequent = sorted(confusion, key=lambda label: -sum(confusion[label].values()))[:MAX_LABELS]
+    labels = sorted(frequent, key=in_order)
+    others = {name for row in confusion.values() for name in row} - confusion.keys()
+    given = [*labels, *sorted(others, key=in_order)][:MAX_LABELS]
     head = "".join(f"<th>{html.escape(name)}</th>" for name in given)
     rows = ""
     for label in labels:
@@ -124,8 +131,8 @@ def _confusion_table(confusion: Confusion) -> str:
     return f"<h2>Which label for which</h2><table><tr><th>expected \\ given</th>{head}</tr>{rows}</table>"
 
 
-def _samples_table(samples: Sequence[Mapping[str, str]]) -> str:
-    return f"<h2>What it says</h2>{html_table(samples)}" if samples else ""
+def _table(title: str, lines: Sequence[Mapping[str, str]]) -> str:
+    return f"<h2>{title}</h2>{html_table(lines)}" if lines else ""
 
 
 def html_table(lines: Sequence[Mapping[str, str]]) -> str:

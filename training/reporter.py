@@ -24,6 +24,7 @@ from training.data.examples import Codec, Example
 from training.optim import Update
 from training.report import numbers
 
+WIDE = 130  # columns of a terminal that has room for a bar; the numbers need 79
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal to draw a bar on
 
 
@@ -131,8 +132,7 @@ class Reporter:
     def _draw(self, step: int, total_steps: int) -> None:
         if self._bar is None:
             columns = (
-                TextColumn("training"),
-                BarColumn(),
+                *((TextColumn("training"), BarColumn()) if self._is_wide else ()),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[standing]}"),
                 TimeRemainingColumn(),
@@ -141,7 +141,12 @@ class Reporter:
             self._task = self._bar.add_task("", total=total_steps, completed=self._first_step, standing="")
             self._bar.start()
         assert self._task is not None
-        self._bar.update(self._task, completed=step, standing=self._standing)
+        standing = self._standing if self._is_wide else self._standing.replace("  ", " ")
+        self._bar.update(self._task, completed=step, standing=standing)
+
+    @property
+    def _is_wide(self) -> bool:
+        return self.console.width >= WIDE
 
     @property
     def _standing(self) -> str:

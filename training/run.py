@@ -243,7 +243,7 @@ def _metric(recipe: Recipe, codec: Codec) -> str:
 
 def _validate(recipe: Recipe, codec: Codec, rows: Sequence[Row], candidate: Path) -> dict[str, float]:
     result = evaluate(candidate, _drawn(rows, recipe.run), codec, recipe.run.device)
-    shown = {"samples": result.samples, "confusion": result.confusion}
+    shown = {"samples": result.samples, "confusion": result.confusion, "kinds": result.kinds}
     (candidate / SHOWN).write_text(json.dumps(shown, ensure_ascii=False, indent=1), encoding="utf-8")
     return result.scores
 
@@ -281,12 +281,12 @@ def _finish(recipe: Recipe, trainer: Trainer, best: Path, num_examples: int) -> 
     assert saved is not None
     facts |= {
         "Rows": f"sha256 {saved.data}",
-        "Made with": f"torch {saved.torch}, Python {platform.python_version()}, {saved.threads} threads",
+        "Made with": f"torch {saved.torch}, Python {platform.python_version()}, threads: {saved.threads}",
         "Processor": _processor(recipe.run.device),
         "Again": f"python -m training train {directory / RECIPE} run.output_dir=NEW_DIRECTORY",
     }
     text = (directory / RECIPE).read_text(encoding="utf-8")
-    write_report(directory, f"Training {directory.name}", facts, shown["samples"], shown["confusion"], text)
+    write_report(directory, f"Training {directory.name}", facts, text, **shown)
     (directory / ENCODED).unlink(missing_ok=True)
     checkpoint.write_whole(
         directory / FINISHED, json.dumps({"step": trainer.progress.step, "validation": scores}) + "\n"

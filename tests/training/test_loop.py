@@ -1,14 +1,17 @@
 """The loop and the run directory: what is best, when to stop, what going on refuses."""
 
 import errno
+import io
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import training.loop
 import training.run
@@ -19,6 +22,7 @@ from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TAGGER, TEXT_ENCO
 from training.directory import locked
 from training.loop import MAX_SKIPPED_IN_A_ROW, Trainer
 from training.optim import DivergedError, Precision, Update, update
+from training.reporter import Reporter
 from training.run import train
 
 
@@ -387,3 +391,17 @@ def test_a_language_model_reports_what_it_writes(tmp_path: Path) -> None:
     assert scores["perplexity"] == pytest.approx(math.exp(scores["nll"]))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<th>seed</th>" in page
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_the_live_line_has_room_for_every_number(tmp_path: Path, width: int) -> None:
+    drawn = io.StringIO()
+    with Reporter(tmp_path, Console(file=drawn, force_terminal=True, width=width)) as reporter:
+        reporter.watch("accuracy")
+        reporter.rewind(0, 0)
+        reporter.log({"step": 1, "validation": {"accuracy": 0.8534}, "best": True})
+        for step in (19_998, 19_999):
+            reporter.step(step, 20_000, Update(69.3, 69.3, 100, 4000, 1.0, True, False, None, None))
+    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", drawn.getvalue()).split("\r")[-1]
+    assert all(part in last for part in ("19999/20000", "loss 0.693", "best accuracy 0.8534", "clipped", "tokens/s"))
+    assert "…" not in last and ("━" in last) == (width == 140)

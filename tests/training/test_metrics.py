@@ -21,6 +21,12 @@ def test_span_f1_counts_whole_spans_only() -> None:
     predicted = [["B-X", "I-X", "O", "B-X"], ["B-X", "I-X", "O"]]
     # There: X0-2, Y3-4; X0-1, X1-2. Given: X0-2, X3-4; X0-2. Right: the first. 2·1 / (4 + 3)
     assert metrics.span_f1(predicted, expected) == pytest.approx(2 / 7)
+    # X: 1 right of 3 given and 3 there; Y: never given
+    scores = {
+        kind: (list(found.values()), there)
+        for kind, (found, there) in metrics.scores_by_kind(predicted, expected).items()
+    }
+    assert scores == {"X": ([1 / 3, 1 / 3, pytest.approx(1 / 3)], 3), "Y": ([0, 0, 0], 1)}
 
 
 def test_span_f1_reads_an_i_without_a_b_as_conlleval_does() -> None:

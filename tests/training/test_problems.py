@@ -114,6 +114,8 @@ def test_labels_as_one_sequence(tmp_path: Path, capsys: pytest.CaptureFixture[st
     directory = train(made)
     scores = json.loads((directory / "finished.json").read_text())["validation"]
     assert scores["span_f1"] > 0.98
+    page = (directory / "report.html").read_text(encoding="utf-8")
+    assert "Each kind of span" in page and "<td>THING</td>" in page and "red/B-THING  cars/" in page
     assert main(["calibrate", str(directory)]) == 0
     capsys.readouterr()
     assert main(["evaluate", str(directory), str(directory), "--split", "validation"]) == 0

@@ -20,7 +20,7 @@ from seqmodels.pretrained import load_pretrained
 from seqmodels.tokenizer import BOS, EOS, Tokenizer
 from training.config import DataSection, Facts, Recipe, some
 from training.data.pictures import decode, preprocessor_for
-from training.data.rows import Row
+from training.data.rows import Row, in_order
 
 SMALLEST_DEVIATION = 1e-6  # of a regression's targets, as a share of the largest: float32 tells no less apart
 
@@ -204,12 +204,12 @@ def _facts(recipe: Recipe, rows: Sequence[Row]) -> Facts:
 
 
 def _labels(rows: Sequence[Row], least: int) -> tuple[str, ...]:
-    """All labels: class numbers in their order, names by the alphabet."""
+    """All labels, in order."""
     names = {name for row in rows for name in row.references}
     if len(names) < least:
         only = f"has the label {min(names)!r} only" if names else "has no label"
         raise DataError(f"the training split {only}; there is nothing to tell apart")
-    return tuple(sorted(names, key=lambda name: (int(name) if name.isdecimal() else -1, name)))
+    return tuple(sorted(names, key=in_order))
 
 
 def _feature_size(rows: Sequence[Row]) -> int:

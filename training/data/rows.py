@@ -50,6 +50,11 @@ def fingerprint(splits: Mapping[str, Sequence[Row]]) -> str:
     return digest.hexdigest()
 
 
+def in_order(label: str) -> tuple[int, str]:
+    """What labels are sorted by: names by the alphabet, then class numbers by their size."""
+    return int(label) if label.isdecimal() else -1, label
+
+
 def _parts(row: Row) -> Iterable[bytes]:
     for value in (row.input, row.target):
         for part in value if isinstance(value, tuple) else (value,):
