@@ -1,7 +1,7 @@
 """Ray Train: starts the workers of a run, on this machine or a cluster, and begins again where one of them is lost.
 
-Only this file knows Ray Train. What is trained, what is saved and how a run goes on is `training.run`'s, which each
-worker calls; Ray keeps no checkpoint of its own.
+Only this file knows Ray Train. What is trained, what is saved and how a run goes on is for what each worker is given to
+do; Ray keeps no checkpoint of its own.
 """
 
 import io
@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from seqmodels.errors import SeqModelsError
 from training.cluster import enter_folder, needs, ray_running, set_handler
 from training.config import Recipe
 from training.reporter import Reporter
-from training.run import train_as
 from training.workers import Workers
 
 MAX_FAILURES = 8  # so often a worker may be lost in one call
@@ -44,9 +43,13 @@ class WorkersLostError(SeqModelsError):
     """Workers died again and again."""
 
 
-def train_together(recipe: Recipe) -> Path:
-    """`training.run.train` by `run.workers` processes, on this machine or on the cluster that the environment variable
-    RAY_ADDRESS names. Raises what that does, ConfigError where there is no room for so many, and WorkersLostError."""
+# A worker's part of a run: itself, the recipe, and what makes the Reporter of the first -> the run's directory.
+Work = Callable[[Workers, Recipe, Callable[[Path], Reporter]], Path]
+
+
+def train_together(recipe: Recipe, work: Work) -> Path:
+    """A run by `run.workers` processes, on this machine or on the cluster that the environment variable RAY_ADDRESS
+    names. Raises what `work` does, ConfigError where there is no room for so many, and WorkersLostError."""
     assert recipe.run.output_dir is not None
     directory = Path(recipe.run.output_dir)
     storage = directory.absolute() / ".ray"
@@ -54,7 +57,7 @@ def train_together(recipe: Recipe) -> Path:
     with ray_running(recipe.run.workers, needed), _voice() as voice:
         trainer = TorchTrainer(
             _work,
-            train_loop_config={"recipe": recipe, "folder": str(Path.cwd()), "voice": voice},
+            train_loop_config={"work": work, "recipe": recipe, "folder": str(Path.cwd()), "voice": voice},
             torch_config=TorchConfig("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout_s=TIMEOUT_S),
             scaling_config=ScalingConfig(num_workers=recipe.run.workers, use_gpu=on_gpu, resources_per_worker=needed),
             run_config=RunConfig(
@@ -76,7 +79,7 @@ def _work(given: dict[str, Any]) -> None:
     enter_folder(given["folder"])
     context = get_context()
     workers = Workers(context.get_world_rank(), context.get_world_size())
-    train_as(workers, given["recipe"], lambda directory: Reporter(directory, given["voice"].console()))
+    given["work"](workers, given["recipe"], lambda directory: Reporter(directory, given["voice"].console()))
 
 
 class _NoSecondTry(UserCallback):  # type: ignore[misc]

@@ -62,7 +62,7 @@ def train(recipe: Recipe) -> Path:
             return directory
     from training.distributed import train_together
 
-    return train_together(recipe)
+    return train_together(recipe, train_as)
 
 
 def train_as(workers: Workers, recipe: Recipe, voice: Callable[[Path], Reporter] = Reporter) -> Path:

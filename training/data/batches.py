@@ -53,7 +53,8 @@ class Buckets:
         self, examples: Sequence[Example], codec: Codec, tokens_per_batch: int, rows_per_batch: int, seed: int
     ) -> None:
         if not examples:
-            raise DataError("no training row fits; raise data.max_input_length or data.max_target_length")
+            writes = codec.config.architecture == "generator"
+            raise DataError(f"no row fits; raise data.max_input_length{' or data.max_target_length' if writes else ''}")
         self._examples, self._codec, self._seed = examples, codec, seed
         self._lengths = _lengths(examples)
         self._inputs, self._targets = (lengths.copy() for lengths in self._lengths)
