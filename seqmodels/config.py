@@ -251,7 +251,7 @@ class ModelConfig(Strict):
             name = "crf" if self.crf else "encoder.characters"
             raise ValueError(f"{name} is for taggers, which give a label to each word or step; remove it")
         if self.crf and (self.class_weights or self.label_smoothing):
-            raise ValueError("crf is true, which has no class_weights or label_smoothing; remove them")
+            raise ValueError("crf is true, which needs label_smoothing 0 and class_weights {}; remove or set them")
         if self.architecture == "tagger" and self.encoder.input == "image":
             raise ValueError("architecture is 'tagger', but an image has no steps to label; use 'classifier'")
 

@@ -137,11 +137,12 @@ def _logits(model: Model, inputs: Tensor, lengths: Tensor | None, labelled: Tens
 
 
 def _labelled(requests: Sequence[ForwardRequest], inputs: Tensor) -> Tensor | None:
-    """At which positions labels are asked for (B, S); None where that is all of each row."""
-    if requests[0].positions is None:
+    """At which positions a tagger's labels are asked for (B, S); None where the inputs have no steps."""
+    if not has_steps(inputs[0]):
         return None
     labelled = torch.zeros(inputs.shape[:2], dtype=torch.bool)
     for row, request in zip(labelled, requests, strict=True):
+        row[: _length(request)] = request.positions is None
         row[list(request.positions or ())] = True
     return labelled.to(inputs.device)
 

@@ -57,7 +57,8 @@ class Int8Linear:
     Several times as fast as float32 on a CPU with 8-bit dot products; docs/performance.md says what it costs in BLEU. A
     scale per row, not per batch, and sums of whole numbers keep a row's bits independent of its neighbours. The
     instruction (VNNI) multiplies numbers without a sign by numbers with one: given both with a sign, oneDNN has no
-    kernel on processors without AMX and goes through a loop that takes seconds. CPUs without VNNI would overflow.
+    kernel on processors without AMX and goes through a loop that takes seconds. CPUs without VNNI get that loop, since
+    unsigned numbers would overflow there.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -160,7 +161,7 @@ LINEAR: dict[Weights, Callable[..., Linear]] = {
 
 
 def has_vnni() -> bool:
-    """Whether the CPU has dot products of 8-bit numbers that never overflow."""
+    """Whether the CPU has dot products of 8-bit numbers that never overflow, in the form of AVX-512."""
     return torch.cpu._is_vnni_supported()
 
 

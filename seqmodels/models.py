@@ -14,6 +14,7 @@ from seqmodels.config import ModelConfig
 from seqmodels.crf import LinearChain
 from seqmodels.decoder import Decoder
 from seqmodels.encoders import build_encoder
+from seqmodels.errors import UnsupportedError
 from seqmodels.losses import IGNORE, Output, labelled, measured
 from seqmodels.state import Memory, State
 
@@ -74,15 +75,15 @@ class SequenceTagger(Labeller):
 
     def forward(self, inputs: Tensor, labels: Tensor, lengths: Tensor | None = None) -> Output:
         """As of every Labeller. With a CRF the loss is of each row's labels as one sequence; nll stays that of each
-        label, by what `predict` gives it."""
+        label, by what `predict` gives it. A label that the model does not have is no part of the sequence here, though
+        its word is one of those that a served answer labels."""
         if self.crf is None:
             return super().forward(inputs, labels, lengths)
         memory, _ = self.encoder(inputs, lengths, None)
         scores, counted = self._logits(memory).float(), labels != IGNORE
-        with torch.no_grad():
-            out = labelled(self.crf.logprobs(scores, counted) / self.config.temperature, labels)
-        loss = self.crf.costs(scores, labels, counted).sum() / out.num_targets.clamp(min=1)
-        return replace(out, loss=loss)
+        costs, logprobs = self.crf(scores, labels, counted)
+        out = labelled(logprobs / self.config.temperature, labels)
+        return replace(out, loss=costs.sum() / out.num_targets.clamp(min=1))
 
     def target_logits(self, inputs: Tensor, labels: Tensor, lengths: Tensor | None = None) -> Targeted:
         return self.predict(inputs, lengths, labelled=labels != IGNORE)[0], labels, None
@@ -94,12 +95,15 @@ class SequenceTagger(Labeller):
         state: State | None = None,
         labelled: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
-        """labelled (B, S): at which positions labels are asked for, which a CRF has to know; all where left out."""
+        """labelled (B, S): at which positions labels are asked for, which a CRF has to know; all where left out.
+        Raises UnsupportedError for an input in pieces, with a state, where a CRF has to see the whole."""
         if self.crf is None:
             return super().predict(inputs, lengths, state)
-        memory, state = self.encoder(inputs, lengths, state)
+        if state is not None:
+            raise UnsupportedError("a tagger with a CRF reads an input as a whole; send it without a state")
+        memory, _ = self.encoder(inputs, lengths, None)
         logprobs = self.crf.logprobs(self._logits(memory).float(), memory.mask if labelled is None else labelled)
-        return logprobs / self.config.temperature, state
+        return logprobs / self.config.temperature, None
 
     def features(self, memory: Memory) -> Tensor:
         return memory.values

@@ -10,6 +10,7 @@ config.json, model.safetensors, README.md, report.html, finished.json      at th
 """
 
 import fcntl
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from training.data.examples import Codec
 from training.parsing import differences, parse_recipe
 
 RUN, FINISHED = "run.json", "finished.json"
-MAY_CHANGE = ("run.max_minutes",)  # between two calls of one run: when it ends by the clock changes nothing before
+MAY_CHANGE = ("run.max_minutes",)  # until a run is finished: when it ends by the clock changes nothing before
 
 
 class RunFile(Strict):
@@ -96,7 +97,9 @@ def saved_run(directory: Path, recipe: Recipe) -> RunFile | None:
         if (directory / "config.json").exists():
             raise ConfigError(f"run.output_dir {directory} holds a model that no run made; name another directory")
         return None
-    changed = [one for one in differences(_completed(saved.recipe), _plain(recipe)) if one[0] not in MAY_CHANGE]
+    changed = list(differences(_completed(saved.recipe), _plain(recipe)))
+    if not (directory / FINISHED).is_file():
+        changed = [one for one in changed if one[0] not in MAY_CHANGE]
     if changed and not is_under_way(directory):
         return None
     for key, was, now in changed:
@@ -125,8 +128,9 @@ def read_run(directory: Path) -> RunFile | None:
 def write_run(directory: Path, recipe: Recipe, codec: Codec, data: str) -> None:
     """All files of before step 0; run.json last, since it says that the others are there. Those of an earlier beginning
     that came to nothing go first."""
-    for stale in (directory / RUN, *directory.glob("*tokenizer.json")):
-        stale.unlink(missing_ok=True)
+    for stale in directory.glob("*tokenizer.json"):
+        stale.unlink()
+    shutil.rmtree(directory / "snapshots", ignore_errors=True)
     tokenizers = (codec.source_tokenizer, codec.target_tokenizer)
     for name, tokenizer in zip(tokenizer_names(codec.config), tokenizers, strict=True):
         if name and tokenizer:

@@ -37,7 +37,7 @@ from training.data.tables import HALF_WRITTEN
 from training.parsing import differences
 from training.reporter import SECONDS_BETWEEN_LINES
 
-BEGUN, TRAIN, WRITING = ".distill.json", "train.jsonl", HALF_WRITTEN
+BEGUN, TRAIN = ".distill.json", "train.jsonl"
 COLUMNS = ColumnsSection(input="input", target="target")  # of generated data, which has no columns of its own
 ROWS = 256  # answered, then written, at a time
 
@@ -84,7 +84,7 @@ def distill(
         console.print(f"{output} is finished; nothing to do", markup=False)
         return
     lines = _Lines.of(recipe, rows)
-    with _appending(output / WRITING) as file:
+    with _appending(output / HALF_WRITTEN) as file:
         for batch in _batches(readable, _whole_lines(file), console):
             pairs = zip(batch, teacher.writes(batch), strict=True)
             file.write("".join(lines.line(row, [text]) for row, text in pairs).encode())
@@ -100,7 +100,7 @@ def distill(
             "Rows left out, longer than the teacher reads": len(rows["train"]) - len(readable),
         }
         write_whole(output / "README.md", _card(output, recipe.data, facts))
-        (output / WRITING).replace(output / TRAIN)
+        (output / HALF_WRITTEN).replace(output / TRAIN)
     console.print(f"wrote {output}; its README.md says how to train a student", markup=False)
 
 

@@ -154,8 +154,8 @@ def _score_tags(rows: Sequence[Row], answers: Sequence[dict[str, Any]], nll: flo
     if bio:
         scores = {"span_f1": metrics.span_f1(predicted, expected), **scores}
         kinds = [
-            {"kind": kind, **{name: f"{value:.3f}" for name, value in found.items()}, "expected": str(there)}
-            for kind, (found, there) in metrics.scores_by_kind(predicted, expected).items()
+            {"kind": kind, **{name: f"{value:.4g}" for name, value in measures.items()}}
+            for kind, measures in metrics.scores_by_kind(predicted, expected).items()
         ]
     samples = [_tagged(row, tags) for row, tags in zip(rows[:NUM_SAMPLES], predicted, strict=False)]
     confusion = metrics.confusion(flat_predicted, flat_expected)
@@ -297,6 +297,4 @@ def _samples(rows: Sequence[Row], answers: Sequence[str], separator: str = " / "
 def _readable(row: Row) -> str:
     if isinstance(row.input, str):
         return row.input
-    if isinstance(row.input, tuple) and isinstance(row.input[0], str):
-        return " ".join(map(str, row.input))
     return "(picture)" if isinstance(row.input, bytes) else f"({len(row.input or ())} steps)"

@@ -285,7 +285,8 @@ class Trainer:
             if plateau.lr_scheduler_type == "plateau" and progress.plateau_wait >= plateau.plateau_patience:
                 progress.plateau_scale *= plateau.plateau_factor
                 progress.plateau_wait = 0
-        self._keep(self._merit(scores)[0])
+        if progress.step > 0:
+            self._keep(self._merit(scores)[0])
         progress.log_bytes = self.reporter.log({"step": progress.step, "validation": scores, "best": better})
         return progress
 

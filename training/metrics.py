@@ -74,16 +74,13 @@ def span_f1(predicted: Sequence[Sequence[str]], expected: Sequence[Sequence[str]
 
 def scores_by_kind(
     predicted: Sequence[Sequence[str]], expected: Sequence[Sequence[str]]
-) -> dict[str, tuple[dict[str, float], int]]:
-    """Precision, recall and F1 of each kind of span, the most frequent first, and how often it is expected."""
-    counts = _spans_by_kind(predicted, expected)
-    return {
-        kind: (
-            {"precision": both / max(1, found), "recall": both / max(1, there), "F1": _f1(both, found, there)},
-            there,
-        )
-        for kind, (both, found, there) in sorted(counts.items(), key=lambda item: -item[1][2])
-    }
+) -> dict[str, dict[str, float]]:
+    """Precision, recall and F1 of each kind of span, and how often it is expected, the most frequent first."""
+    scores = {}
+    for kind, (both, found, there) in sorted(_spans_by_kind(predicted, expected).items(), key=lambda item: -item[1][2]):
+        precision, recall = both / max(1, found), both / max(1, there)
+        scores[kind] = {"precision": precision, "recall": recall, "F1": _f1(both, found, there), "expected": there}
+    return scores
 
 
 def _spans_by_kind(

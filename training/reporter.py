@@ -24,7 +24,7 @@ from training.data.examples import Codec, Example
 from training.optim import Update
 from training.report import numbers
 
-WIDE = 130  # columns of a terminal that has room for a bar; the numbers need 79
+WIDE = 130  # columns of a terminal that has room for a bar; the numbers need all of 80
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal to draw a bar on
 
 
@@ -84,7 +84,8 @@ class Reporter:
         self._log.write(json.dumps(line).encode() + b"\n")
         self._log.flush()
         step = int(line["step"])
-        self._write_timing(step)
+        if step > 0:
+            self._write_timing(step)
         for name, value in numbers(line):
             if self._board is not None:
                 self._board.add_scalar(name, value, step)
@@ -141,7 +142,9 @@ class Reporter:
             self._task = self._bar.add_task("", total=total_steps, completed=self._first_step, standing="")
             self._bar.start()
         assert self._task is not None
-        standing = self._standing if self._is_wide else self._standing.replace("  ", " ")
+        standing = self._standing
+        if not self._is_wide:
+            standing = standing.replace("  ", " ").replace("best ", "").replace("tokens/s", "tok/s")
         self._bar.update(self._task, completed=step, standing=standing)
 
     @property

@@ -125,11 +125,14 @@ def _prepare(
 ) -> Codec:
     """Tokenizers and labels: trained and written, or read back and checked."""
     data = fingerprint(dict(rows))
-    if saved is None or (saved.data != data and not is_under_way(directory)):
+    # What a run began from may have changed since; until it has trained, it may as well begin again.
+    may_differ = saved is None or saved.data != data or recipe.init_from is not None
+    if saved is None or (may_differ and not is_under_way(directory)):
         if recipe.init_from is None and (recipe.input == "text" or recipe.makes_text):
             reporter.say(f"training the {recipe.data.tokenizer.kind} tokenizer on {len(rows['train'])} rows")
         codec = Codec.train(recipe, rows["train"])
         check_memory(codec.config)  # first, so that the same directory serves a smaller model
+        (directory / RUN).unlink(missing_ok=True)  # it names what stands here, so it goes before that changes
         save_vectors(read_vectors(recipe.data, codec, reporter.say), directory)
         write_run(directory, recipe, codec, data)
         return codec
@@ -208,15 +211,18 @@ def _introduce(
 
 def _overlap(recipe: Recipe) -> str | None:
     """A warning where what the run begins from may have been trained on rows that this one validates or tests on."""
-    saved = read_run(recipe.init_from) if recipe.init_from is not None else None
+    try:
+        saved = read_run(recipe.init_from) if recipe.init_from is not None else None
+    except CheckpointError:  # of another version, say; the model itself can be read all the same
+        saved = None
     if saved is None:
         return None
     theirs, ours = saved.recipe["data"], recipe.data.model_dump(mode="json")
     same = all(theirs.get(name) == ours[name] for name in ("id", "name", "path", "generated"))
-    if not same or theirs["cut"] == ours["cut"]:
+    if not same or theirs.get("cut") == ours["cut"]:
         return None
     return (
-        f"warning: {recipe.init_from} was trained on the same data with data.cut {theirs['cut']}, here it is "
+        f"warning: {recipe.init_from} was trained on the same data with data.cut {theirs.get('cut')}, here it is "
         f"{ours['cut']}: it may know rows that are held out here; give both the same"
     )
 

@@ -13,13 +13,14 @@ from torch.nn import functional as F
 from seqmodels.config import ModelConfig
 from seqmodels.crf import LinearChain
 from seqmodels.ensemble import Averaged
-from seqmodels.errors import ConfigError
+from seqmodels.errors import ConfigError, UnsupportedError
 from seqmodels.forward import Forward, ForwardRequest
 from seqmodels.losses import IGNORE
 from seqmodels.models import SequenceTagger
 from seqmodels.pipeline import Pipeline
 from seqmodels.pretrained import save_pretrained
 from seqmodels.selftest import find_row_floor
+from seqmodels.state import State
 from seqmodels.tokenizer import Tokenizer
 from tests.seqmodels.builders import make_model
 
@@ -59,7 +60,8 @@ def sequences(chain: LinearChain, scores: Tensor) -> dict[tuple[int, ...], float
 def test_costs_and_probabilities_are_those_of_all_sequences() -> None:
     chain, scores = make_chain(), torch.randn(5, 5, 3)
     labels = torch.randint(0, 3, (5, 5)).masked_fill(~LABELLED, IGNORE)
-    costs, logprobs = chain.costs(scores, labels, LABELLED), chain.logprobs(scores, LABELLED)
+    costs, logprobs = chain(scores, labels, LABELLED)
+    assert torch.equal(logprobs, chain.logprobs(scores, LABELLED))
     for row in range(4):
         places = LABELLED[row].nonzero()[:, 0]
         weights = {y: math.exp(score) for y, score in sequences(chain, scores[row, places]).items()}
@@ -77,7 +79,7 @@ def test_gradients_are_probabilities_less_what_is_right() -> None:
     """What is known of the exponential family, by another way than sums over sequences; and padding has none."""
     chain, scores = make_chain(), torch.randn(5, 5, 3, requires_grad=True)
     labels = torch.randint(0, 3, (5, 5)).masked_fill(~LABELLED, IGNORE)
-    chain.costs(scores, labels, LABELLED).sum().backward()
+    chain(scores, labels, LABELLED)[0].sum().backward()
     right = F.one_hot(labels.clamp(min=0), 3)
     wanted = (chain.logprobs(scores, LABELLED).exp() - right) * LABELLED[:, :, None]
     assert scores.grad is not None and torch.allclose(scores.grad, wanted, atol=1e-5)
@@ -91,14 +93,14 @@ def test_a_chain_that_knows_nothing_is_a_softmax_at_each_position() -> None:
     chain = LinearChain(3)
     assert torch.allclose(chain.logprobs(scores, LABELLED)[LABELLED], scores.log_softmax(-1)[LABELLED], atol=1e-6)
     each = F.cross_entropy(scores[LABELLED], labels[LABELLED], reduction="sum")
-    assert torch.allclose(chain.costs(scores, labels, LABELLED).sum(), each, atol=1e-5)
+    assert torch.allclose(chain(scores, labels, LABELLED)[0].sum(), each, atol=1e-5)
 
 
 def test_long_rows_and_large_scores_stay_finite() -> None:
     chain, scores = make_chain(4), 1e4 * torch.randn(2, 800, 4)
     labelled = torch.ones(2, 800, dtype=torch.bool)
     assert bool(chain.logprobs(scores, labelled).isfinite().all())
-    assert bool(chain.costs(scores, torch.zeros(2, 800, dtype=torch.int64), labelled).isfinite().all())
+    assert bool(chain(scores, torch.zeros(2, 800, dtype=torch.int64), labelled)[0].isfinite().all())
 
 
 def test_loss_of_a_tagger_is_the_mean_per_label() -> None:
@@ -159,6 +161,23 @@ def test_answers_do_not_depend_on_company(num_labels: int) -> None:
     together = answers(Forward(model, row_floor=floor), requests)
     for request in requests:
         assert torch.equal(answers(Forward(model, row_floor=floor), [request])[request.id], together[request.id])
+
+
+@torch.inference_mode()
+def test_requests_with_and_without_positions_share_a_batch() -> None:
+    model = make_tagger()
+    one, two = (torch.randint(0, 12, (n,)) for n in (7, 5))
+    requests = [ForwardRequest("all", one), ForwardRequest("some", two, positions=(1, 3))]
+    alone = {request.id: answers(Forward(model), [request])[request.id] for request in requests}
+    for order in (requests, requests[::-1]):
+        together = answers(Forward(model), order)
+        assert all(torch.allclose(together[name], alone[name], atol=1e-6) for name in alone)
+
+
+def test_an_input_in_pieces_is_refused() -> None:
+    model = make_tagger()
+    with pytest.raises(UnsupportedError, match="as a whole"):
+        model.predict(torch.randint(0, 12, (4, 3)), torch.full((4,), 3), State(torch.zeros(4, 8)))
 
 
 @torch.inference_mode()

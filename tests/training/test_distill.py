@@ -107,7 +107,7 @@ def test_an_interrupted_one_goes_on_behind_the_last_whole_line(
     half = {"path": str(tmp_path / "stopped"), "columns": {"input": "input", "target": "target"}}
     with pytest.raises(DataError, match="is half written; give its `distill` command again"):
         load_rows(recipe("translate", data=half, model=TRANSLATOR))
-    with (tmp_path / "stopped" / module.WRITING).open("ab") as file:
+    with (tmp_path / "stopped" / module.HALF_WRITTEN).open("ab") as file:
         file.write(b'{"input": "half a li')
     asked = []
     with monkeypatch.context() as patch:

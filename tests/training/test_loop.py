@@ -238,20 +238,22 @@ def test_a_run_of_before_a_field_came_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "mistake", [{"optim": {"freeze": ["encoderx.*"]}}, {"run": {"workers": 1, "rows_per_batch": 1, "max_steps": 4}}]
+    "mistake", [{"optim": {"freeze": ["encoderx.*"]}}, {"data": {"generated": "sentiment"}, "run": {"seed": 2}}]
 )
 def test_a_mistake_found_before_the_first_step_can_be_mended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: dict[str, Any]
 ) -> None:
     with monkeypatch.context() as patch:
-        if "run" in mistake:
+        if "data" in mistake:  # another tokenizer, too
             patch.setattr("training.run._introduce", lambda *_: (_ for _ in ()).throw(ConfigError("no")))
         with pytest.raises(ConfigError):
             train(recipe(directory=tmp_path, **mistake))
     assert (tmp_path / "run.json").is_file()
     train(recipe(directory=tmp_path))
     train(recipe(directory=tmp_path / "fresh"))
-    assert (tmp_path / "metrics.jsonl").read_bytes() == (tmp_path / "fresh" / "metrics.jsonl").read_bytes()
+    for name in ("metrics.jsonl", "tokenizer.json", "model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+    assert {p.name for p in tmp_path.iterdir()} - {"fresh"} == {p.name for p in (tmp_path / "fresh").iterdir()}
 
 
 def test_other_data_is_refused_only_where_a_run_would_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,14 +396,15 @@ def test_a_language_model_reports_what_it_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [80, 140])
-def test_the_live_line_has_room_for_every_number(tmp_path: Path, width: int) -> None:
+def test_the_live_line_has_room_for_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setattr(Reporter, "_speed", lambda reporter: 123_456.0)
     drawn = io.StringIO()
     with Reporter(tmp_path, Console(file=drawn, force_terminal=True, width=width)) as reporter:
-        reporter.watch("accuracy")
+        reporter.watch("exact_match")
         reporter.rewind(0, 0)
-        reporter.log({"step": 1, "validation": {"accuracy": 0.8534}, "best": True})
+        reporter.log({"step": 1, "validation": {"exact_match": 0.8534}, "best": True})
         for step in (19_998, 19_999):
             reporter.step(step, 20_000, Update(69.3, 69.3, 100, 4000, 1.0, True, False, None, None))
     last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", drawn.getvalue()).split("\r")[-1]
-    assert all(part in last for part in ("19999/20000", "loss 0.693", "best accuracy 0.8534", "clipped", "tokens/s"))
+    assert all(part in last for part in ("19999/20000", "loss 0.693", "exact_match 0.8534", "clipped", "123,456 tok"))
     assert "…" not in last and ("━" in last) == (width == 140)

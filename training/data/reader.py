@@ -18,6 +18,10 @@ from training.data.tables import Table, source_name
 
 IGNORED = -100  # what other libraries' data has in place of a label; as one of ours it would be learned
 LARGEST_TARGET = 1e12  # of a regression; the square of it still fits float32
+LABEL_IT = (
+    "label it or remove it; where no row of the split has a label, name another in data.splits, or cut one with "
+    "data.cut"
+)
 WITHOUT_LISTS = "in a CSV write them separated by spaces; lists need JSON lines or parquet"
 
 
@@ -84,7 +88,7 @@ class RowReader:
         if self.task == "tag":
             tags = self._tags(*targets[0])
             if given and not tags:
-                self._refuse(targets[0][0], "holds no tags, so it is unlabelled; label it or remove it")
+                self._refuse(targets[0][0], f"holds no tags, so it is unlabelled; {LABEL_IT}")
             if len(tags) != len(given or ()):
                 self._refuse(targets[0][0], f"holds {len(tags)} tags for {len(given or ())} steps; give one for each")
             return Row(given, tags)
@@ -202,8 +206,7 @@ class RowReader:
         if value is None or value in (self.unlabelled, IGNORED) or (isinstance(value, str) and not value.strip()):
             self._refuse(
                 where,
-                f"holds {value!r}, so it is unlabelled; label it or remove it; where no row of the split has a label, "
-                "name another in data.splits, or cut one with data.cut",
+                f"holds {value!r}, so it is unlabelled; {LABEL_IT}",
             )
         label = self._text(where, value)
         if not self.class_names or (isinstance(value, str) and value in self.class_names):

@@ -110,8 +110,8 @@ def _bad_line(data: DataSection) -> str:
         return ""
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            json.loads(line or b"null")
-        except ValueError:
+            json.loads(line.strip() or b"null")
+        except (ValueError, RecursionError):
             return f", in line {number} of {path.name}"
     return ""
 
