@@ -169,6 +169,8 @@ def test_requests_with_and_without_positions_share_a_batch() -> None:
     one, two = (torch.randint(0, 12, (n,)) for n in (7, 5))
     requests = [ForwardRequest("all", one), ForwardRequest("some", two, positions=(1, 3))]
     alone = {request.id: answers(Forward(model), [request])[request.id] for request in requests}
+    everywhere = model.predict(one[None], torch.tensor([7]))[0].exp()[0]
+    assert torch.allclose(alone["all"], everywhere, atol=1e-5)
     for order in (requests, requests[::-1]):
         together = answers(Forward(model), order)
         assert all(torch.allclose(together[name], alone[name], atol=1e-6) for name in alone)

@@ -249,6 +249,7 @@ def test_a_mistake_found_before_the_first_step_can_be_mended(
         with pytest.raises(ConfigError):
             train(recipe(directory=tmp_path, **mistake))
     assert (tmp_path / "run.json").is_file()
+    (tmp_path / "source_tokenizer.json").write_bytes((tmp_path / "tokenizer.json").read_bytes())  # of a translator, say
     train(recipe(directory=tmp_path))
     train(recipe(directory=tmp_path / "fresh"))
     for name in ("metrics.jsonl", "tokenizer.json", "model.safetensors"):
