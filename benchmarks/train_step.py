@@ -1,11 +1,11 @@
 """How fast a training step is, beside a bare PyTorch loop of the same shapes and the peers' own training steps.
 
-    python -m benchmarks.train_step [--threads 2] [--steps 12] [--peers SCRATCH]
+    python -m benchmarks.train_step [--device cpu] [--threads 2] [--steps 12] [--peers SCRATCH]
 
 The shapes are those of Multi30k at 80 sentences a batch: a one-layer bidirectional LSTM 2 x 256, an LSTM decoder 512
 with attention, 7,700 target tokens. The bare loop has no data loading, no logging and no checks. All train on the same
 random batches with Adam and clipping, one step each in turn, so that a noisy machine slows all; ours and the bare loop
-in bfloat16 as well. Prints one JSON line; the first two steps are not counted.
+in bfloat16 as well. Prints one JSON line; the first steps are not counted.
 
 --peers: where `benchmarks.peers.install` put OpenNMT-py and JoeyNMT. Each takes its steps in its own environment and
 process, starting from our weights, and must have our loss on the first batch.
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.gpu_step import synchronize
 from benchmarks.peers.exchange import PAD, Exported
 from benchmarks.peers.install import TOOLKITS
 from benchmarks.peers.training import (
@@ -41,7 +42,7 @@ from seqmodels.models import SequenceGenerator
 from training.config import OptimSection
 from training.optim import FULL, Precision, build_optimizer, update
 
-WARM_UP = 2  # steps
+WARM_UP = {"cpu": 2, "cuda": 13}  # steps; on a GPU each of the 13 lengths loads kernels of its own
 Timed = Callable[[int], tuple[float, float]]  # number of a batch -> seconds and loss
 
 
@@ -67,7 +68,7 @@ class Bare(nn.Module):
         first = tuple(part[None].contiguous() for part in start.chunk(2, 1))
         outputs, _ = self.decoder(self.target(labels[:, :-1]), first)
         scores = outputs @ self.keys(memory).mT
-        padding = torch.arange(memory.shape[1]) >= lengths[:, None]
+        padding = torch.arange(memory.shape[1], device=inputs.device) >= lengths.to(inputs.device)[:, None]
         context = scores.masked_fill(padding[:, None], float("-inf")).softmax(-1) @ memory
         logits = self.output(torch.tanh(self.combine(torch.cat([outputs, context], 2))))
         return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=PAD)
@@ -77,9 +78,11 @@ def ours(model: SequenceGenerator, precision: Precision = FULL) -> Step:
     """The update of the training loop, as the loop calls it."""
     section = OptimSection(learning_rate=LEARNING_RATE, max_grad_norm=MAX_GRAD_NORM)
     optimizer = build_optimizer(section, model.train())
+    device = next(model.parameters()).device
 
     def step(batch: Batch) -> float:
         done = update(model, [batch], optimizer, section, LEARNING_RATE, precision=precision)
+        synchronize(device)
         return done.loss / done.num_targets
 
     return step
@@ -87,14 +90,16 @@ def ours(model: SequenceGenerator, precision: Precision = FULL) -> Step:
 
 def bare(model: Bare, bf16: bool = False) -> Step:
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
+    device = model.output.weight.device
 
     def step(batch: Batch) -> float:
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = model(batch["inputs"], batch["lengths"], batch["labels"])
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = model(batch["inputs"].to(device), batch["lengths"], batch["labels"].to(device))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
+        synchronize(device)
         return float(loss.detach())
 
     return step
@@ -116,14 +121,18 @@ def take_turns(systems: dict[str, Timed], steps: int) -> dict[str, list[float]]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--peers", type=Path, metavar="SCRATCH")
     options = parser.parse_args(arguments)
+    if options.peers and options.device != "cpu":
+        parser.error("--peers are run on a CPU alone; leave out --device")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    model, count = make_model(), options.steps + WARM_UP
+    model, count = make_model().to(options.device), options.steps + WARM_UP[options.device]
     batches = make_batches(count, VOCAB_SIZE)
+    warm_up = WARM_UP[options.device]
     with ExitStack() as stack:
         systems: dict[str, Timed] = {}
         if options.peers:
@@ -134,21 +143,21 @@ def main(arguments: list[str] | None = None) -> None:
                 systems[peer] = stack.enter_context(running)
         steps = {
             "ours": ours(model),
-            "bare": bare(Bare()),
-            "ours_bf16": ours(make_model(), Precision(torch.bfloat16)),
-            "bare_bf16": bare(Bare(), bf16=True),
+            "bare": bare(Bare().to(options.device)),
+            "ours_bf16": ours(make_model().to(options.device), Precision(torch.bfloat16)),
+            "bare_bf16": bare(Bare().to(options.device), bf16=True),
         }
         systems |= {name: partial(timed, step, batches) for name, step in steps.items()}
         seconds = take_turns(systems, count)
-    tokens = sum(int(batch["label_lengths"].sum()) - ROWS for batch in batches[WARM_UP:])
-    result: dict[str, object] = {"benchmark": "train_step", "threads": options.threads}
+    tokens = sum(int(batch["label_lengths"].sum()) - ROWS for batch in batches[warm_up:])
+    result: dict[str, object] = {"benchmark": "train_step", "device": options.device, "threads": options.threads}
     for name, taken in seconds.items():
-        result[f"{name}_target_tokens_per_second"] = round(tokens / sum(taken[WARM_UP:]))
+        result[f"{name}_target_tokens_per_second"] = round(tokens / sum(taken[warm_up:]))
     others = sorted(seconds.keys() - {"ours", "ours_bf16", "bare_bf16"})
     for mine, beside in (("ours", others), ("ours_bf16", [*others, "bare_bf16"])):
         for other in beside:
             ratios = [theirs / own for own, theirs in zip(seconds[mine], seconds[other], strict=True)]
-            result[f"{mine}_median_ratio_to_{other}"] = round(statistics.median(ratios[WARM_UP:]), 3)
+            result[f"{mine}_median_ratio_to_{other}"] = round(statistics.median(ratios[warm_up:]), 3)
     print(json.dumps(result))
 
 

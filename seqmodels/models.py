@@ -178,11 +178,12 @@ class SequenceGenerator(nn.Module):
         For truncated back-propagation of a language model, `state` is where the last chunk ended, and labels begin
         with that chunk's last token. Only real targets are projected to the vocabulary.
         """
-        memory = None if inputs is None else self.encode(inputs, lengths)
         real = _targets(labels, label_lengths)
+        places = _places(real)
+        memory = None if inputs is None else self.encode(inputs, lengths)
         outputs, features, after = self._read(self._sampled(labels, real, memory, state), memory, state)
-        logits = self.decoder.project(features[real])  # (M, V) for the M real targets
-        out = labelled(logits, labels[:, 1:][real], self.config.label_smoothing)
+        logits = self.decoder.project(_at(features, places))  # (M, V) for the M real targets
+        out = labelled(logits, _at(labels[:, 1:], places), self.config.label_smoothing)
         return Output(out.loss + self._penalty(outputs, features, real), out.nll, out.num_targets, None, after)
 
     def target_logits(
@@ -194,10 +195,10 @@ class SequenceGenerator(nn.Module):
         state: State | None = None,
     ) -> Targeted:
         """What `forward` compares: logits (M, V) with the M real targets (M,); and the State after them."""
+        places = _places(_targets(labels, label_lengths))
         memory = None if inputs is None else self.encode(inputs, lengths)
         _, features, after = self._read(labels, memory, state)
-        real = _targets(labels, label_lengths)
-        return self.decoder.project(features[real]), labels[:, 1:][real], after
+        return self.decoder.project(_at(features, places)), _at(labels[:, 1:], places), after
 
     def logprobs(
         self, labels: Tensor, label_lengths: Tensor, inputs: Tensor | None = None, lengths: Tensor | None = None
@@ -278,6 +279,17 @@ def chosen(scores: Tensor, labels: Tensor, label_lengths: Tensor) -> Tensor:
 def _targets(labels: Tensor, label_lengths: Tensor) -> Tensor:
     """Which of the T shifted positions hold a real target: (B, T)."""
     return torch.arange(1, labels.shape[1], device=labels.device) < label_lengths[:, None]
+
+
+def _places(mask: Tensor) -> Tensor:
+    """The numbers (M,) of what is true in a mask (B, T), counted row by row. To count them a GPU is waited for, which
+    costs least before it has anything else to do."""
+    return mask.flatten().nonzero()[:, 0]
+
+
+def _at(x: Tensor, places: Tensor) -> Tensor:
+    """x (B, T, ...) -> (M, ...)"""
+    return x.flatten(0, 1).index_select(0, places)
 
 
 def _mean_square(x: Tensor) -> Tensor:

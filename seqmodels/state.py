@@ -37,6 +37,10 @@ class State:
         """The given rows, in the given order, repeats allowed. rows: (M,) of int64."""
         return State(self.values.index_select(0, rows))
 
+    def split(self) -> "list[State]":
+        """Each row alone, in a view of this state."""
+        return [State(row) for row in torch.split(self.values, 1)]
+
     def concat(self, other: "State") -> "State":
         """Rows of this state, then rows of the other."""
         return State(torch.cat([self.values, other.values]))
@@ -73,6 +77,10 @@ class Memory(Record):
     summary: Tensor
     keys: Tensor | None = None
     bias: Tensor | None = None
+
+    def split(self) -> "list[Memory]":
+        """Each row alone, in a view of this memory."""
+        return [self._each(lambda x, row=row: x[row : row + 1]) for row in range(len(self.values))]
 
     def concat(self, *others: "Memory") -> "Memory":
         """Rows of this memory, then rows of the others; S grows to the longest, and what is filled up is masked."""
@@ -111,6 +119,9 @@ class MemoryGroup:
 
     def select(self, rows: Tensor) -> "MemoryGroup":
         return MemoryGroup(tuple(memory.select(rows) for memory in self.members))
+
+    def split(self) -> "list[MemoryGroup]":
+        return [MemoryGroup(row) for row in zip(*(memory.split() for memory in self.members), strict=True)]
 
     def concat(self, *others: "MemoryGroup") -> "MemoryGroup":
         columns = zip(self.members, *(other.members for other in others), strict=True)

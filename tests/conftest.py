@@ -20,6 +20,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _whole_float32(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU computes is compared with a CPU's, so cuDNN's recurrences must not round to the 10 bits of TF32."""
+    if request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(scope="session")
 def data_directory() -> Path:
     """Local copies of the real data sets, laid out as on the hub. Tests that use them skip where they are absent."""

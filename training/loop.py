@@ -149,7 +149,7 @@ class Trainer:
                 continue
             if self.batches.carries_state and index > 0:
                 batch["state"] = None  # `update` puts in where the last batch ended
-            yield {name: value if value is None else value.to(self.recipe.run.device) for name, value in batch.items()}
+            yield batch
 
     def _indices(self, step: int) -> tuple[int, range]:
         """The epoch of a step, and which of its batches the step takes."""

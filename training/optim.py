@@ -6,7 +6,7 @@ or a gradient is not finite, the weights stay untouched. Knows no task, no file 
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,36 +186,37 @@ def update(
 
     carried: where the last batch of running text ended; micro-batches that have a `state` key go on from it. step:
     counted from 0, for the noise. workers: those who make the same update, each from micro-batches of its own. The
-    order is: add up over workers, unscale, skip what is not finite, clip, add noise, step.
+    order is: add up over workers, unscale, skip what is not finite, clip, add noise, step. A GPU is waited for once,
+    when all that it needs to compute the gradients has been asked of it.
     """
     optimizer.zero_grad(set_to_none=True)
     buffers = [buffer.clone() for buffer in model.buffers()]  # running statistics move in the forward pass already
-    loss = nll = torch.zeros((), device=next(model.parameters()).device)
-    num_targets = num_tokens = 0
+    sums = torch.zeros(3, dtype=torch.float64, device=next(model.parameters()).device)  # loss, nll, targets
+    num_tokens = 0
     for batch in micro_batches:
+        num_tokens += _num_tokens(batch)
+        batch = _moved(batch, sums.device)
         if "state" in batch:
-            batch = batch | {"state": carried}
-        with precision.autocast(loss.device):
+            batch["state"] = carried
+        with precision.autocast(sums.device):
             out = (objective or model)(**batch)
         total = out.loss * out.num_targets
         (total * precision.loss_scale).backward()
-        loss, nll = loss + total.detach(), nll + out.nll.detach() * out.num_targets
-        num_targets += int(out.num_targets)
-        num_tokens += _num_tokens(batch)
+        sums += torch.stack([total.detach(), out.nll.detach() * out.num_targets, out.num_targets.to(sums.dtype)])
         carried = out.state.detach().float() if out.state is not None else None
     hold(model, section.unfreeze_steps, step)
     workers.add_gradients(_parameters(optimizer))
-    loss_sum, nll_sum, *counts = workers.total(float(loss), float(nll), num_targets, num_tokens)
-    num_targets, num_tokens = map(int, counts)
     gradients = [parameter.grad for parameter in _parameters(optimizer) if parameter.grad is not None]
-    for gradient in gradients:
-        gradient /= max(1, num_targets) * precision.loss_scale
-    norm = float(gradient_norm(gradients))
+    *mine, norm = torch.cat([sums, gradient_norm(gradients).to(sums)[None]]).tolist()
+    loss_sum, nll_sum, *counts = workers.total(*mine, num_tokens)
+    num_targets, num_tokens = map(int, counts)
+    mean = 1 / (max(1, num_targets) * precision.loss_scale)
+    norm *= mean
     if not (math.isfinite(loss_sum) and math.isfinite(norm)):
         for buffer, before in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(before)
         return Update(0.0, 0.0, 0, num_tokens, norm, clipped=False, skipped=True, ratio=None, state=None)
-    clipped = clip(gradients, norm, section.max_grad_norm, section.clip_value)
+    clipped = clip(gradients, norm, section.max_grad_norm, section.clip_value, mean)
     if section.gradient_noise:
         add_noise(gradients, section.gradient_noise, step)
         workers.copy_first(gradients)  # the same noise for all
@@ -228,18 +229,23 @@ def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm([gradient.float() for gradient in gradients])
 
 
-def clip(gradients: Iterable[Tensor], norm: float, max_norm: float | None, max_value: float | None) -> bool:
-    """Scale all gradients, in place, to a common norm of at most `max_norm`, then bound each number by `max_value`.
+def clip(
+    gradients: Sequence[Tensor], norm: float, max_norm: float | None, max_value: float | None, scale: float = 1.0
+) -> bool:
+    """Multiply all gradients, in place, by `scale`, then by what brings their common norm down to `max_norm`, then
+    bound each number by `max_value`. norm: after the first of these.
 
     Returns whether anything was cut.
     """
     clipped = max_norm is not None and norm > max_norm
-    for gradient in gradients:
-        if max_norm is not None and norm > max_norm:
-            gradient *= max_norm / norm
-        if max_value is not None:
-            clipped = clipped or bool(gradient.abs().max() > max_value)
-            gradient.clamp_(-max_value, max_value)
+    if max_norm is not None and norm > max_norm:
+        scale *= max_norm / norm
+    if scale != 1 and gradients:
+        torch._foreach_mul_(list(gradients), scale)
+    for gradient in gradients if max_value is not None else ():
+        assert max_value is not None
+        clipped = clipped or bool(gradient.abs().max() > max_value)
+        gradient.clamp_(-max_value, max_value)
     return clipped
 
 
@@ -253,6 +259,10 @@ def add_noise(gradients: Iterable[Tensor], eta: float, step: int) -> None:
 def _num_tokens(batch: Batch) -> int:
     lengths = [int(batch[name].sum()) for name in ("lengths", "label_lengths") if name in batch]
     return sum(lengths) or len(batch["labels"])
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -314,27 +314,26 @@ class Engine:
         """Report what is new, and let the finished go."""
         events: list[Event] = []
         for lane in list(self._lanes.values()):
-            for r, request in enumerate(lane.requests):
-                if request.watch or request.stream:
-                    events += self._report(lane, r, request)
-            finished = lane.search.finished.tolist()
-            if any(finished):
-                ended = [r for r, done in enumerate(finished) if done]
-                events += [event for r in ended if (event := self._finish(lane, r))]
-                self._let_go(lane, ended)
+            told = [r for r, request in enumerate(lane.requests) if request.watch or request.stream]
+            for r, search, number in lane.readable(told):
+                events += self._report(lane, r, search.settled(number))
+            ended = [r for r, done in enumerate(lane.search.finished.tolist()) if done]
+            for r, search, number in lane.readable(ended):
+                events += self._finish(lane, r, search.results(number))
+            self._let_go(lane, ended)
         return events
 
-    def _finish(self, lane: Lane, r: int) -> Finished | None:
+    def _finish(self, lane: Lane, r: int, outputs: list[Hypothesis]) -> list[Event]:
         """The answer of a request of a lane; none yet where the states of its outputs are to be read."""
-        request, outputs, begun = lane.requests[r], lane.search.results(r), lane.begun[r]
+        request, begun = lane.requests[r], lane.begun[r]
         if begun is None:
-            return Finished(request.id, outputs)
+            return [Finished(request.id, outputs)]
         unread = []
         for output in outputs:
             kept = self._kept(output)
             unread.append(Unread((self._bos, *kept)[: len(kept)], begun, len(request.prefix)))
         self._leavers.append(Leaver(request, outputs, unread))
-        return None
+        return []
 
     def _leave(self) -> list[Event]:
         """The answers of those whose outputs have been read again."""
@@ -364,8 +363,9 @@ class Engine:
         """The tokens that what goes on from it begins with: an EOS is left out, so that more text may follow."""
         return output.tokens[:-1] if output.tokens[-1:] == [self._eos] and output.logprobs else output.tokens
 
-    def _report(self, lane: Lane, r: int, request: Request) -> Iterable[Event]:
-        for index, tokens in enumerate(lane.search.settled(r)):
+    def _report(self, lane: Lane, r: int, settled: Sequence[list[int]]) -> Iterable[Event]:
+        request = lane.requests[r]
+        for index, tokens in enumerate(settled):
             new = tokens[lane.sent[r][index] :]
             if not new:
                 continue

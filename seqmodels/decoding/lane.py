@@ -137,6 +137,14 @@ class Lane:
             self.rows.device,
         )
 
+    def readable(self, places: Sequence[int]) -> list[tuple[int, Beams | Samples, int]]:
+        """Of each place, the search and the number of its request there, on the CPU: on a GPU each number that Python
+        reads would be waited for."""
+        if not places or self.rows.device.type == "cpu":
+            return [(place, self.search, place) for place in places]
+        few = self.search.select(torch.tensor(places, device=self.rows.device)).to(torch.device("cpu"))
+        return [(place, few, number) for number, place in enumerate(places)]
+
     def leave(self, places: Sequence[int]) -> None:
         """Some are done. Their places stay until newcomers take them, which moves nobody, or `close_gaps`."""
         self.vacant += places

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import torch
-
 from seqmodels.decoding.padding import LANES, grouped, pad_inputs, padded_length
 from seqmodels.decoding.request import Request
 from seqmodels.state import State
@@ -74,10 +72,11 @@ class Sources:
         if not inputs:  # one object, by which prompts that begin alike know each other
             return [Encoded(None, self._model.start(None, 1))] * len(requests)
         memory = self._model.encode(*pad_inputs(inputs, self._model.device))
-        state = self._model.start(memory, len(padded))
-        looked_at = memory.padded(_looked_at(requests[0])) if self._model.attends else None
-        rows = torch.arange(len(requests), device=self._model.device)[:, None]
-        return [Encoded(looked_at and looked_at.select(row), state.select(row)) for row in rows]
+        states = self._model.start(memory, len(padded)).split()[: len(requests)]
+        if not self._model.attends:
+            return [Encoded(None, state) for state in states]
+        memories = memory.padded(_looked_at(requests[0])).split()[: len(requests)]
+        return [Encoded(*row) for row in zip(memories, states, strict=True)]
 
 
 def _length(request: Request) -> int:
