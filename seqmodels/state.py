@@ -85,7 +85,8 @@ class Memory(Record):
     def concat(self, *others: "Memory") -> "Memory":
         """Rows of this memory, then rows of the others; S grows to the longest, and what is filled up is masked."""
         everyone = (self, *others)
-        first, *rest = (one.padded(max(each.values.shape[1] for each in everyone)) for one in everyone)
+        positions = max(one.values.shape[1] for one in everyone)
+        first, *rest = (one.padded(positions) for one in everyone)
         return Record.concat(first, *rest)
 
     def put(self, places: Tensor, other: "Memory") -> "Memory":

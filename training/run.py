@@ -1,6 +1,7 @@
 """A run from recipe to model directory: prepare its directory, train, finish."""
 
 import json
+import os
 import platform
 import random
 import shutil
@@ -65,14 +66,22 @@ def train(recipe: Recipe) -> Path:
     return train_together(recipe, train_as)
 
 
+def _begin_on_gpu() -> None:
+    """Raises ConfigError where there is none. cuDNN's recurrences sum in an order that varies from run to run unless
+    cuBLAS has fixed workspaces, as torch's documentation of `nn.LSTM` says; it reads this when it is first used."""
+    if not torch.cuda.is_available():
+        raise ConfigError("run.device is 'cuda', but torch finds no CUDA device; set run.device=cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
+
+
 def train_as(workers: Workers, recipe: Recipe, voice: Callable[[Path], Reporter] = Reporter) -> Path:
     """`train`, as one of the workers that make the run together. voice: makes the Reporter of the first."""
     assert recipe.run.output_dir is not None
     directory = Path(recipe.run.output_dir)
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    if recipe.run.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("run.device is 'cuda', but torch finds no CUDA device; set run.device=cpu")
+    if recipe.run.device == "cuda":
+        _begin_on_gpu()
     # After a loss Ray begins anew as soon as it has ended the others, one of whom had the lock.
     lock = locked(directory, LOCK_WAIT_S if workers.size > 1 else 0.0) if workers.is_first else nullcontext()
     with refusals(directory), lock, voice(directory) if workers.is_first else Silence() as reporter:

@@ -105,7 +105,8 @@ class Lane:
     @property
     def live(self) -> list[tuple[int, Request]]:
         """Those that are still here, and their places."""
-        return [(r, request) for r, request in enumerate(self.requests) if r not in self.vacant]
+        vacant = set(self.vacant)
+        return [(r, request) for r, request in enumerate(self.requests) if r not in vacant]
 
     def advance(self, logits: Tensor, weights: Tensor | None, first: int) -> None:
         """One token for each hypothesis: logits (R, K, V), or (R, K, L) of the tokens on the shortlists; weights

@@ -90,7 +90,7 @@ def check_16_bits(model: SequenceGenerator, weights: Weights) -> None:
     exact, half = Stepper(model), Stepper(model, weights)
 
     def tokens(*shape: int) -> Tensor:
-        return torch.randint(4, exact.vocab_size, shape, device=device)
+        return torch.randint(4, exact.vocab_size, shape).to(device)
 
     with torch.inference_mode():
         memory = exact.encode(tokens(256, 12), torch.full((256,), 12, device=device))
