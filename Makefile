@@ -1,6 +1,6 @@
 # One line of help each: `make` alone prints them.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format serve bench kill-storm invariance clean
+.PHONY: help install demo test check format serve bench gpu kill-storm invariance clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -41,6 +41,11 @@ bench: $(INSTALLED)  ## run the benchmarks; each prints one JSON line per result
 	$(BIN)/python -m benchmarks.continuous
 	$(BIN)/python -m benchmarks.prefixes
 	$(BIN)/python -m benchmarks.train_step
+
+gpu: $(INSTALLED)  ## with a CUDA device: the tests and benchmarks that need one
+	$(BIN)/python -m pytest -m gpu -n 8
+	$(BIN)/python -m benchmarks.gpu_step
+	$(BIN)/python -m benchmarks.train_step --device cuda --threads 4 --steps 65
 
 kill-storm: $(INSTALLED)  ## kill training runs 1,000 times, at every phase and system call of a save; damage 10,000 checkpoints
 	$(BIN)/python -m tests.training.kill_storm --kills 1000

@@ -139,11 +139,15 @@ class Lane:
         )
 
     def readable(self, places: Sequence[int]) -> list[tuple[int, Beams | Samples, int]]:
-        """Of each place, the search and the number of its request there, on the CPU: on a GPU each number that Python
-        reads would be waited for."""
+        """Of each place, a search on the CPU, and the number of the place's request there. Of a GPU's search a copy,
+        since each number that Python reads of it would be waited for."""
         if not places or self.rows.device.type == "cpu":
             return [(place, self.search, place) for place in places]
-        few = self.search.select(torch.tensor(places, device=self.rows.device)).to(torch.device("cpu"))
+        return self.copied(places)
+
+    def copied(self, places: Sequence[int]) -> list[tuple[int, Beams | Samples, int]]:
+        index = torch.tensor(places, dtype=torch.int64, device=self.rows.device)
+        few = self.search.select(index).to(torch.device("cpu"))
         return [(place, few, number) for number, place in enumerate(places)]
 
     def leave(self, places: Sequence[int]) -> None:

@@ -12,6 +12,7 @@ import torch
 from seqmodels.config import Weights
 from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.generate import generate
+from seqmodels.decoding.lane import Lane
 from seqmodels.decoding.padding import bucket
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.random import gumbel
@@ -250,6 +251,21 @@ def test_what_was_streamed_is_a_prefix_of_the_result() -> None:
         if request.params.num_beams == 1:
             assert [pieces[k] for k in range(len(outputs))] == [h.generated for h in outputs]
     assert streamed_early > 50  # beams do stream before the end
+
+
+def test_what_is_read_of_a_copy_is_what_is_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a search on a GPU: the same events in the same order, of requests that stream, watch and end together."""
+    model, choose = make_translator(1, scale=2.0), random.Random(3)
+
+    def watch(index: int, tokens: Any) -> bool:
+        return index == 0 and len(tokens) == 3
+
+    requests = [random_request(choose, str(i), model) for i in range(40)]
+    requests = [replace(request, watch=watch if i % 3 == 0 else None) for i, request in enumerate(requests)]
+    here = run(Engine(model, max_rows=40), *requests)
+    monkeypatch.setattr(Lane, "readable", Lane.copied)
+    assert run(Engine(model, max_rows=40), *requests) == here
+    assert sum(isinstance(event, Progress) for event in here) > 20
 
 
 def test_settled_tokens_of_beams_never_change() -> None:
