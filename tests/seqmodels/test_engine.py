@@ -260,7 +260,7 @@ def test_what_is_read_of_a_copy_is_what_is_read_in_place(monkeypatch: pytest.Mon
     def watch(index: int, tokens: Any) -> bool:
         return index == 0 and len(tokens) == 3
 
-    requests = [random_request(choose, str(i), model) for i in range(40)]
+    requests = [random_request(choose, str(i), model) for i in range(80)]
     requests = [replace(request, watch=watch if i % 3 == 0 else None) for i, request in enumerate(requests)]
     here = run(Engine(model, max_rows=40), *requests)
     monkeypatch.setattr(Lane, "readable", Lane.copied)
