@@ -74,7 +74,7 @@ command again: it goes on where it stopped.
   python -m training train recipes/multi30k-en-de.yaml data.path=data/distilled run.output_dir=models/student
 """
 ADAPTATION_HELP = {
-    "dynamic_rate": "dynamic evaluation: the rate of learning, such as 0.002",
+    "dynamic_rate": "dynamic evaluation: the rate of learning, such as 0.002 for words, 0.00005 for characters",
     "dynamic_decay": "how far each step of it is followed by a step back, such as 0.02",
     "cache_weight": "a cache of words of late: its share of a word's probability, such as 0.1",
     "cache_size": "of how many words (default: 500)",
