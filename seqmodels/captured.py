@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 def captured(stepper: Stepper) -> Decodes:
     """The stepper with its steps captured, on a GPU where SEQMODELS_CUDA_GRAPHS is 1; elsewhere as it is.
 
-    Off unless asked for, until a service has run with it: its tests pass on a GPU.
+    Off unless asked for, until a service has run with it; see docs/performance.md.
     """
     if stepper.device.type != "cuda" or os.environ.get(SWITCH) != "1":
         return stepper
