@@ -186,7 +186,7 @@ def update(
 
     carried: where the last batch of running text ended; micro-batches that have a `state` key go on from it. step:
     counted from 0, for the noise. workers: those who make the same update, each from micro-batches of its own. The
-    order is: add up over workers, unscale, skip what is not finite, clip, add noise, step. A GPU is waited for once,
+    order is: add up over workers, skip what is not finite, unscale and clip, add noise, step. A GPU is waited for once,
     when all that it needs to compute the gradients has been asked of it.
     """
     optimizer.zero_grad(set_to_none=True)
@@ -242,10 +242,10 @@ def clip(
         scale *= max_norm / norm
     if scale != 1 and gradients:
         torch._foreach_mul_(list(gradients), scale)
-    for gradient in gradients if max_value is not None else ():
-        assert max_value is not None
-        clipped = clipped or bool(gradient.abs().max() > max_value)
-        gradient.clamp_(-max_value, max_value)
+    if max_value is not None:
+        for gradient in gradients:
+            clipped = clipped or bool(gradient.abs().max() > max_value)
+            gradient.clamp_(-max_value, max_value)
     return clipped
 
 

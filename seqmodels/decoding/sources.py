@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import torch
+
 from seqmodels.decoding.padding import LANES, grouped, pad_inputs, padded_length
 from seqmodels.decoding.request import Request
 from seqmodels.state import State
@@ -27,6 +29,10 @@ class Encoded:
 
     memory: Any
     state: State
+
+    def copied(self) -> "Encoded":
+        row = torch.zeros(1, dtype=torch.int64, device=self.state.values.device)
+        return Encoded(self.memory and self.memory.select(row), self.state.select(row))
 
 
 class Sources:
@@ -53,7 +59,9 @@ class Sources:
                 alike = (other for other in waiting if _length(other) == length and other not in self._ahead)
                 group += islice(alike, max(0, room))
                 positions -= (len(group) - alone) * length
-            self._ahead.update(zip(group, self._encode(group), strict=True))
+            encoded = self._encode(group)
+            waits = [one.copied() for one in encoded[alone:]]  # no views, which would keep all the call's rows alive
+            self._ahead.update(zip(group, encoded[:alone] + waits, strict=True))
         return [self._ahead.pop(request) for request in requests]
 
     def _room(self, request: Request) -> int:

@@ -75,6 +75,17 @@ def test_what_is_read_ahead_keeps_to_the_budget_of_a_turn(positions: int, rows: 
     assert stepper.calls == [(rows, 12)]
 
 
+def test_what_waits_keeps_no_other_row_in_memory() -> None:
+    stepper = Stepper(make_translator(1))
+    first, *others = (Request(str(i), source, PARAMS) for i, source in enumerate(sources(16)))
+    encoder = sources_module.Sources(stepper, row_floor=1)
+    encoder.encode([first], others, 4096)
+    assert len(encoder) == 15
+    for waiting in encoder._ahead.values():
+        for tensor in (waiting.state.values, *vars(waiting.memory).values()):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 @pytest.mark.parametrize(("limit", "held"), [({"MAX_AHEAD": 5}, 5), ({"MAX_POSITIONS_AHEAD": 100}, 3)])
 def test_few_wait_encoded(monkeypatch: pytest.MonkeyPatch, limit: dict[str, int], held: int) -> None:
     """Sources whose memories have 32 positions, with the padding of their lane."""

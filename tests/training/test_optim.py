@@ -275,3 +275,15 @@ def test_frozen_parameters_stay_and_a_pattern_must_match() -> None:
         freeze(model, ["encodre.*"])
     with pytest.raises(ConfigError, match="nothing to train"):
         freeze(model, ["*"])
+
+
+@pytest.mark.parametrize(("max_value", "weights"), [(None, [0.7, 1.6]), (0.7, [0.7, 1.65])])
+def test_clipping_sees_the_mean_gradient_whatever_the_scale(max_value: float | None, weights: list[float]) -> None:
+    """Mean (60, 80), norm 100, cut to (0.6, 0.8), then to 0.7 each; times the rate of 0.5."""
+    model = Slope()
+    section = FREE.model_copy(update={"max_grad_norm": 1.0, "clip_value": max_value})
+    batch = slope_batch((30.0, 40.0), (90.0, 120.0))
+    precision = Precision(None, 2.0**12)
+    done = update(model, [batch], build_optimizer(section, model), section, 0.5, precision=precision)
+    assert done.norm == pytest.approx(100) and done.clipped
+    assert model.weight.tolist() == pytest.approx(weights)
