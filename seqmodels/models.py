@@ -181,10 +181,11 @@ class SequenceGenerator(nn.Module):
         real = _targets(labels, label_lengths)
         places = _places(real)
         memory = None if inputs is None else self.encode(inputs, lengths)
-        outputs, features, after = self._read(self._sampled(labels, real, memory, state), memory, state)
+        outputs, features, after = self._read(self._sampled(labels, real, places, memory, state), memory, state)
         logits = self.decoder.project(_at(features, places))  # (M, V) for the M real targets
         out = labelled(logits, _at(labels[:, 1:], places), self.config.label_smoothing)
-        return Output(out.loss + self._penalty(outputs, features, real), out.nll, out.num_targets, None, after)
+        penalty = self._penalty(outputs, _at(features, places), real)
+        return Output(out.loss + penalty, out.nll, out.num_targets, None, after)
 
     def target_logits(
         self,
@@ -218,7 +219,9 @@ class SequenceGenerator(nn.Module):
         outputs, state = self.decoder.read(labels[:, :-1], state)
         return outputs, self.decoder.features(outputs, self.decoder.attend(outputs, memory)), state
 
-    def _sampled(self, labels: Tensor, real: Tensor, memory: Memory | None, state: State | None) -> Tensor:
+    def _sampled(
+        self, labels: Tensor, real: Tensor, places: Tensor, memory: Memory | None, state: State | None
+    ) -> Tensor:
         """Labels (B, T+1) to read, where a share of those that are given is replaced by what the model would have
         chosen at that place. A first pass reads what is given, so that no recurrence has to stop at each step."""
         assert self.config.decoder is not None
@@ -227,13 +230,15 @@ class SequenceGenerator(nn.Module):
             return labels
         with torch.no_grad():
             _, features, _ = self._read(labels, memory, state)
-            chosen = labels[:, 1:].clone()
-            chosen[real] = self.decoder.project(features[real]).float().softmax(-1).multinomial(1)[:, 0]
+            drawn = self.decoder.project(_at(features, places)).float().softmax(-1).multinomial(1)[:, 0]
+            chosen = labels[:, 1:].flatten().index_copy(0, places, drawn).view_as(real)
             replaced = real & (torch.rand(real.shape, device=real.device) < share)
         return torch.cat([labels[:, :1], torch.where(replaced, chosen, labels[:, 1:])], dim=1)
 
     def _penalty(self, outputs: Tensor, features: Tensor, real: Tensor) -> Tensor | float:
-        """Activation regularisation, and temporal (Merity et al. 2017), as means over real positions (B, T).
+        """Activation regularisation, and temporal (Merity et al. 2017), as means over real positions.
+
+        outputs: (B, T, H); features: (M, E), of real positions alone; real: (B, T).
 
         As in the authors' code, the first is of what the output layer reads, dropout included, and the second of the
         last layer's outputs before it, within the steps at hand: none between two chunks of running text.
@@ -242,9 +247,9 @@ class SequenceGenerator(nn.Module):
         alpha, beta = self.config.decoder.activation_penalty, self.config.decoder.temporal_activation_penalty
         penalty: Tensor | float = 0.0
         if alpha > 0:
-            penalty = penalty + alpha * _mean_square(features[real])
+            penalty = penalty + alpha * features.float().square().sum() / max(1, features.numel())
         if beta > 0:
-            penalty = penalty + beta * _mean_square((outputs[:, 1:] - outputs[:, :-1])[real[:, 1:]])
+            penalty = penalty + beta * _mean_square(outputs[:, 1:] - outputs[:, :-1], real[:, 1:])
         return penalty
 
     def encode(self, inputs: Tensor, lengths: Tensor | None = None) -> Memory:
@@ -292,6 +297,7 @@ def _at(x: Tensor, places: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, places)
 
 
-def _mean_square(x: Tensor) -> Tensor:
-    """0 of no numbers at all. In float32, whatever the numbers are of."""
-    return x.float().square().sum() / max(1, x.numel())
+def _mean_square(x: Tensor, mask: Tensor) -> Tensor:
+    """Of x (B, T, H) where mask (B, T); 0 of no numbers at all. In float32, whatever the numbers are of."""
+    sums = x.float().square().masked_fill(~mask[:, :, None], 0.0).sum()
+    return sums / (mask.sum() * x.shape[2]).clamp(min=1)

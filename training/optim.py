@@ -6,7 +6,7 @@ or a gradient is not finite, the weights stay untouched. Knows no task, no file 
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,8 +186,8 @@ def update(
 
     carried: where the last batch of running text ended; micro-batches that have a `state` key go on from it. step:
     counted from 0, for the noise. workers: those who make the same update, each from micro-batches of its own. The
-    order is: add up over workers, skip what is not finite, unscale and clip, add noise, step. A GPU is waited for once,
-    when all that it needs to compute the gradients has been asked of it.
+    order is: add up over workers, skip what is not finite, unscale and clip, add noise, step. Where the gradients are
+    done, a GPU is waited for once, for all the sums together; what the forward pass waits for is the model's affair.
     """
     optimizer.zero_grad(set_to_none=True)
     buffers = [buffer.clone() for buffer in model.buffers()]  # running statistics move in the forward pass already
@@ -216,7 +216,7 @@ def update(
         for buffer, before in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(before)
         return Update(0.0, 0.0, 0, num_tokens, norm, clipped=False, skipped=True, ratio=None, state=None)
-    clipped = clip(gradients, norm, section.max_grad_norm, section.clip_value, mean)
+    clipped = unscale_and_clip(gradients, mean, norm, section.max_grad_norm, section.clip_value)
     if section.gradient_noise:
         add_noise(gradients, section.gradient_noise, step)
         workers.copy_first(gradients)  # the same noise for all
@@ -229,23 +229,21 @@ def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm([gradient.float() for gradient in gradients])
 
 
-def clip(
-    gradients: Sequence[Tensor], norm: float, max_norm: float | None, max_value: float | None, scale: float = 1.0
+def unscale_and_clip(
+    gradients: list[Tensor], scale: float, norm: float, max_norm: float | None, max_value: float | None
 ) -> bool:
-    """Multiply all gradients, in place, by `scale`, then by what brings their common norm down to `max_norm`, then
-    bound each number by `max_value`. norm: after the first of these.
-
-    Returns whether anything was cut.
+    """Multiply all gradients, in place, by `scale`; bring their common norm, which is `norm` then, down to `max_norm`
+    (Pascanu et al. 2013); bound each number by `max_value`. Returns whether anything was cut.
     """
     clipped = max_norm is not None and norm > max_norm
     if max_norm is not None and norm > max_norm:
         scale *= max_norm / norm
     if scale != 1 and gradients:
-        torch._foreach_mul_(list(gradients), scale)
-    if max_value is not None:
-        for gradient in gradients:
-            clipped = clipped or bool(gradient.abs().max() > max_value)
-            gradient.clamp_(-max_value, max_value)
+        torch._foreach_mul_(gradients, scale)
+    if max_value is not None and gradients:
+        clipped = bool(torch.stack([gradient.abs().max() for gradient in gradients]).max() > max_value) or clipped
+        torch._foreach_clamp_min_(gradients, -max_value)
+        torch._foreach_clamp_max_(gradients, max_value)
     return clipped
 
 
@@ -262,7 +260,10 @@ def _num_tokens(batch: Batch) -> int:
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -276,6 +276,6 @@ def test_memories_of_unequal_length_stay_masked_when_they_meet() -> None:
 
 
 def test_penalties_are_sums_of_float32_under_autocast() -> None:
-    few = torch.full((1000,), 1e-4, dtype=torch.float16)  # whose squares float16 does not have
-    penalty = _mean_square(few)
+    few = torch.full((2, 5, 100), 1e-4, dtype=torch.float16)  # whose squares float16 does not have
+    penalty = _mean_square(few, torch.ones(2, 5, dtype=torch.bool))
     assert penalty.dtype == torch.float32 and float(penalty) == pytest.approx(1e-8, rel=1e-2)

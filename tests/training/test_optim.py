@@ -10,22 +10,24 @@ from torch import Tensor, nn
 from seqmodels.errors import ConfigError
 from seqmodels.losses import Output
 from seqmodels.models import build_model
-from tests.training.recipes import recipe
+from seqmodels.state import State
+from tests.training.recipes import LANGUAGE_MODEL, WORDS, recipe
 from training.config import OptimSection
 from training.data.batches import Batch, Buckets
 from training.data.examples import Codec
 from training.data.generated import generate
+from training.data.streams import Streams
 from training.optim import (
     FULL,
     Precision,
     add_noise,
     build_optimizer,
     check_schedule,
-    clip,
     cycles_done,
     freeze,
     gradient_norm,
     learning_rate,
+    unscale_and_clip,
     update,
 )
 
@@ -57,21 +59,21 @@ def run(model: nn.Module, *batches: Batch, section: OptimSection = FREE) -> Any:
 def test_clipping_by_norm_by_hand() -> None:
     gradients = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
     assert float(gradient_norm(gradients)) == 5.0
-    assert clip(gradients, 5.0, max_norm=1.0, max_value=None)
+    assert unscale_and_clip(gradients, 1.0, 5.0, max_norm=1.0, max_value=None)
     assert torch.allclose(gradients[0], torch.tensor([0.6, 0.0])) and torch.allclose(gradients[1], torch.tensor(0.8))
-    assert not clip(gradients, 1.0, max_norm=1.0, max_value=None)  # not above the bound: left alone
+    assert not unscale_and_clip(gradients, 1.0, 1.0, max_norm=1.0, max_value=None)  # not above the bound: left alone
 
 
 def test_clipping_by_value_by_hand() -> None:
     gradients = [torch.tensor([3.0, -0.5, -9.0])]
-    assert clip(gradients, 9.5, max_norm=None, max_value=1.0)
+    assert unscale_and_clip(gradients, 1.0, 9.5, max_norm=None, max_value=1.0)
     assert gradients[0].tolist() == [1.0, -0.5, -1.0]
-    assert not clip(gradients, 1.5, max_norm=None, max_value=1.0)
+    assert not unscale_and_clip(gradients, 1.0, 1.5, max_norm=None, max_value=1.0)
 
 
 def test_norm_first_then_value() -> None:
     gradients = [torch.tensor([6.0, 8.0])]
-    clip(gradients, 10.0, max_norm=5.0, max_value=3.5)  # to (3, 4), then to (3, 3.5)
+    unscale_and_clip(gradients, 1.0, 10.0, max_norm=5.0, max_value=3.5)  # to (3, 4), then to (3, 3.5)
     assert gradients[0].tolist() == [3.0, 3.5]
 
 
@@ -112,6 +114,27 @@ def test_micro_batches_are_one_large_batch_in_a_real_model() -> None:
         run(model, *(buckets.batch(0, index) for index in range(len(buckets))))
         weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
     assert torch.allclose(weights[0], weights[1], atol=1e-6)
+
+
+def test_running_text_goes_on_where_the_micro_batch_before_it_ended() -> None:
+    """Both within an update and from one to the next: the loss is that of the model, read chunk by chunk by hand."""
+    rows = generate("language-model")["train"][:20]
+    data = {"generated": "language-model", "tokenizer": WORDS}
+    codec = Codec.train(recipe("generate", data=data, model=LANGUAGE_MODEL), rows)
+    model, streams = build_model(codec.config).eval(), Streams(codec.encode(rows), 2, 5)
+    states: list[State | None] = [None]
+    losses = []
+    for index in range(3):
+        out = model(**streams.batch(0, index), state=states[-1])
+        states.append(State(out.state.values.detach()))
+        losses.append(float(out.loss) * int(out.num_targets))
+    still = FREE.model_copy(update={"learning_rate": 0.0})
+    chunks: list[Batch] = [{**streams.batch(0, index), "state": None} for index in range(3)]
+    first = run(model, *chunks[:2], section=still)
+    assert first.loss == pytest.approx(sum(losses[:2])) and torch.allclose(first.state.values, states[2].values)
+    second = update(model, chunks[2:], build_optimizer(still, model), still, 0.0, carried=first.state)
+    assert second.loss == pytest.approx(losses[2])
+    assert second.loss != pytest.approx(run(model, chunks[2], section=still).loss), "a lost state would show"
 
 
 @pytest.mark.parametrize(
