@@ -13,6 +13,7 @@ process, starting from our weights, and must have our loss on the first batch.
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -128,11 +129,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.peers and options.device != "cpu":
         parser.error("--peers are run on a CPU alone; leave out --device")
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("torch finds no CUDA device; leave out --device")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")  # as a training run does; see training/run.py
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    model, count = make_model().to(options.device), options.steps + WARM_UP[options.device]
-    batches = make_batches(count, VOCAB_SIZE)
     warm_up = WARM_UP[options.device]
+    model, count = make_model().to(options.device), options.steps + warm_up
+    batches = make_batches(count, VOCAB_SIZE)
     with ExitStack() as stack:
         systems: dict[str, Timed] = {}
         if options.peers:

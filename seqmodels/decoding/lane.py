@@ -146,6 +146,7 @@ class Lane:
         return self.copied(places)
 
     def copied(self, places: Sequence[int]) -> list[tuple[int, Beams | Samples, int]]:
+        """`readable`, of a GPU's search: a search of those places alone, one copy of each of its tables."""
         index = torch.tensor(places, dtype=torch.int64, device=self.rows.device)
         few = self.search.select(index).to(torch.device("cpu"))
         return [(place, few, number) for number, place in enumerate(places)]

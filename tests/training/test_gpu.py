@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from seqmodels.pretrained import load_pretrained
-from tests.training.recipes import LANGUAGE_MODEL, TAGGER, TRANSLATOR, WORDS, recipe
-from training.checkpoint import CHECKPOINTS
+from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TAGGER, TRANSLATOR, WORDS, recipe
+from training.checkpoint import CHECKPOINTS, load_newest
 from training.config import Recipe
 from training.loop import FIRST_LOSS_SCALE, Trainer
 from training.optim import Update
@@ -29,9 +29,11 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_recipe(task: str, directory: Path, **run: Any) -> Recipe:
+def make_recipe(task: str, directory: Path, dropout: float = 0.0, **run: Any) -> Recipe:
     settings = {"max_steps": 12, "logging_steps": 1, "save_steps": 4, "eval_steps": 6, **run}
-    return recipe(task, directory, **TASKS[task], run=settings)
+    model = TASKS[task].get("model", CLASSIFIER)
+    parts = {name: {**model[name], "dropout": dropout} for name in ("encoder", "decoder") if name in model}
+    return recipe(task, directory, **{**TASKS[task], "model": {**model, **parts}}, run=settings)
 
 
 def losses(directory: Path) -> list[float]:
@@ -64,11 +66,13 @@ def test_an_overflow_in_float16_halves_the_scale(tmp_path: Path, monkeypatch: py
     train(make_recipe("translate", tmp_path, device="cuda", fp16=True, max_steps=30))
     skipped = [one.skipped for one in done]
     assert skipped[0] and not skipped[-1], "the scale fell until the gradients fitted"
+    saved = load_newest(tmp_path / CHECKPOINTS)
+    assert saved is not None and saved[0].loss_scale == scale / 2 ** sum(skipped)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_going_on_gives_what_a_run_left_alone_gives(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"device": "cuda", "bf16": True, "ema_decay": 0.9}
+    settings: dict[str, Any] = {"device": "cuda", "bf16": True, "ema_decay": 0.9, "dropout": 0.3}
     train(make_recipe(task, tmp_path / "whole", **settings))
     with monkeypatch.context() as patch:
         step = Trainer._step

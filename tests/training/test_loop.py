@@ -23,7 +23,7 @@ from training.directory import locked
 from training.loop import MAX_SKIPPED_IN_A_ROW, Trainer
 from training.optim import DivergedError, Precision, Update, update
 from training.reporter import Reporter
-from training.run import train
+from training.run import _begin_on_gpu, train
 
 
 def log_of(directory: Path) -> list[dict[str, Any]]:
@@ -394,6 +394,19 @@ def test_a_language_model_reports_what_it_writes(tmp_path: Path) -> None:
     assert scores["perplexity"] == pytest.approx(math.exp(scores["nll"]))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<th>seed</th>" in page
+
+
+def test_a_run_on_a_gpu_gives_cublas_fixed_workspaces_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    _begin_on_gpu()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:2"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    _begin_on_gpu()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="torch finds no CUDA device; set run"):
+        _begin_on_gpu()
 
 
 @pytest.mark.parametrize("width", [80, 140])
