@@ -1,77 +1,22 @@
 """Raw input to result: text, words, pictures and numbers in; labels, offsets and text out."""
 
-import io
-import json
 import math
-import random
 import re
-import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from seqmodels.__main__ import main
 from seqmodels.decoding.params import SearchParams
-from seqmodels.decoding.request import Finished, Progress, Request
 from seqmodels.errors import InputError, TooLongError, UnsupportedError
-from seqmodels.pipeline import Job, Pipeline
-from seqmodels.preprocessing import Preprocessor
+from seqmodels.pipeline import Pipeline
 from seqmodels.pretrained import save_pretrained
 from seqmodels.rendering import bio_spans, is_bio
 from seqmodels.tokenizer import Tokenizer
 from tests.seqmodels.builders import make_model
-
-CORPUS = ["the quick brown fox jumps over the lazy dog", "Ein Hund läuft über die Straße 🙂", "0 1 2 3 4 5 6 7 8 9"]
-TOKENIZER = Tokenizer.train(CORPUS * 3, "bpe", vocab_size=320)
-STACK = {"hidden_size": 16}
-TEXT = {"input": "text", "vocab_size": TOKENIZER.vocab_size, "embedding_size": 8, "recurrent": STACK}
-DECODER = {"vocab_size": TOKENIZER.vocab_size, "embedding_size": 8, "recurrent": STACK}
-PICTURE = {"image_size": [8, 8], "channels": [4]}
-MODELS: dict[str, dict[str, Any]] = {
-    "classifier": {"architecture": "classifier", "encoder": TEXT, "labels": ["bad", "good"], "max_source_length": 50},
-    "tagger": {"architecture": "tagger", "encoder": TEXT, "labels": ["O", "B-X", "I-X"]},
-    "translator": {"architecture": "generator", "encoder": TEXT, "decoder": {**DECODER, "attention": "general"}},
-    "language model": {"architecture": "generator", "decoder": DECODER, "max_source_length": 50},
-    "captioner": {"architecture": "generator", "encoder": {"input": "image", "backbone": PICTURE}, "decoder": DECODER},
-    "frames": {"architecture": "tagger", "encoder": {"input": "frames", "backbone": PICTURE}, "labels": ["l", "r"]},
-    "series": {
-        "architecture": "classifier",
-        "encoder": {"input": "features", "feature_size": 2, "recurrent": STACK},
-        "labels": ["up", "down"],
-    },
-}
-
-
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    for name, fields in MODELS.items():
-        save_pretrained(
-            make_model(1, 2.0, **fields),
-            root / name,
-            source_tokenizer=TOKENIZER,
-            target_tokenizer=TOKENIZER,
-            preprocessor=Preprocessor(size=(8, 8)),
-            generation=SearchParams(max_new_tokens=12),
-        )
-    return {name: root / name for name in MODELS}
-
-
-@pytest.fixture(scope="module")
-def pipelines(directories: dict[str, Path]) -> dict[str, Pipeline]:
-    return {name: Pipeline.from_pretrained(path) for name, path in directories.items()}
-
-
-def png(mode: str = "RGB", size: tuple[int, int] = (20, 10), kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    Image.effect_noise(size, 50).convert(mode).save(buffer, kind)
-    return buffer.getvalue()
+from tests.seqmodels.conftest import CORPUS, DECODER, MODELS, TOKENIZER, png, stream
 
 
 def test_classify(pipelines: dict[str, Pipeline]) -> None:
@@ -148,27 +93,6 @@ def test_a_prompt_is_left_out_and_a_prefix_is_kept(pipelines: dict[str, Pipeline
     assert answer["sequences"][0]["text"].startswith(" brown fox")
     (answer,) = pipelines["translator"](["the quick"], prefix="Ein Hund", max_new_tokens=4, num_beams=2)
     assert answer["sequences"][0]["text"].startswith("Ein Hund")
-
-
-def stream(
-    pipeline: Pipeline, item: Any, state: bytes | None = None, **params: Any
-) -> tuple[list[str], dict[str, Any]]:
-    job = pipeline.prepare(item, params, stream=True, state=state)
-    streamed: dict[int, str] = {}
-    text = pipeline.text_stream(job)
-    pipeline.submit(job)
-    while pipeline.has_work:
-        for event in pipeline.step():
-            if isinstance(event, Progress):
-                deltas = text.push(event)
-            else:
-                assert isinstance(event, Finished)
-                assert isinstance(event.result, list)
-                deltas = text.finish(event.result)
-                answer = pipeline.render(job, event.result)
-            for index, delta in deltas:
-                streamed[index] = streamed.get(index, "") + delta
-    return [streamed.get(i, "") for i in range(max(streamed, default=-1) + 1)], answer
 
 
 @pytest.mark.parametrize("name", ["translator", "language model"])
@@ -326,65 +250,6 @@ def test_defaults_of_a_search_do_not_reach_a_sampling_request(tmp_path: Path) ->
         pipeline.prepare("fox", {"stop": ["x"], "num_beams": 2})
 
 
-def test_pictures_of_every_kind() -> None:
-    preprocessor = Preprocessor(size=(8, 6), mean=(0.5, 0.5, 0.5), std=(0.25, 0.5, 1.0))
-    for mode, kind in (("L", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("1", "PNG"), ("RGB", "WEBP")):
-        assert preprocessor.image(png(mode, kind=kind)).shape == (3, 8, 6)
-    red = Image.new("RGB", (6, 8), (255, 0, 51))
-    assert preprocessor.image(red)[:, 0, 0].tolist() == pytest.approx([2.0, -1.0, -0.3])
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP"])
-def test_a_check_finds_what_decoding_would(kind: str) -> None:
-    whole, preprocessor = png(kind=kind, size=(64, 48)), Preprocessor(size=(8, 8))
-    preprocessor.check(whole)
-    for bad in (whole[: len(whole) // 2], whole[:10], b"", b"text"):
-        with pytest.raises(InputError) as decoding:
-            preprocessor.image(bad)
-        with pytest.raises(InputError) as checking:
-            preprocessor.check(bad)
-        assert str(checking.value) == str(decoding.value)
-
-
-def test_a_picture_turned_by_exif_stands_upright() -> None:
-    picture = Image.new("RGB", (4, 8), (0, 0, 0))
-    picture.paste((255, 255, 255), (0, 0, 4, 4))  # white above
-    exif = Image.Exif()
-    exif[0x0112] = 3  # turned by 180 degrees
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", exif=exif)
-    upright = Preprocessor(size=(8, 4)).image(buffer.getvalue())
-    assert upright[0, 0, 0] < upright[0, 7, 0]
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-def test_a_damaged_exif_block_says_nothing_about_the_pixels() -> None:
-    buffer = io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    exif[0x010E] = "a description"
-    Image.new("RGB", (8, 8), (200, 0, 0)).save(buffer, "JPEG", exif=exif)
-    whole, choose = buffer.getvalue(), random.Random(0)
-    start = whole.index(b"Exif")
-    for _ in range(2000):
-        damaged = bytearray(whole)
-        for _ in range(choose.randint(1, 4)):
-            damaged[choose.randrange(start, start + 80)] = choose.randrange(256)
-        try:
-            assert Preprocessor(size=(8, 8)).image(bytes(damaged)).shape == (3, 8, 8)
-        except InputError:  # UnsupportedError among them
-            continue
-
-
-def test_sixteen_bit_greys_keep_their_shades() -> None:
-    picture = Image.new("I;16", (64, 1))
-    picture.putdata([i * 1024 for i in range(64)])
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    shades = Preprocessor(size=(1, 64), channels=1).image(buffer.getvalue())[0, 0]
-    assert len(set(shades.tolist())) == 64
-
-
 def test_details_of_an_answer(pipelines: dict[str, Pipeline]) -> None:
     options = {"num_beams": 3, "num_return_sequences": 2, "coverage_penalty": 0.2}
     options |= {"top_logprobs": 4, "output_attentions": True}
@@ -434,135 +299,6 @@ def test_an_error_leaves_nobody_behind(pipelines: dict[str, Pipeline], directori
     assert len(pipeline(["x"])) == 1
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_bomb_is_refused_before_it_is_decoded() -> None:
-    header = bytearray(png())
-    header[16:24] = (13000).to_bytes(4, "big") * 2  # claims 169 million pixels
-    import zlib
-
-    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
-    with pytest.raises(InputError, match=r"pixels|too large"):
-        Preprocessor(size=(8, 8)).image(bytes(header))
-
-
-def command_line(*arguments: str, lines: str = "") -> tuple[int, list[Any], str]:
-    """Run `python -m seqmodels` as a user does."""
-    done = subprocess.run(
-        [sys.executable, "-m", "seqmodels", *arguments], input=lines, capture_output=True, text=True, timeout=120
-    )
-    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr
-
-
-def test_command_line(directories: dict[str, Path], tmp_path: Path, pipelines: dict[str, Pipeline]) -> None:
-    code, answers, _ = command_line("predict", str(directories["classifier"]), lines='the fox\n{"text": "a dog"}\n')
-    assert code == 0
-    assert [a["label"] for a in answers] == [a["label"] for a in pipelines["classifier"](["the fox", "a dog"])]
-    (tmp_path / "in.txt").write_text("the fox\nthe dog\n")
-    code, answers, _ = command_line(
-        "generate",
-        str(directories["translator"]),
-        str(tmp_path / "in.txt"),
-        "--num-beams",
-        "3",
-        "--max-new-tokens",
-        "5",
-    )
-    assert code == 0
-    assert [a["sequences"][0]["text"] for a in answers] == [
-        a["sequences"][0]["text"]
-        for a in pipelines["translator"](["the fox", "the dog"], num_beams=3, max_new_tokens=5)
-    ]
-    details = ("--top-logprobs", "2", "--output-attentions", "--num-beams", "2", "--coverage-penalty", "0.5")
-    code, answers, _ = command_line("generate", str(directories["translator"]), *details, lines="the fox\n")
-    assert (code, answers) == (
-        0,
-        pipelines["translator"](["the fox"], top_logprobs=2, output_attentions=True, num_beams=2, coverage_penalty=0.5),
-    )
-
-
-def test_command_line_in_process(
-    directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "score.jsonl").write_text('{"text": "the fox", "target": "Ein Hund"}\n')
-    assert main(["score", str(directories["translator"]), str(tmp_path / "score.jsonl")]) == 0
-    assert json.loads(capsys.readouterr().out)["tokens"][-1] == "<eos>"
-    (tmp_path / "picture.png").write_bytes(png())
-    (tmp_path / "captions.jsonl").write_text(json.dumps({"image": str(tmp_path / "picture.png")}) + "\n")
-    assert main(["generate", str(directories["captioner"]), str(tmp_path / "captions.jsonl")]) == 0
-    assert "sequences" in json.loads(capsys.readouterr().out)
-    (tmp_path / "cut.jsonl").write_text('{"text": "the fox"\n')
-    captions, beams = (str(directories["captioner"]), str(tmp_path / "captions.jsonl")), "--num-beams"
-    mistakes = {
-        ("predict", str(directories["translator"])): "use generate or score",
-        ("generate", str(directories["tagger"])): "use predict",
-        ("predict", str(tmp_path)): "is no model directory",
-        ("predict", str(directories["tagger"]), str(tmp_path / "nothing")): "cannot read",
-        ("generate", *captions, beams, "0"): "num_beams",
-        ("generate", *captions, beams, "999"): "256 rows",
-        ("generate", *captions, "--output-attentions"): "output_attentions needs attention",
-        ("generate", *captions, "--coverage-penalty", "0.5"): "coverage_penalty needs num_beams > 1",
-    }
-    for arguments, message in mistakes.items():
-        assert main(list(arguments)) == 2, arguments
-        error = capsys.readouterr().err
-        assert message in error
-        assert "Traceback" not in error
-        assert error.count("\n") == 1
-
-
-def test_a_line_that_cannot_be_answered_says_so_in_its_place(
-    directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines: dict[bytes, str] = {
-        b"the fox": "",
-        b'{"text": "the fox"': "begins with a brace but is no JSON",
-        b"": "the text is empty",
-        b"\xff\xfe": "is not UTF-8",
-        b'{"image": "none.png"}': "cannot read the image file 'none.png'",
-        b'{"text": "a", "words": ["a"]}': "has text, words",
-        b"fox " * 100: "the input has",
-        b"a dog\r": "",
-        rb'{"\ud800": 1}': "this model takes",
-        rb'{"\ud800": 1, "text": "\udfff"}': "has \ud800, text",
-        rb'{"text": "\udfff"}': "half of a surrogate pair",
-    }
-    (tmp_path / "lines.txt").write_bytes(b"\n".join(lines))
-    assert main(["predict", str(directories["classifier"]), str(tmp_path / "lines.txt")]) == 1
-    out, err = capsys.readouterr()
-    answers = [json.loads(line) for line in out.splitlines()]
-    assert len(answers) == len(lines) and "9 lines could not be answered" in err
-    for answer, message in zip(answers, lines.values(), strict=True):
-        assert message in answer["error"]["message"] if message else "label" in answer
-    (tmp_path / "score.jsonl").write_text('{"text": "the fox"}\n{"text": "the fox", "target": 7}\nthe fox\n')
-    assert main(["score", str(directories["translator"]), str(tmp_path / "score.jsonl")]) == 1
-    messages = [json.loads(line)["error"]["message"] for line in capsys.readouterr().out.splitlines()]
-    assert ["target" in message for message in messages] == [True] * 3
-
-
-def test_what_a_line_must_hold_is_said_in_the_words_of_the_command_line(
-    directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def answers(command: str, model: str, *lines: str) -> list[Any]:
-        (tmp_path / "lines.txt").write_text("\n".join(lines))
-        main([command, str(directories[model]), str(tmp_path / "lines.txt")])
-        out, err = capsys.readouterr()
-        assert "error: 1 line could not be answered" in err or all("error" not in line for line in out.splitlines())
-        return [json.loads(line) for line in out.splitlines()]
-
-    assert 'takes {"image": "FILE"}' in answers("generate", "captioner", "a fox")[0]["error"]["message"]
-    assert 'takes {"frames": ["FILE", ...]}' in answers("predict", "frames", "{}")[0]["error"]["message"]
-    assert "this model takes a string" in answers("predict", "classifier", "{}")[0]["error"]["message"]
-    first, second = answers("generate", "language model", "{}", "\n")
-    assert first == second and first["sequences"]
-
-
-@pytest.mark.parametrize("threads", ["abc", "0", "1.5"])
-def test_a_number_of_threads_that_is_none(threads: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["predict", "x", "--threads", threads])
-    assert f"argument --threads: '{threads}' is no whole number of at least 1" in capsys.readouterr().err
-
-
 def test_load_tells_how_busy_it_is(pipelines: dict[str, Pipeline]) -> None:
     counts = {"prefill_tokens_read": 0, "prefill_tokens_saved": 0}
     idle = {"waiting": 0, "rows_live": 0, "rows_total": 256}
@@ -583,130 +319,6 @@ def test_load_tells_how_busy_it_is(pipelines: dict[str, Pipeline]) -> None:
         load = pipeline.load()
         assert (load["prefill_tokens_read"], load["prefill_tokens_saved"]) == counted
     assert torch.is_inference_mode_enabled() is False
-
-
-# -- going on from a state
-
-
-def ask(pipeline: Pipeline, item: Any, state: bytes | None = None, **params: Any) -> dict[str, Any]:
-    """The first sequence, which has its state with it."""
-    job = pipeline.prepare(item, params, state=state, return_state=True)
-    sequence: dict[str, Any] = pipeline.run([job])[0]["sequences"][0]
-    return sequence
-
-
-@pytest.mark.parametrize("item", ["the quick", None])
-def test_texts_in_two_calls_are_the_text_of_one(pipelines: dict[str, Pipeline], item: str | None) -> None:
-    """Characters cut in half too, of which a model with random weights writes many; streamed as well."""
-    pipeline, halves = pipelines["language model"], 0
-    for seed in range(30):
-        whole = ask(pipeline, item, do_sample=True, max_new_tokens=12, seed=seed)
-        for cut in range(1, 12, 3):
-            first = ask(pipeline, item, do_sample=True, max_new_tokens=cut, seed=seed)
-            if first["finish_reason"] == "eos":
-                continue
-            halves += first["text"].endswith("\N{REPLACEMENT CHARACTER}")
-            rest = {"do_sample": True, "max_new_tokens": 12 - cut}  # the seed comes with the state
-            second = ask(pipeline, None, first["state"], **rest)
-            assert first["text"].rstrip("\N{REPLACEMENT CHARACTER}") + second["text"] == whole["text"]
-            assert second["state"] == whole["state"]
-            assert "".join(stream(pipeline, None, first["state"], **rest)[0]) == second["text"]
-    assert halves > 5
-
-
-def test_a_stop_string_is_found_across_the_cut(tmp_path: Path) -> None:
-    """The first call may have written its beginning already; no token after its end is written."""
-    characters = Tokenizer.train(CORPUS, "character")
-    model = make_model(1, 2.0, architecture="generator", decoder={**DECODER, "vocab_size": characters.vocab_size})
-    save_pretrained(model, tmp_path / "model", target_tokenizer=characters)
-    pipeline, found = Pipeline.from_pretrained(tmp_path / "model"), 0
-    for seed in range(4):
-        options = {"do_sample": True, "seed": seed}
-        free = ask(pipeline, "the", **options, max_new_tokens=12)
-        for start in range(1, min(8, len(free["text"]) - 5)):
-            stop = [free["text"][start : start + 5], "no such text"]
-            whole = ask(pipeline, "the", **options, max_new_tokens=12, stop=stop)
-            for cut in range(1, 6):
-                first = ask(pipeline, "the", **options, max_new_tokens=cut, stop=stop)
-                if first["finish_reason"] != "length":
-                    continue
-                second = ask(pipeline, None, first["state"], do_sample=True, max_new_tokens=12 - cut, stop=stop)
-                streamed, _ = stream(pipeline, None, first["state"], do_sample=True, max_new_tokens=12 - cut, stop=stop)
-                assert "".join(streamed) == second["text"]
-                assert (second["finish_reason"], second["state"]) == (whole["finish_reason"], whole["state"])
-                if whole["finish_reason"] == "stop" and len(first["text"]) > len(whole["text"]):
-                    assert second["text"] == "" and first["text"].startswith(whole["text"])
-                    found += 1
-                else:
-                    assert first["text"] + second["text"] == whole["text"]
-            # From a stop string on: it was met before, and is not met again.
-            again = ask(pipeline, None, whole["state"], bad_words=stop, max_new_tokens=1, stop=[*stop, "a longer one"])
-            assert again["finish_reason"] == "length"
-    assert found > 5
-
-
-def test_more_text_after_a_state_is_read_as_if_all_had_been_one_prompt(pipelines: dict[str, Pipeline]) -> None:
-    pipeline = pipelines["language model"]
-    first = ask(pipeline, "the quick", max_new_tokens=5, bad_words=["\N{REPLACEMENT CHARACTER}"])
-    more = pipeline.prepare(" fox", {"prefix": " jumps", "max_new_tokens": 6}, state=first["state"])
-    assert isinstance(more.request, Request) and more.request.state
-    assert more.request.prefix[len(more.request.state.tokens) :] == tuple(TOKENIZER.encode_inside(" fox")) + tuple(
-        TOKENIZER.encode_inside(" jumps")
-    )
-    assert more.num_input_tokens == len(TOKENIZER.encode_inside(" fox"))
-    afresh = Job(
-        replace(more.request, state=None), replace(more.reading, prompt=more.request.state.tokens + more.reading.prompt)
-    )
-    assert pipeline.run([more]) == pipeline.run([afresh])
-    assert pipeline.run([more])[0]["sequences"][0]["text"].startswith(" jumps")
-
-
-def test_a_model_with_inputs_goes_on_with_the_same_ones(pipelines: dict[str, Pipeline]) -> None:
-    picture, other = png(), png(size=(40, 40))
-    for name, item, wrong in (("translator", "the fox", "a fox"), ("captioner", {"image": picture}, {"image": other})):
-        pipeline = pipelines[name]
-        whole = ask(pipeline, item, max_new_tokens=10, seed=5)
-        first = ask(pipeline, item, max_new_tokens=4, seed=5)
-        second = ask(pipeline, item, first["state"], max_new_tokens=6)
-        assert first["text"].rstrip("\N{REPLACEMENT CHARACTER}") + second["text"] == whole["text"]
-        assert second["state"] == whole["state"]
-        with pytest.raises(InputError, match="made with other inputs") as error:
-            pipeline.prepare(wrong, state=first["state"])
-        assert error.value.param == "state"
-    with pytest.raises(InputError, match="made by a model"):
-        pipelines["language model"].prepare("a", state=first["state"])
-    with pytest.raises(InputError, match="damaged or no state"):
-        pipelines["language model"].prepare("a", state=b"")
-    for option in ({"state": b""}, {"return_state": True}):
-        with pytest.raises(InputError, match="is an option of generators"):
-            pipelines["classifier"].prepare("a", **option)  # type: ignore[arg-type]
-
-
-def test_the_command_line_goes_on_from_a_state(
-    directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def sequences(*lines: Any, options: Sequence[str] = ()) -> list[Any]:
-        (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        main(["generate", str(directories["language model"]), str(tmp_path / "lines.jsonl"), *options])
-        answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-        return [answer["sequences"][0] if "sequences" in answer else answer["error"]["message"] for answer in answers]
-
-    line = {"text": "the quick"}
-    (whole,) = sequences(line, options=["--max-new-tokens", "7"])
-    assert "state" not in whole
-    (first,) = sequences(line, options=["--max-new-tokens", "3", "--return-state"])
-    second, more, damaged, no_base64, number = sequences(
-        {"state": first["state"]},
-        {"state": first["state"], "text": " fox"},
-        {"state": first["state"][:40]},
-        {"state": "?"},
-        {"state": 7},
-        options=["--max-new-tokens", "4"],
-    )
-    assert first["text"].rstrip("\N{REPLACEMENT CHARACTER}") + second["text"] == whole["text"]
-    assert more["text"] != second["text"]
-    assert "damaged" in damaged
-    assert "state is no base64" in no_base64 and "state is no base64" in number
 
 
 @pytest.mark.parametrize(

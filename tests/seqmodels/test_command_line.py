@@ -1,0 +1,159 @@
+"""python -m seqmodels: one line in, one answer out, and what is said of a line that cannot be answered."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from seqmodels.__main__ import main
+from seqmodels.pipeline import Pipeline
+from tests.seqmodels.conftest import png
+
+
+def command_line(*arguments: str, lines: str = "") -> tuple[int, list[Any], str]:
+    """Run `python -m seqmodels` as a user does."""
+    done = subprocess.run(
+        [sys.executable, "-m", "seqmodels", *arguments], input=lines, capture_output=True, text=True, timeout=120
+    )
+    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+def test_command_line(directories: dict[str, Path], tmp_path: Path, pipelines: dict[str, Pipeline]) -> None:
+    code, answers, _ = command_line("predict", str(directories["classifier"]), lines='the fox\n{"text": "a dog"}\n')
+    assert code == 0
+    assert [a["label"] for a in answers] == [a["label"] for a in pipelines["classifier"](["the fox", "a dog"])]
+    (tmp_path / "in.txt").write_text("the fox\nthe dog\n")
+    code, answers, _ = command_line(
+        "generate",
+        str(directories["translator"]),
+        str(tmp_path / "in.txt"),
+        "--num-beams",
+        "3",
+        "--max-new-tokens",
+        "5",
+    )
+    assert code == 0
+    assert [a["sequences"][0]["text"] for a in answers] == [
+        a["sequences"][0]["text"]
+        for a in pipelines["translator"](["the fox", "the dog"], num_beams=3, max_new_tokens=5)
+    ]
+    details = ("--top-logprobs", "2", "--output-attentions", "--num-beams", "2", "--coverage-penalty", "0.5")
+    code, answers, _ = command_line("generate", str(directories["translator"]), *details, lines="the fox\n")
+    assert (code, answers) == (
+        0,
+        pipelines["translator"](["the fox"], top_logprobs=2, output_attentions=True, num_beams=2, coverage_penalty=0.5),
+    )
+
+
+def test_command_line_in_process(
+    directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "score.jsonl").write_text('{"text": "the fox", "target": "Ein Hund"}\n')
+    assert main(["score", str(directories["translator"]), str(tmp_path / "score.jsonl")]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"][-1] == "<eos>"
+    (tmp_path / "picture.png").write_bytes(png())
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"image": str(tmp_path / "picture.png")}) + "\n")
+    assert main(["generate", str(directories["captioner"]), str(tmp_path / "captions.jsonl")]) == 0
+    assert "sequences" in json.loads(capsys.readouterr().out)
+    (tmp_path / "cut.jsonl").write_text('{"text": "the fox"\n')
+    captions, beams = (str(directories["captioner"]), str(tmp_path / "captions.jsonl")), "--num-beams"
+    mistakes = {
+        ("predict", str(directories["translator"])): "use generate or score",
+        ("generate", str(directories["tagger"])): "use predict",
+        ("predict", str(tmp_path)): "is no model directory",
+        ("predict", str(directories["tagger"]), str(tmp_path / "nothing")): "cannot read",
+        ("generate", *captions, beams, "0"): "num_beams",
+        ("generate", *captions, beams, "999"): "256 rows",
+        ("generate", *captions, "--output-attentions"): "output_attentions needs attention",
+        ("generate", *captions, "--coverage-penalty", "0.5"): "coverage_penalty needs num_beams > 1",
+    }
+    for arguments, message in mistakes.items():
+        assert main(list(arguments)) == 2, arguments
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
+        assert error.count("\n") == 1
+
+
+def test_a_line_that_cannot_be_answered_says_so_in_its_place(
+    directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines: dict[bytes, str] = {
+        b"the fox": "",
+        b'{"text": "the fox"': "begins with a brace but is no JSON",
+        b"": "the text is empty",
+        b"\xff\xfe": "is not UTF-8",
+        b'{"image": "none.png"}': "cannot read the image file 'none.png'",
+        b'{"text": "a", "words": ["a"]}': "has text, words",
+        b"fox " * 100: "the input has",
+        b"a dog\r": "",
+        rb'{"\ud800": 1}': "this model takes",
+        rb'{"\ud800": 1, "text": "\udfff"}': "has \ud800, text",
+        rb'{"text": "\udfff"}': "half of a surrogate pair",
+    }
+    (tmp_path / "lines.txt").write_bytes(b"\n".join(lines))
+    assert main(["predict", str(directories["classifier"]), str(tmp_path / "lines.txt")]) == 1
+    out, err = capsys.readouterr()
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert len(answers) == len(lines) and "9 lines could not be answered" in err
+    for answer, message in zip(answers, lines.values(), strict=True):
+        assert message in answer["error"]["message"] if message else "label" in answer
+    (tmp_path / "score.jsonl").write_text('{"text": "the fox"}\n{"text": "the fox", "target": 7}\nthe fox\n')
+    assert main(["score", str(directories["translator"]), str(tmp_path / "score.jsonl")]) == 1
+    messages = [json.loads(line)["error"]["message"] for line in capsys.readouterr().out.splitlines()]
+    assert ["target" in message for message in messages] == [True] * 3
+
+
+def test_what_a_line_must_hold_is_said_in_the_words_of_the_command_line(
+    directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answers(command: str, model: str, *lines: str) -> list[Any]:
+        (tmp_path / "lines.txt").write_text("\n".join(lines))
+        main([command, str(directories[model]), str(tmp_path / "lines.txt")])
+        out, err = capsys.readouterr()
+        assert "error: 1 line could not be answered" in err or all("error" not in line for line in out.splitlines())
+        return [json.loads(line) for line in out.splitlines()]
+
+    assert 'takes {"image": "FILE"}' in answers("generate", "captioner", "a fox")[0]["error"]["message"]
+    assert 'takes {"frames": ["FILE", ...]}' in answers("predict", "frames", "{}")[0]["error"]["message"]
+    assert "this model takes a string" in answers("predict", "classifier", "{}")[0]["error"]["message"]
+    first, second = answers("generate", "language model", "{}", "\n")
+    assert first == second and first["sequences"]
+
+
+@pytest.mark.parametrize("threads", ["abc", "0", "1.5"])
+def test_a_number_of_threads_that_is_none(threads: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["predict", "x", "--threads", threads])
+    assert f"argument --threads: '{threads}' is no whole number of at least 1" in capsys.readouterr().err
+
+
+def test_the_command_line_goes_on_from_a_state(
+    directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sequences(*lines: Any, options: Sequence[str] = ()) -> list[Any]:
+        (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        main(["generate", str(directories["language model"]), str(tmp_path / "lines.jsonl"), *options])
+        answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        return [answer["sequences"][0] if "sequences" in answer else answer["error"]["message"] for answer in answers]
+
+    line = {"text": "the quick"}
+    (whole,) = sequences(line, options=["--max-new-tokens", "7"])
+    assert "state" not in whole
+    (first,) = sequences(line, options=["--max-new-tokens", "3", "--return-state"])
+    second, more, damaged, no_base64, number = sequences(
+        {"state": first["state"]},
+        {"state": first["state"], "text": " fox"},
+        {"state": first["state"][:40]},
+        {"state": "?"},
+        {"state": 7},
+        options=["--max-new-tokens", "4"],
+    )
+    assert first["text"].rstrip("\N{REPLACEMENT CHARACTER}") + second["text"] == whole["text"]
+    assert more["text"] != second["text"]
+    assert "damaged" in damaged
+    assert "state is no base64" in no_base64 and "state is no base64" in number
