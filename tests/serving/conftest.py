@@ -1,6 +1,8 @@
 """The app with fake pipelines, in this process: a loop in a thread, the app's lifespan, and a client that waits."""
 
 import asyncio
+import base64
+import json
 import threading
 from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,8 +16,18 @@ from serving.app import build_app
 from serving.config import ServeConfig
 from serving.runner import Runner
 
-from .fakes import FakePipeline, all_fakes
+from .fakes import FakePipeline, all_fakes, png
 from .model_directories import save_all
+
+PNG = base64.b64encode(png()).decode()
+INPUTS = {
+    "/v1/classify": "a good day",
+    "/v1/tag": "a good day",
+    "/v1/translate": "a good day",
+    "/v1/caption": {"image": PNG},
+    "/v1/generate": "a good day",
+}
+TEXTS = [path for path in INPUTS if path not in ("/v1/classify", "/v1/tag")]
 
 
 class InProcess:
@@ -87,3 +99,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def server() -> Iterator[InProcess]:
     with in_process() as running:
         yield running
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert list(response.json()) == ["error"]
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+def events_of(response: httpx.Response) -> list[tuple[str | None, Any]]:
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = []
+    for block in response.text.split("\n\n")[:-1]:
+        fields = dict(line.split(": ", 1) for line in block.split("\n"))
+        data = fields["data"]
+        events.append((fields.get("event"), data if data == "[DONE]" else json.loads(data)))
+    return events

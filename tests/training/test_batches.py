@@ -1,0 +1,121 @@
+"""Rows to examples, examples to batches by length, running text to streams."""
+
+import pytest
+import torch
+
+from seqmodels.losses import IGNORE
+from seqmodels.models import build_model
+from seqmodels.tokenizer import BOS, EOS, PAD
+from tests.training.recipes import DECODER, TAGGER, TRANSLATOR, WORDS, recipe
+from training.data.batches import Buckets, collate
+from training.data.examples import Codec
+from training.data.generated import generate
+from training.data.rows import Row
+
+
+def test_batches_of_the_three_architectures() -> None:
+    rows = [Row(("a", "bb", "c"), ("O", "B-X", "I-X")), Row(("bb",), ("B-X",))]
+    tagger = Codec.train(recipe("tag", data={"generated": "number-tags", "tokenizer": WORDS}, model=TAGGER), rows)
+    batch = collate(tagger.encode(rows), tagger)
+    names = [[tagger.config.labels[n] if n != IGNORE else "-" for n in row] for row in batch["labels"].tolist()]
+    assert names == [["O", "B-X", "I-X"], ["B-X", "-", "-"]]
+    assert batch["lengths"].tolist() == [3, 1] and batch["inputs"][1].tolist()[1:] == [PAD, PAD]
+
+    pairs = [Row("a b", ("x y",)), Row("b", ("y",))]
+    data = {"generated": "numbers-en-fr", "tokenizer": WORDS}
+    translator = Codec.train(recipe("translate", data=data, model=TRANSLATOR), pairs)
+    batch = collate(translator.encode(pairs), translator)
+    assert batch["inputs"][0].tolist()[-1] == EOS and batch["lengths"].tolist() == [3, 2]
+    assert batch["labels"][:, 0].tolist() == [BOS, BOS]
+    assert batch["labels"][1].tolist()[2:] == [EOS, PAD] and batch["label_lengths"].tolist() == [4, 3]
+
+
+def test_a_label_stands_at_a_words_last_piece() -> None:
+    rows = [Row(("abcdef", "xy"), ("B-X", "O")), Row(("xy",), ("O",))]
+    data = {"generated": "number-tags", "tokenizer": {"kind": "byte"}}
+    codec = Codec.train(recipe("tag", data=data, model=TAGGER), rows)
+    example = codec.encode(rows)[0]
+    ids, last = codec.source_tokenizer.encode_words(["abcdef", "xy"]) if codec.source_tokenizer else ([], [])
+    assert isinstance(example.targets, list) and example.inputs == ids
+    assert [place for place, label in enumerate(example.targets) if label != IGNORE] == last
+
+
+def test_pictures_frames_and_features() -> None:
+    image = {"input": "image", "backbone": {"image_size": [32, 32], "channels": [4]}}
+    captioner = {"architecture": "generator", "encoder": image, "decoder": DECODER}
+    rows = generate("captions")["train"][:3]
+    codec = Codec.train(recipe("caption", data={"generated": "captions", "tokenizer": WORDS}, model=captioner), rows)
+    batch = collate(codec.encode(rows), codec)
+    assert batch["inputs"].shape == (3, 3, 32, 32) and "lengths" not in batch
+    build_model(codec.config)(**batch).loss.backward()
+
+    frames = {"input": "frames", "backbone": {"image_size": [16, 16], "channels": [4]}}
+    clips = generate("frames")["train"][:3]
+    model = {"architecture": "tagger", "encoder": frames}
+    codec = Codec.train(recipe("tag", data={"generated": "frames"}, model=model), clips)
+    batch = collate(codec.encode(clips), codec)
+    longest = max(len(row.target) for row in clips)
+    assert batch["inputs"].shape == (3, longest, 3, 16, 16) and batch["labels"].shape == (3, longest)
+    build_model(codec.config)(**batch).loss.backward()
+
+    waves = generate("series")["train"][:9]
+    model = {"architecture": "classifier", "encoder": {"input": "features"}}
+    codec = Codec.train(recipe(data={"generated": "series"}, model=model), waves)
+    assert codec.config.encoder is not None and getattr(codec.config.encoder, "feature_size", 0) == 2
+    batch = collate(codec.encode(waves), codec)
+    assert batch["inputs"].dtype == torch.float32 and batch["labels"].shape == (9,)
+    build_model(codec.config)(**batch).loss.backward()
+
+
+def test_too_long_rows_are_cut_for_classifiers_and_left_out_for_others() -> None:
+    texts = [Row("a b c d e f", "x"), Row("a", "y")]
+    data = {"generated": "sentiment", "tokenizer": WORDS, "max_input_length": 4}
+    codec = Codec.train(recipe(data=data), texts)
+    assert [example.input_length for example in codec.encode(texts)] == [4, 1]
+    pairs = [Row("a b c d e f", ("a",)), Row("a", ("a b c d e f",)), Row("a b c d", ("a b c d",))]
+    data |= {"generated": "numbers-en-fr", "max_target_length": 4}
+    codec = Codec.train(recipe("translate", data=data, model=TRANSLATOR), pairs)
+    assert [(example.input_length, example.target_length) for example in codec.encode(pairs)] == [(5, 6)]
+
+
+def buckets(seed: int = 1, tokens: int = 400, rows: int = 32) -> Buckets:
+    source = generate("numbers-en-fr")["train"][:500]
+    data = {"generated": "numbers-en-fr", "tokenizer": WORDS}
+    codec = Codec.train(recipe("translate", data=data, model=TRANSLATOR), source)
+    return Buckets(codec.encode(source), codec, tokens, rows, seed)
+
+
+def test_an_epoch_shows_every_row_once_within_the_budget() -> None:
+    made = buckets()
+    for epoch in (0, 1):
+        assert sorted(row for batch in made.rows(epoch) for row in batch) == list(range(500))
+        assert len(made.rows(epoch)) == len(made)
+        for index in range(len(made)):
+            batch = made.batch(epoch, index)
+            assert batch["inputs"].numel() + batch["labels"].numel() <= 400 and len(batch["inputs"]) <= 32
+
+
+def test_the_order_is_a_pure_function_of_seed_epoch_and_step() -> None:
+    one, two = buckets(), buckets()
+    two.batch(3, 1)  # a look at another epoch must not matter
+    assert one.rows(0) == two.rows(0) and one.rows(7) == two.rows(7)
+    assert one.rows(0) != one.rows(1)
+    assert one.rows(0) != buckets(seed=2).rows(0)
+
+
+def test_bucketing_wastes_little() -> None:
+    made = buckets()
+    batches = [made.batch(0, index) for index in range(len(made))]
+    positions = sum(batch["inputs"].numel() + batch["labels"].numel() for batch in batches)
+    real = sum(int(batch["lengths"].sum() + batch["label_lengths"].sum()) for batch in batches)
+    assert made.padding_share == pytest.approx(1 - real / positions) and 0 < made.padding_share < 0.1
+
+
+def test_pictures_are_not_sorted_by_their_captions_lengths() -> None:
+    image = {"input": "image", "backbone": {"image_size": [32, 32], "channels": [4]}}
+    captioner = {"architecture": "generator", "encoder": image, "decoder": DECODER}
+    rows = generate("captions")["train"][:400]
+    codec = Codec.train(recipe("caption", data={"generated": "captions", "tokenizer": WORDS}, model=captioner), rows)
+    lengths = [example.target_length for example in codec.encode(rows)]
+    made = Buckets(codec.encode(rows), codec, 1000, 32, seed=1)
+    assert all(len({lengths[row] for row in batch}) > 1 for batch in made.rows(0) if len(batch) > 16)
