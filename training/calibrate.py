@@ -1,6 +1,7 @@
 """Calibration: the one number by which a classifier's or tagger's logits are divided so that its probabilities mean
 what they say (Guo et al. 2017). Which label is the likeliest never changes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from seqmodels.pretrained import CARD, load_pretrained
 from training.config import Recipe, some
 from training.data.batches import Buckets
 from training.data.examples import Codec
-from training.data.sources import load_rows
+from training.data.rows import Row
+from training.scoring import rows_to_score
 
 COLDEST, HOTTEST = 0.05, 20.0  # the bounds of a temperature; where all answers are right, none is cold enough
 TOKENS_PER_BATCH, ROWS_PER_BATCH = 8192, 128
@@ -38,7 +40,8 @@ class Calibration:
 def calibrate(directory: Path, recipe: Recipe) -> Calibration:
     """Fit the temperature on the validation split and write it into the model directory.
 
-    Raises ConfigError for a model that gives no probabilities of labels, DataError, ModelDirectoryError.
+    Raises ConfigError for a model that gives no probabilities of labels, DataError where the split may hold rows that
+    it was trained on, ModelDirectoryError.
     """
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
@@ -48,7 +51,8 @@ def calibrate(directory: Path, recipe: Recipe) -> Calibration:
     config = saved.config.model_copy(update={"temperature": 1.0})
     saved.model.config = config
     codec = Codec(config, saved.source_tokenizer, None, saved.preprocessor, recipe.data.max_target_length)
-    logits, labels = _validation_logits(saved.model, codec, recipe)
+    rows = rows_to_score(directory, recipe, "validation")["validation"]
+    logits, labels = _validation_logits(saved.model, codec, rows, recipe.run.device)
     temperature = fit_temperature(logits, labels)
     saved.model.config = config.model_copy(update={"temperature": temperature})
     card = (directory / CARD).read_text(encoding="utf-8") if (directory / CARD).is_file() else ""
@@ -58,13 +62,13 @@ def calibrate(directory: Path, recipe: Recipe) -> Calibration:
 
 
 @torch.no_grad()
-def _validation_logits(model: Model, codec: Codec, recipe: Recipe) -> tuple[Tensor, Tensor]:
+def _validation_logits(model: Model, codec: Codec, rows: Sequence[Row], device: str) -> tuple[Tensor, Tensor]:
     """Logits (N, C) and labels (N,) of all that is labelled in the validation split, in float64."""
-    examples = codec.encode(load_rows(recipe, ["validation"])["validation"])
+    examples = codec.encode(rows)
     batches = Buckets(examples, codec, TOKENS_PER_BATCH, ROWS_PER_BATCH, seed=0)
     found = []
     for index in range(len(batches)):
-        batch = {name: value.to(recipe.run.device) for name, value in batches.batch(0, index).items()}
+        batch = {name: value.to(device) for name, value in batches.batch(0, index).items()}
         found.append(model.target_logits(**batch)[:2])
     logits = torch.cat([logits.flatten(0, -2) for logits, _ in found]).double().cpu()
     labels = torch.cat([labels.flatten() for _, labels in found]).cpu()

@@ -32,7 +32,7 @@ from training.data.examples import Codec
 from training.parsing import differences, parse_recipe
 
 RUN, FINISHED = "run.json", "finished.json"
-MAY_CHANGE = ("run.max_minutes",)  # until a run is finished: when it ends by the clock changes nothing before
+MAY_CHANGE = ("run.max_minutes",)  # when a run ends by the clock changes nothing before
 
 
 class RunFile(Strict):
@@ -97,9 +97,7 @@ def saved_run(directory: Path, recipe: Recipe) -> RunFile | None:
         if (directory / "config.json").exists():
             raise ConfigError(f"run.output_dir {directory} holds a model that no run made; name another directory")
         return None
-    changed = list(differences(_completed(saved.recipe), _plain(recipe)))
-    if not (directory / FINISHED).is_file():
-        changed = [one for one in changed if one[0] not in MAY_CHANGE]
+    changed = [one for one in differences(_completed(saved.recipe), _plain(recipe)) if one[0] not in MAY_CHANGE]
     if changed and not is_under_way(directory):
         return None
     for key, was, now in changed:

@@ -73,12 +73,14 @@ def evaluate(
         )
     pipeline = Pipeline.from_pretrained(directory, device, average=average, **loading)
     # A classifier reads the beginning of what is too long, in training as here; let the others do what they can.
-    answers = pipeline.run([pipeline.prepare(row.item, params, truncate=True) for row in rows])
+    jobs = [pipeline.prepare(row.item, params, truncate=True) for row in rows]
+    answers = pipeline.run(jobs)
     nll = _mean_nll(_model(directory, device, average), rows, codec, device)
     if codec.config.task == "classify":
         return SCORES[codec.config.problem_type](rows, answers, nll)
     if codec.config.task == "tag":
-        return _score_tags(rows, answers, nll, is_bio(codec.config.labels))
+        read = [len(job.reading.positions) for job in jobs]
+        return _score_tags(rows, answers, read, nll, is_bio(codec.config.labels))
     texts = [answer["sequences"][0]["text"] if answer["sequences"] else "" for answer in answers]
     return _score_texts(rows, texts, nll)
 
@@ -144,18 +146,23 @@ SCORES = {
 }
 
 
-def _score_tags(rows: Sequence[Row], answers: Sequence[dict[str, Any]], nll: float, bio: bool) -> Evaluation:
-    read = _tags_of_spans if bio else _tags_of_steps
-    predicted = [read(row, answer["tags"]) for row, answer in zip(rows, answers, strict=True)]
+def _score_tags(
+    rows: Sequence[Row], answers: Sequence[dict[str, Any]], read: Sequence[int], nll: float, bio: bool
+) -> Evaluation:
+    """read: how many words or steps of each row the model was given; the tags of others are empty, so never right."""
+    tags_of = _tags_of_spans if bio else _tags_of_steps
+    tagged = [tags_of(row, answer["tags"]) for row, answer in zip(rows, answers, strict=True)]
+    predicted = [tags[:count] + [""] * (len(tags) - count) for tags, count in zip(tagged, read, strict=True)]
     expected = [list(row.references) for row in rows]
     flat_predicted, flat_expected = ([tag for tags in rows_ for tag in tags] for rows_ in (predicted, expected))
     scores = {"accuracy": metrics.accuracy(flat_predicted, flat_expected), "nll": nll}
     kinds = []
     if bio:
-        scores = {"span_f1": metrics.span_f1(predicted, expected), **scores}
+        found = [[tag or "O" for tag in tags] for tags in predicted]
+        scores = {"span_f1": metrics.span_f1(found, expected), **scores}
         kinds = [
             {"kind": kind, **{name: f"{value:.4g}" for name, value in measures.items()}}
-            for kind, measures in metrics.scores_by_kind(predicted, expected).items()
+            for kind, measures in metrics.scores_by_kind(found, expected).items()
         ]
     samples = [_tagged(row, tags) for row, tags in zip(rows[:NUM_SAMPLES], predicted, strict=False)]
     confusion = metrics.confusion(flat_predicted, flat_expected)
@@ -176,7 +183,7 @@ def _tagged(row: Row, tags: Sequence[str]) -> dict[str, str]:
 
 
 def _tags_of_steps(row: Row, tags: Sequence[dict[str, Any]]) -> list[str]:
-    """One tag for each step; an empty one, which is never right, for steps beyond the model's longest input."""
+    """One tag for each step; empty ones for steps beyond the model's longest input."""
     labels = [tag["label"] for tag in tags]
     return labels + [""] * (len(row.references) - len(labels))
 

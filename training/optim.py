@@ -81,13 +81,14 @@ def build_optimizer(section: OptimSection, model: nn.Module) -> Optimizer:
     """The recipe's optimizer, of all parameters that are not frozen. Raises ConfigError for a pattern of no match."""
     groups = _groups(section, model)
     rate, decay, momentum = section.learning_rate, section.weight_decay, section.momentum
+    fused = not (momentum and section.unfreeze_steps)  # torch's kernel wants a momentum of all parameters or of none
     match section.optimizer:
         case "adam":
             return Adam(groups, rate, weight_decay=decay, fused=True)
         case "adamw":
             return AdamW(groups, rate, weight_decay=decay, fused=True)
         case "sgd":
-            return SGD(groups, rate, momentum=momentum, nesterov=section.nesterov, weight_decay=decay, fused=True)
+            return SGD(groups, rate, momentum=momentum, nesterov=section.nesterov, weight_decay=decay, fused=fused)
         case "rmsprop":
             return RMSprop(groups, rate, momentum=momentum, weight_decay=decay)
         case "adagrad":

@@ -52,7 +52,7 @@ def evaluate_directory(
         saved.config, saved.source_tokenizer, saved.target_tokenizer, saved.preprocessor, recipe.data.max_target_length
     )
     with_train = with_baseline or adaptation.dynamic_rate > 0
-    rows, *_ = [_rows_to_score(member, recipe, split, with_train) for member in directories]  # each checks its own
+    rows, *_ = [rows_to_score(member, recipe, split, with_train) for member in directories]  # each checks its own
     result = evaluate(
         directories,
         rows[split],
@@ -95,8 +95,9 @@ def _report_name(split: str, ways: Sequence[str]) -> str:
     return "-".join(["evaluation", split, *ways]) + ".json"
 
 
-def _rows_to_score(directory: Path, recipe: Recipe, split: str, with_train: bool) -> dict[str, list[Row]]:
-    """The split, and train where something else is learned from it."""
+def rows_to_score(directory: Path, recipe: Recipe, split: str, with_train: bool = False) -> dict[str, list[Row]]:
+    """The split, and train where something else is learned from it. Raises DataError where the split is cut from other
+    data than the directory's model was trained on, which may have seen its rows."""
     splits, run = Splits(recipe), read_run(directory)
     wanted = {split, "train"} if with_train else {split}
     if run is None:

@@ -88,6 +88,8 @@ class _Teller:
 
     def tell(self, line: Mapping[str, Any], anew: bool = True) -> None:
         """anew: whether it was made just now. May end the thread, where the trial is to stop."""
+        if "average_of" in line:  # a mean at the end is no further validation
+            return
         name, value, score = score_of(self._trial.recipe, line["validation"])
         self._best = max(self._best, score)
         tune.report({"score": self._best, "step": line["step"], "name": name, "value": value, "anew": anew})
@@ -112,7 +114,7 @@ class _TrialReporter(Reporter):
 
     def log(self, line: Mapping[str, Any]) -> int:
         end = super().log(line)
-        if "validation" in line and "average_of" not in line:  # a mean at the end is no further validation
+        if "validation" in line:
             self._teller.tell(line)
         return end
 

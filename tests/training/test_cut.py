@@ -23,6 +23,17 @@ def test_pairs_linked_through_either_language_stay_together() -> None:
         assert len({name for name, part in cut.items() for row in part if row in chain}) == 1
 
 
+def test_a_group_larger_than_a_split_is_trained_on() -> None:
+    many = [Row(f"m{n}", ("the same",)) for n in range(60)]
+    others = [Row(f"x{n}", (f"y{n}",)) for n in range(40)]
+    for seed in range(20):
+        cut = cut_rows([*many, *others], {"validation": 0.1, "test": 5}, seed, makes_text=True)
+        assert (len(cut["validation"]), len(cut["test"]), len(cut["train"])) == (10, 5, 85)
+        assert all(row in cut["train"] for row in many)
+    pairs = [Row(f"{n // 2}", (f"y{n}",)) for n in range(8)]  # no group is as small as asked for: the smallest does
+    assert len(cut_rows(pairs, {"validation": 1}, 1, makes_text=True)["validation"]) == 2
+
+
 def test_rows_that_share_labels_are_no_duplicates() -> None:
     rows = [Row(f"x{n}", ("red", "blue") if n % 2 else ()) for n in range(20)]
     assert len(cut_rows(rows, {"validation": 5}, 1, makes_text=False)["validation"]) == 5

@@ -287,6 +287,8 @@ def test_a_run_ends_early_with_its_best_by_the_clock(tmp_path: Path, monkeypatch
     train(recipe(directory=tmp_path, run={**run, "max_minutes": 1e-6}))
     assert [line["step"] for line in log_of(tmp_path) if "validation" in line] == [3, 6]
     assert load_pretrained(tmp_path).config.labels and (tmp_path / "finished.json").is_file()
+    train(recipe(directory=tmp_path, run={**run, "max_minutes": 1e-6}))  # the same command again: it is finished
+    train(recipe(directory=tmp_path, run=run))
 
 
 def test_what_comes_too_late_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

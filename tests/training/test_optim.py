@@ -268,10 +268,10 @@ def test_parameters_have_rates_of_their_own() -> None:
         build_optimizer(wrong, model)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_what_is_unfrozen_later_moves_from_then_on(name: str) -> None:
-    settings = {"optimizer": name, "weight_decay": 0.1, "unfreeze_steps": {"low.*": 2}}
-    section = OptimSection.model_validate(settings)
+@pytest.mark.parametrize("optimizer", [{"optimizer": "sgd"}, {"optimizer": "sgd", "momentum": 0.9}, {}])
+def test_what_is_unfrozen_later_moves_from_then_on(optimizer: dict[str, Any]) -> None:
+    settings = {"optimizer": "adamw", "weight_decay": 0.1, "unfreeze_steps": {"low.*": 2}}
+    section = OptimSection.model_validate(settings | optimizer)
     model = Two()
     optimizer = build_optimizer(section, model)
     moved = []

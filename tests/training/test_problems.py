@@ -1,6 +1,7 @@
 """Several labels, numbers, weights of classes and calibration: from a table to answers, and measures by hand."""
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from seqmodels.pretrained import load_pretrained
 from tests.training.recipes import CLASSIFIER, WORDS, recipe
 from training import metrics
 from training.__main__ import main
-from training.calibrate import COLDEST, Calibration, fit_temperature
+from training.calibrate import COLDEST, Calibration, _quality, fit_temperature
+from training.data.generated import generate
 from training.run import train
 
 COLOURS = ["blue", "green", "red"]
@@ -290,6 +292,29 @@ def test_nothing_is_calibrated_on_labels_that_the_model_lacks(
     assert main(["calibrate", str(directory), *given, "data.splits.validation=train"]) == 2
     assert "has a label that the model knows (negative, positive)" in capsys.readouterr().err
     assert (directory / "config.json").read_bytes() == before
+
+
+def test_nothing_is_calibrated_on_rows_that_may_have_been_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reviews = [{"text": row.input, "verdict": row.target} for row in generate("sentiment")["train"][:200]]
+    columns = {"input": "text", "target": "verdict"}
+    data = {"path": str(write(tmp_path / "rows.jsonl", reviews)), "columns": columns, "cut": {"validation": 50}}
+    directory = train(recipe(directory=tmp_path / "run", data={**data, "tokenizer": WORDS}))
+    before = (directory / "config.json").read_bytes()
+    assert main(["calibrate", str(directory), "data.cut.seed=2"]) == 2
+    assert "cut from other data than" in capsys.readouterr().err
+    assert (directory / "config.json").read_bytes() == before
+    assert main(["calibrate", str(directory)]) == 0
+
+
+def test_the_calibration_error_by_hand() -> None:
+    """Of four answers with 0.8 three are right, of two with 0.6 none: 4/6 * |0.8 - 0.75| + 2/6 * |0.6 - 0|."""
+    sure, unsure = [math.log(0.8), math.log(0.2)], [math.log(0.6), math.log(0.4)]
+    logits = torch.tensor([sure] * 4 + [unsure] * 2, dtype=torch.float64)
+    nll, error = _quality(logits, torch.tensor([0, 0, 0, 1, 1, 1]))
+    assert error == pytest.approx(4 / 6 * 0.05 + 2 / 6 * 0.6)
+    assert nll == pytest.approx(-(3 * math.log(0.8) + math.log(0.2) + 2 * math.log(0.4)) / 6)
 
 
 def test_span_f1_needs_spans(tmp_path: Path) -> None:

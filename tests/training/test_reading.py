@@ -254,6 +254,13 @@ def test_what_is_wrong_with_data_is_named_with_its_fix(
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
+def test_a_text_beside_tables_is_no_data(tmp_path: Path) -> None:
+    for name in ("train", "validation"):
+        write_csv(tmp_path / f"{name}.csv", [("a", 1), ("b", 0)])
+    (tmp_path / "LICENSE.txt").write_text("Do as you like.", encoding="utf-8")
+    assert [row.input for row in load_rows(csv_recipe(tmp_path))["train"]] == ["a", "b"]
+
+
 def test_a_missing_path_an_odd_file_and_an_unknown_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         load_rows(csv_recipe(tmp_path / "nothing.csv"))
@@ -286,6 +293,10 @@ def test_space_separated_columns_of_a_tagger(tmp_path: Path) -> None:
     columns = {"input": "column0", "target": "column2"}
     rows = load_rows(recipe("tag", data={"path": str(tmp_path), "columns": columns}, model=TAGGER))
     assert rows["train"][1] == Row(("in", "New", "York"), ("O", "B-LOC", "I-LOC"))
+    spelt_otherwise = "\ufeff" + text.replace("\n", "\r\n").replace("O\r\n\r\n", "O\r\n \t\r\n")
+    (tmp_path / "train.txt").write_text(spelt_otherwise, encoding="utf-8", newline="")
+    again = load_rows(recipe("tag", data={"path": str(tmp_path), "columns": columns}, model=TAGGER))
+    assert again["train"] == rows["train"]
     (tmp_path / "train.txt").write_text("Anna NNP B-PER\nsleeps O\n", encoding="utf-8")
     with pytest.raises(DataError, match="number of columns"):
         load_rows(recipe("tag", data={"path": str(tmp_path), "columns": columns}, model=TAGGER))

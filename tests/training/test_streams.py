@@ -31,7 +31,7 @@ def test_streams_are_contiguous_and_chunks_overlap_by_one() -> None:
 @pytest.mark.parametrize("vary", [False, True])
 @pytest.mark.parametrize(
     ("num_tokens", "rows", "chunk"),
-    [(23, 3, 4), (100, 8, 7), (5, 4, 64), (1, 3, 3), (64, 8, 8), (25, 1, 1), (25, 2, 2)],
+    [(23, 3, 4), (100, 8, 7), (5, 4, 64), (1, 3, 3), (64, 8, 8), (25, 1, 1), (25, 2, 2), (16, 7, 4), (130, 64, 64)],
 )
 def test_every_token_is_a_target_once(num_tokens: int, rows: int, chunk: int, vary: bool) -> None:
     streams = stream_of(num_tokens, rows, chunk, 5, vary)

@@ -25,9 +25,14 @@ def cut_rows(
     cut: dict[str, list[int]] = {}
     for role, size in sizes.items():
         wanted = round(size * len(train)) if size < 1 else int(size)
-        cut[role] = []
-        while groups and len(cut[role]) < wanted:
-            cut[role] += groups.pop()
+        # A group that is larger than the split goes nowhere but to train, if there are others.
+        fitting = [group for group in groups if len(group) <= wanted] or sorted(groups, key=len)[:1]
+        taken: list[list[int]] = []
+        while fitting and sum(map(len, taken)) < wanted:
+            taken.append(fitting.pop())
+        cut[role] = [index for group in taken for index in group]
+        gone = {group[0] for group in taken}
+        groups = [group for group in groups if group[0] not in gone]
     rest = sorted(index for group in groups for index in group)
     if not rest or not all(cut.values()):
         raise DataError(f"data.cut takes {dict(sizes)} of {len(train)} rows, which leaves a split empty; cut less")

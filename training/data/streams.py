@@ -40,6 +40,7 @@ class Streams:
         self._tokens, self._chunk, self._seed, self._vary = tokens[1:], chunk_length, seed, vary
         self._rows = max(1, min(rows, len(self._tokens) // 2))
         self._length = -(-len(self._tokens) // self._rows)  # tokens of a stream; the last may be shorter
+        self._rows = -(-len(self._tokens) // self._length)  # of a short text the last would be empty
 
     def __len__(self) -> int:
         return -(-self._length // self._chunk)

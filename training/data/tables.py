@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from training.config import DataSection
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 TEXT_SUFFIXES = {".txt", ".conll"}
+TABLE_SUFFIXES = {".parquet", ".jsonl", ".csv", ".tsv"}  # a .json may also describe what stands beside it
 HALF_WRITTEN = ".train.jsonl.writing"  # what `training distill` has in a folder until it is whole
 
 csv.field_size_limit(2**31 - 1)  # a cell may hold a whole document
@@ -42,8 +44,8 @@ def read_tables(data: DataSection, task: str) -> dict[str, Table]:
     path = Path(data.path)
     if not path.exists():
         raise DataError(f"data.path is {data.path!r}, which does not exist; give a folder or a file")
-    texts = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in TEXT_SUFFIXES)
-    if texts and texts[0].suffix in TEXT_SUFFIXES:
+    texts = _text_files(path)
+    if texts:
         names = ["train"] if len(texts) == 1 else [file.stem for file in texts]
         return {name: _read_text(file, task) for name, file in zip(names, texts, strict=True)}
     if path.is_dir():
@@ -56,6 +58,14 @@ def read_tables(data: DataSection, task: str) -> dict[str, Table]:
         known = ", ".join(sorted(BUILDERS.keys() | SEPARATORS.keys() | TEXT_SUFFIXES))
         raise DataError(f"data.path is {data.path!r}, but files end in one of {known}")
     return _load_with_datasets(data, BUILDERS[path.suffix], data_files={"train": str(path)})
+
+
+def _text_files(path: Path) -> list[Path]:
+    """The file, or those of a folder. Beside tables a text is a licence or a note, and no data."""
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    if any(file.suffix in TABLE_SUFFIXES for file in files):
+        return []
+    return [file for file in files if file.suffix in TEXT_SUFFIXES]
 
 
 def _library() -> Any:
@@ -178,14 +188,14 @@ def _csv_lines(path: Path, separator: str) -> Iterator[list[str]]:
 def _read_text(path: Path, task: str) -> Table:
     """A running text for language models, or space-separated columns (column0, column1, ...) for taggers."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path.name} cannot be loaded: {_not_utf8(error)}") from None
     if task == "generate":
         return [{"text": text}]
     if task != "tag":
         raise DataError(f"{path.name}: plain text serves the tasks generate and tag; give CSV or JSON lines for {task}")
-    return [_columns(block, path.name) for block in text.replace("\r\n", "\n").split("\n\n") if block.strip()]
+    return [_columns(block, path.name) for block in re.split(r"\n\s*\n", text) if block.strip()]
 
 
 def _columns(block: str, name: str) -> dict[str, list[str]]:
