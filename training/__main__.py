@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from seqmodels.config import Average, Weights, explain
 from seqmodels.errors import ConfigError, SeqModelsError
 from training.config import Recipe
-from training.parsing import differences, load_recipe
+from training.parsing import differences, load_recipe, read_yaml
 
 if TYPE_CHECKING:
     from training.adaptive import Adaptation
@@ -326,7 +326,8 @@ def _recipe_of(directory: Path, overrides: Sequence[str]) -> tuple[Recipe, dict[
         raise ConfigError(
             f"{directory} holds no recipe.yaml; give the directory of a run of `python -m training train`"
         )
-    before, now = (load_recipe(path, given) for given in ((), overrides))
+    own = _own_model(path)
+    before, now = (load_recipe(path, [*own, *given]) for given in ((), overrides))
     params: dict[str, Any] = {}
     if now.task != "generate":  # by name, not by difference: the directory's own defaults may have been edited since
         given = {override.partition("=")[0] for override in overrides}
@@ -342,6 +343,13 @@ def _recipe_of(directory: Path, overrides: Sequence[str]) -> tuple[Recipe, dict[
                 "and generation.* where a text is generated)"
             )
     return now, params
+
+
+def _own_model(path: Path) -> list[str]:
+    """What a finished model began from may be gone, or be another now; its own directory says all that it said."""
+    fields = read_yaml(path, "recipe")
+    begun = isinstance(fields, dict) and isinstance(fields.get("model"), dict) and "init_from" in fields["model"]
+    return [f"model.init_from={json.dumps(str(path.parent))}"] if begun else []
 
 
 if __name__ == "__main__":

@@ -50,9 +50,8 @@ def calibrate(directory: Path, recipe: Recipe) -> Calibration:
         raise ConfigError(f"{directory} gives no probabilities of labels; only classifiers and taggers are calibrated")
     config = saved.config.model_copy(update={"temperature": 1.0})
     saved.model.config = config
-    codec = Codec(config, saved.source_tokenizer, None, saved.preprocessor, recipe.data.max_target_length)
     rows = rows_to_score(directory, recipe, "validation")["validation"]
-    logits, labels = _validation_logits(saved.model, codec, rows, recipe.run.device)
+    logits, labels = _validation_logits(saved.model, Codec.of(saved, recipe.data), rows, recipe.run.device)
     temperature = fit_temperature(logits, labels)
     saved.model.config = config.model_copy(update={"temperature": temperature})
     card = (directory / CARD).read_text(encoding="utf-8") if (directory / CARD).is_file() else ""

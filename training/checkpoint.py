@@ -11,7 +11,7 @@ two are kept: if the newest is damaged, the one before it serves.
 import hashlib
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ KEPT = 2
 class Progress:
     """Where a run stands, as plain numbers."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
 
     step: int = 0  # updates tried so far, skipped ones included
     validated_step: int | None = None
@@ -60,6 +60,7 @@ class Progress:
 
 
 _PROGRESS = TypeAdapter(Progress)
+Found = tuple[Progress, dict[str, Tensor], list[str]]  # a checkpoint, and a warning for each that was passed over
 
 
 def save(directory: Path, progress: Progress, tensors: dict[str, Tensor]) -> None:
@@ -82,10 +83,9 @@ def save(directory: Path, progress: Progress, tensors: dict[str, Tensor]) -> Non
         shutil.rmtree(old)
 
 
-def load_newest(directory: Path) -> tuple[Progress, dict[str, Tensor], list[str]] | None:
-    """The newest whole checkpoint, with a warning for each damaged one that was passed over; None where there is none.
-
-    Raises CheckpointError where there are checkpoints, but all are damaged.
+def load_newest(directory: Path) -> Found | None:
+    """The newest whole checkpoint; None where there is none. Raises CheckpointError where there are some, but all are
+    damaged.
     """
     found = saved_checkpoints(directory)
     warnings: list[str] = []
@@ -98,9 +98,20 @@ def load_newest(directory: Path) -> tuple[Progress, dict[str, Tensor], list[str]
         return progress, tensors, warnings
     if found:
         raise CheckpointError(
-            f"{directory.parent.name}: all {len(found)} checkpoints are damaged; remove {directory.name}/"
+            f"all {len(found)} checkpoints in {directory} are damaged; remove that folder, and training begins anew"
         )
     return None
+
+
+def read_progress(directory: Path) -> list[Progress]:
+    """Where the run stood at each checkpoint that it may have to go on from."""
+    found = []
+    for path in saved_checkpoints(directory):
+        try:
+            found.append(_PROGRESS.validate_json((path / PROGRESS).read_bytes()))
+        except (OSError, ValidationError):  # damaged, so never to be loaded
+            continue
+    return found
 
 
 def saved_checkpoints(directory: Path) -> list[Path]:
@@ -115,6 +126,14 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def flush_tree(directory: Path) -> None:
+    """`flush` a folder with all that is in it."""
+    for path in directory.rglob("*"):
+        flush(path)
+    flush(directory)
+    flush(directory.parent)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -163,11 +182,6 @@ def unpack_random_states(tensors: dict[str, Tensor]) -> None:
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
-
-
-def progress_as_dict(progress: Progress) -> dict[str, object]:
-    """For a log or a comparison; without the clock."""
-    return {name: value for name, value in asdict(progress).items() if name != "seconds"}
 
 
 def _load(path: Path) -> tuple[Progress, dict[str, Tensor]]:

@@ -4,7 +4,8 @@ Knows every setting and which settings contradict each other; knows no data and 
 where Hugging Face has one.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -34,6 +35,15 @@ METRICS_OF_PROBLEMS: dict[ProblemType, tuple[str, ...]] = {
     "regression": ("mse", "mae", "r2", "nll"),
 }
 LOWER_IS_BETTER = {"nll", "perplexity", "bits_per_character", "mse", "mae"}
+
+
+def merit(metric: str, scores: Mapping[str, float]) -> tuple[float, float]:
+    """The larger, the better: the score that decides, and the nll, which decides among equal scores: BLEU, for one,
+    stays 0 until four words in a row are right. What is no number is worse than any."""
+    score = -scores[metric] if metric in LOWER_IS_BETTER else scores[metric]
+    score, minus_nll = (-math.inf if math.isnan(one) else one for one in (score, -scores["nll"]))
+    return score, minus_nll
+
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 

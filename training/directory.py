@@ -10,6 +10,7 @@ config.json, model.safetensors, README.md, report.html, finished.json      at th
 """
 
 import fcntl
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,12 +23,12 @@ import yaml
 from pydantic import PositiveInt, ValidationError
 from safetensors import SafetensorError
 
-from seqmodels.config import Strict, explain
+from seqmodels.config import ModelConfig, Strict, explain
 from seqmodels.errors import CheckpointError, ConfigError
 from seqmodels.pretrained import RECIPE, tokenizer_names
 from seqmodels.tokenizer import Tokenizer
 from training import checkpoint
-from training.config import Recipe
+from training.config import DataSection, Recipe
 from training.data.examples import Codec
 from training.parsing import differences, parse_recipe
 
@@ -40,13 +41,18 @@ class RunFile(Strict):
 
     recipe: dict[str, Any]
     data: str  # fingerprint of the training and validation rows
-    labels: tuple[str, ...]
-    feature_size: int
-    target_mean: tuple[float, ...] = ()  # of a regression
-    target_std: tuple[float, ...] = ()
+    model: ModelConfig  # what the recipe and the data, or the model that it begins from, came to
     tokenizers: tuple[str | None, str | None]  # fingerprints of the source's and the target's
     torch: str
     threads: PositiveInt
+
+    @property
+    def data_section(self) -> DataSection:
+        """The recipe's, with the defaults of the fields that have come since. Raises CheckpointError."""
+        try:
+            return DataSection.model_validate_json(json.dumps(self.recipe["data"]))
+        except ValidationError as error:
+            raise CheckpointError(f"the data of {RUN}: {explain(error)}; it is of another version") from None
 
 
 @contextmanager
@@ -140,10 +146,7 @@ def write_run(directory: Path, recipe: Recipe, codec: Codec, data: str) -> None:
     file = RunFile(
         recipe=_plain(recipe),
         data=data,
-        labels=codec.config.labels,
-        feature_size=getattr(codec.config.encoder, "feature_size", 0),
-        target_mean=codec.config.target_mean,
-        target_std=codec.config.target_std,
+        model=codec.config,
         tokenizers=(_digest(codec.source_tokenizer), _digest(codec.target_tokenizer)),
         torch=torch.__version__,
         threads=torch.get_num_threads(),
@@ -151,15 +154,14 @@ def write_run(directory: Path, recipe: Recipe, codec: Codec, data: str) -> None:
     checkpoint.write_whole(directory / RUN, file.model_dump_json(indent=2) + "\n")
 
 
-def read_tokenizer(directory: Path, digest: str | None) -> Tokenizer | None:
-    """The tokenizer with the given fingerprint, whichever name it has here."""
-    if digest is None:
-        return None
-    for path in directory.glob("*tokenizer.json"):
-        tokenizer = Tokenizer.load(path)
-        if tokenizer.fingerprint == digest:
-            return tokenizer
-    raise CheckpointError(f"{directory} has no tokenizer with fingerprint {digest[:12]}; it was changed since step 0")
+def read_tokenizers(directory: Path, saved: RunFile) -> list[Tokenizer | None]:
+    """The source's and the target's. Raises CheckpointError where one is not that of step 0."""
+    names = tokenizer_names(saved.model)
+    found = [Tokenizer.load(directory / name) if name and (directory / name).is_file() else None for name in names]
+    for name, tokenizer, digest in zip(names, found, saved.tokenizers, strict=True):
+        if _digest(tokenizer) != digest:
+            raise CheckpointError(f"{directory / str(name)} is not the tokenizer that the run began with; put it back")
+    return found
 
 
 def _digest(tokenizer: Tokenizer | None) -> str | None:

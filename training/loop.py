@@ -1,12 +1,11 @@
 """The loop: one for every task. It knows batches, a model that returns its own loss, and a function that scores a
-saved model; it knows no task, no tokenizer's insides and no metric's name.
+saved model; it knows no tokenizer's insides and no metric.
 
 Whatever happens more rarely than once a step stands in `Trainer.run` before the step. A run killed anywhere and
 started again goes on from its last checkpoint, and ends with the same bits and the same log as one that was not.
 """
 
 import copy
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -16,17 +15,19 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from seqmodels.config import ModelConfig
-from seqmodels.errors import ConfigError
-from seqmodels.models import Model, SequenceGenerator, build_model
-from seqmodels.pretrained import RECIPE, load_pretrained, save_pretrained
+from seqmodels.models import SequenceGenerator
+from seqmodels.pretrained import RECIPE, save_pretrained
 from seqmodels.state import State
 from training import checkpoint
 from training.average import averaged
+from training.candidates import Candidates
 from training.checkpoint import Progress
-from training.config import LOWER_IS_BETTER, Recipe, some
+from training.config import Recipe
 from training.data.batches import Batch, Batches
 from training.data.examples import Codec
+from training.directory import RUN
+from training.initial import begin_from, new_model
+from training.interrupts import interrupts_wait
 from training.optim import (
     FULL,
     DivergedError,
@@ -42,11 +43,9 @@ from training.optim import (
 )
 from training.reporter import Reporter
 from training.self_critical import objective_of
-from training.transfer import weights_from
 from training.vectors import begin_with_vectors
 from training.workers import ALONE, Workers
 
-TOO_LARGE = "the model is too large for this machine's memory; lower the sizes in `model`"
 MAX_SKIPPED_IN_A_ROW = 5
 # Of float16: where the scale of the loss begins, between what it moves, and after how many good steps it rises. The
 # loss of an update is a sum over some thousand targets, so these are torch's own numbers over about as much.
@@ -78,19 +77,24 @@ class Trainer:
         for warning in too_late(recipe.optim, self.total_steps):
             reporter.say(warning)
         self.eval_steps = recipe.run.eval_steps or self.steps_per_epoch
+        self.candidates = Candidates(directory, recipe.run, metric)
+        found = workers.of_first(lambda: checkpoint.load_newest(directory / checkpoint.CHECKPOINTS))
         torch.manual_seed(recipe.run.seed)
-        self.model = new_model(recipe, codec, reporter.say)
-        begin_with_vectors(self.model, recipe.data, directory)
+        self.model = new_model(codec.config)
+        if found is None and recipe.init_from is not None:
+            begin_from(recipe.init_from, self.model, reporter.say)
+        if found is None:
+            begin_with_vectors(self.model, recipe.data, directory)
         self.model.to(recipe.run.device)
         freeze(self.model, recipe.optim.freeze)
         self.optimizer = build_optimizer(recipe.optim, self.model)
         self.objective = objective_of(recipe, codec, self.model)
-        self.average = copy.deepcopy(self.model) if recipe.run.ema_decay else None
+        self.moving = copy.deepcopy(self.model) if recipe.run.ema_decay else None  # the mean of its weights
         self.carried: State | None = None
         self.progress = Progress(loss_scale=FIRST_LOSS_SCALE if recipe.run.fp16 else 1.0)
         self.saved_step = 0
         torch.manual_seed(workers.seed(recipe.run.seed))
-        self._resume()
+        self._resume(found)
         self.started = time.monotonic() - self.progress.seconds
         reporter.watch(metric)
 
@@ -103,14 +107,19 @@ class Trainer:
                 over = over or self._is_over()  # it may have been the last chance for a better score
             if self._snapshot_is_due() and self.workers.is_first:
                 self._save_model(self._snapshot)
-                shutil.copyfile(self.directory / RECIPE, self._snapshot / RECIPE)  # to be evaluated like a run
+                for name in (RECIPE, RUN):  # to be evaluated like a run
+                    shutil.copyfile(self.directory / name, self._snapshot / name)
             if self._save_is_due():
                 self._save()
             if over:
                 return self.workers.of_first(self._result)
-            done = self._step()
-            if self.progress.step % self.recipe.run.logging_steps == 0:
-                self._log(done)
+            with interrupts_wait() as interrupted:  # until the step is done, and can be saved
+                done = self._step()
+                if self.progress.step % self.recipe.run.logging_steps == 0:
+                    self._log(done)
+            if interrupted.is_set():
+                self._save()
+                raise KeyboardInterrupt
 
     def _step(self) -> Update:
         """One update: forward and backward for each micro-batch, clip, step."""
@@ -135,7 +144,7 @@ class Trainer:
         self.carried = done.state if self.batches.carries_state else None
         self.progress.step += 1
         self._count(done)
-        if self.average is not None and not done.skipped:
+        if self.moving is not None and not done.skipped:
             self._move_average()
         self.reporter.step(self.progress.step, self.total_steps, done)
         return done
@@ -222,11 +231,11 @@ class Trainer:
 
     def _move_average(self) -> None:
         """Exponential moving average; shorter at first, so that it soon forgets the initial weights."""
-        assert self.average is not None and self.recipe.run.ema_decay is not None
+        assert self.moving is not None and self.recipe.run.ema_decay is not None
         count = self.progress.averaged
         decay = min(self.recipe.run.ema_decay, (1 + count) / (10 + count))
         with torch.no_grad():
-            for mean, now in zip(self.average.state_dict().values(), self.model.state_dict().values(), strict=True):
+            for mean, now in zip(self.moving.state_dict().values(), self.model.state_dict().values(), strict=True):
                 if mean.is_floating_point():
                     mean.lerp_(now, 1 - decay)
                 else:
@@ -270,14 +279,12 @@ class Trainer:
     def _validate(self) -> Progress:
         """Score the model as it would be served; keep it if it is the best so far. Returns where the run now stands."""
         progress, plateau = self.progress, self.recipe.optim
-        candidate = self._candidate(progress.step)
+        candidate = self.candidates.place(progress.step)
         self._save_model(candidate)
         scores = self._scores(candidate)
         progress.validated_step = progress.step
-        better = self._is_better(scores)
+        better = self.candidates.take(progress, scores)
         if better:
-            progress.best_score, progress.best_nll = self._merit(scores)
-            progress.best_step = progress.step
             progress.validations_without_better = progress.plateau_wait = 0
         else:
             progress.validations_without_better += 1
@@ -285,8 +292,6 @@ class Trainer:
             if plateau.lr_scheduler_type == "plateau" and progress.plateau_wait >= plateau.plateau_patience:
                 progress.plateau_scale *= plateau.plateau_factor
                 progress.plateau_wait = 0
-        if progress.step > 0:
-            self._keep(self._merit(scores)[0])
         progress.log_bytes = self.reporter.log({"step": progress.step, "validation": scores, "best": better})
         return progress
 
@@ -295,63 +300,28 @@ class Trainer:
         with torch.random.fork_rng(devices=[0] if self.recipe.run.device == "cuda" else []):
             return self.evaluate(candidate)
 
-    def _merit(self, scores: dict[str, float]) -> tuple[float, float]:
-        """The score that decides, so that more is better; and the nll, which decides among equal scores: BLEU, for one,
-        stays 0 until four words in a row are right."""
-        score = scores[self.metric]
-        return -score if self.metric in LOWER_IS_BETTER else score, scores["nll"]
-
-    def _is_better(self, scores: dict[str, float]) -> bool:
-        (score, nll), best = self._merit(scores), self.progress.best_score
-        return best is None or (score, -nll) > (best, -self.progress.best_nll)
-
     def _result(self) -> Path:
         """The best model of all, or the mean of those kept for one, whichever scores better."""
-        if len(self.progress.kept) < 2:
-            return self.best_directory
-        candidate = self.directory / "validated" / "average"
-        averaged(self.kept_directories).save(candidate)
-        scores = self._scores(candidate)
-        better = self._is_better(scores)
-        steps = [step for _, step in self.progress.kept]
-        self.reporter.log(
-            {"step": self.progress.step, "average_of": sorted(steps), "validation": scores, "best": better}
-        )
-        return candidate if better else self.best_directory
-
-    def _keep(self, score: float) -> None:
-        """Take the model that was just validated up among those to average at the end, if it is one."""
-        run, kept = self.recipe.run, self.progress.kept
-        kept.append((score, self.progress.step))
-        if run.average_best:
-            kept.sort(reverse=True)
-            del kept[run.average_best :]
-        else:
-            del kept[: max(0, len(kept) - (run.average_last or 0))]
+        best, members = self.candidates.best(self.progress), self.candidates.to_average(self.progress)
+        if len(members) < 2:
+            return best
+        mean = self.candidates.mean
+        averaged(members).save(mean)
+        scores = self._scores(mean)
+        better = self.candidates.is_better(self.progress, scores)
+        steps = sorted(step for _, step in self.progress.kept)
+        self.reporter.log({"step": self.progress.step, "average_of": steps, "validation": scores, "best": better})
+        return mean if better else best
 
     def _save_model(self, directory: Path) -> None:
         save_pretrained(
-            self.average or self.model,
+            self.moving or self.model,
             directory,
             source_tokenizer=self.codec.source_tokenizer,
             target_tokenizer=self.codec.target_tokenizer,
             preprocessor=self.codec.preprocessor,
             generation=self.recipe.generation if self.recipe.makes_text else None,
         )
-
-    def _candidate(self, step: int) -> Path:
-        return self.directory / "validated" / f"step-{step:08d}"
-
-    @property
-    def kept_directories(self) -> list[Path]:
-        """The models to average at the end."""
-        return [self._candidate(step) for _, step in sorted(self.progress.kept, key=lambda kept: kept[1])]
-
-    @property
-    def best_directory(self) -> Path:
-        """The model that scored best."""
-        assert self.progress.best_step is not None
-        return self._candidate(self.progress.best_step)
 
     def _seconds(self) -> float:
         return time.monotonic() - self.started
@@ -365,16 +335,15 @@ class Trainer:
             return
         self.progress.seconds = self._seconds()
         self.reporter.flush()
+        if self.progress.validated_step == self.progress.step:
+            checkpoint.flush_tree(self.candidates.place(self.progress.step))  # before a checkpoint that names it
         checkpoint.save(self.directory / checkpoint.CHECKPOINTS, self.progress, tensors)
-        needed = {*self.kept_directories, *([] if self.progress.best_step is None else [self.best_directory])}
-        for candidate in (self.directory / "validated").glob("step-*"):
-            if candidate not in needed:
-                shutil.rmtree(candidate)
+        self.candidates.clear(checkpoint.read_progress(self.directory / checkpoint.CHECKPOINTS))
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        if self.average is not None:
-            tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
+        if self.moving is not None:
+            tensors |= {f"average.{name}": tensor for name, tensor in self.moving.state_dict().items()}
         own = checkpoint.pack_random_states()
         if self.carried is not None:
             own["carried"] = self.carried.values.cpu()
@@ -382,17 +351,16 @@ class Trainer:
             tensors |= {_owned(name, rank): tensor for name, tensor in theirs.items()}
         return tensors | checkpoint.pack_optimizer(self.optimizer)
 
-    def _resume(self) -> None:
+    def _resume(self, found: checkpoint.Found | None) -> None:
         """Go on from the newest whole checkpoint, if there is one; else rewind the log to its beginning."""
-        found = self.workers.of_first(lambda: checkpoint.load_newest(self.directory / checkpoint.CHECKPOINTS))
         if found is not None:
             self.progress, tensors, warnings = found
             self.saved_step = self.progress.step
             for warning in warnings:
                 self.reporter.say(warning)
             self.model.load_state_dict(_part(tensors, "model."))
-            if self.average is not None:
-                self.average.load_state_dict(_part(tensors, "average."))
+            if self.moving is not None:
+                self.moving.load_state_dict(_part(tensors, "average."))
             checkpoint.unpack_optimizer(self.optimizer, tensors)
             own = _part(tensors, _owned("", self.workers.rank))
             if "carried" in own:
@@ -400,35 +368,6 @@ class Trainer:
             checkpoint.unpack_random_states(own)
             self.reporter.say(f"going on from step {self.progress.step}")
         self.reporter.rewind(self.progress.log_bytes, self.progress.step)
-
-
-def check_memory(config: ModelConfig) -> None:
-    """Raises ConfigError for a model that this machine cannot hold, before the system has to end the process."""
-    try:
-        with torch.device("meta"):  # shapes alone
-            needed = sum(4 * parameter.numel() for parameter in build_model(config).parameters())
-    except (RuntimeError, TypeError, OverflowError):  # a size that no tensor can have
-        raise ConfigError(TOO_LARGE) from None
-    if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        raise ConfigError(TOO_LARGE)
-
-
-def new_model(recipe: Recipe, codec: Codec, say: Callable[[str], None]) -> Model:
-    """Initial weights, in place of them those of `model.init_from`, as far as they have a place here; `say` is told
-    which parts are new."""
-    try:
-        model = build_model(codec.config)
-    except (RuntimeError, MemoryError):  # the allocator's
-        raise ConfigError(TOO_LARGE) from None
-    if recipe.init_from is not None:
-        saved = load_pretrained(recipe.init_from)
-        weights = weights_from(saved.config, saved.model.state_dict(), model.state_dict())
-        if saved.config.labels != codec.config.labels:
-            weights = {name: tensor for name, tensor in weights.items() if not name.startswith(("head.", "crf."))}
-        model.load_state_dict(weights, strict=False)
-        new = {name.split(".")[0] for name in model.state_dict().keys() - weights.keys()}
-        say(f"begun from {recipe.init_from}{f', but for the new {some(sorted(new))}' if new else ', all of it'}")
-    return model
 
 
 def _total_steps(recipe: Recipe, steps_per_epoch: int) -> int:

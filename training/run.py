@@ -15,11 +15,13 @@ from seqmodels.errors import CheckpointError, ConfigError, DataError
 from seqmodels.pretrained import RECIPE, load_pretrained
 from seqmodels.rendering import is_bio
 from training import checkpoint
+from training.candidates import VALIDATED
 from training.card import model_card
-from training.config import DataSection, Facts, Recipe, RunSection, some
+from training.config import DataSection, Recipe, RunSection, some
 from training.data.batches import Batches, Buckets
 from training.data.encoded import ENCODED, Encoded, is_encodable
 from training.data.examples import Codec, Example
+from training.data.pictures import preprocessor_for
 from training.data.rows import Row, fingerprint
 from training.data.sources import load_rows
 from training.data.streams import Streams
@@ -30,13 +32,14 @@ from training.directory import (
     is_under_way,
     locked,
     read_run,
-    read_tokenizer,
+    read_tokenizers,
     refusals,
     saved_run,
     write_run,
 )
 from training.evaluate import evaluate
-from training.loop import Trainer, check_memory
+from training.initial import check_memory
+from training.loop import Trainer
 from training.report import write_report
 from training.reporter import Reporter, Silence
 from training.vectors import read_vectors, save_vectors
@@ -155,9 +158,8 @@ def _prepare(
             f"begun with torch {saved.torch} and {saved.threads} threads, now {torch.__version__} and "
             f"{torch.get_num_threads()}: the result may differ in its last bits"
         )
-    source, target = (read_tokenizer(directory, digest) for digest in saved.tokenizers)
-    facts = Facts(0, 0, saved.labels, saved.feature_size, saved.target_mean, saved.target_std)
-    return Codec.build(recipe, source, target, facts)
+    source, target = read_tokenizers(directory, saved)
+    return Codec(saved.model, source, target, preprocessor_for(saved.model), recipe.data.max_target_length)
 
 
 def _check_same(workers: Workers, rows: Mapping[str, Sequence[Row]]) -> None:
@@ -171,13 +173,11 @@ def _check_same(workers: Workers, rows: Mapping[str, Sequence[Row]]) -> None:
 
 def _encoded_by(workers: Workers, directory: Path, codec: Codec, rows: Sequence[Row]) -> Sequence[Example]:
     """The first worker writes the file, then the others read it; one that cannot see it encodes for itself."""
-    if workers.is_first:
-        examples = _encoded(directory, codec, rows)
-        workers.of_first(lambda: None)
-        return examples
-    workers.of_first(lambda: None)
-    found = Encoded.load(directory / ENCODED, checkpoint.sha256(directory / RUN))
-    return codec.encode(rows) if found is None else found
+    examples = _encoded(directory, codec, rows) if workers.is_first else None
+    workers.wait()
+    if examples is None:
+        examples = Encoded.load(directory / ENCODED, checkpoint.sha256(directory / RUN))
+    return codec.encode(rows) if examples is None else examples
 
 
 def _encoded(directory: Path, codec: Codec, rows: Sequence[Row]) -> Sequence[Example]:
@@ -303,10 +303,12 @@ def _finish(recipe: Recipe, trainer: Trainer, best: Path, num_examples: int) -> 
     text = (directory / RECIPE).read_text(encoding="utf-8")
     write_report(directory, f"Training {directory.name}", facts, text, **shown)
     (directory / ENCODED).unlink(missing_ok=True)
+    for path in directory.iterdir():
+        checkpoint.flush(path)  # before the file that says it is all there
     checkpoint.write_whole(
         directory / FINISHED, json.dumps({"step": trainer.progress.step, "validation": scores}) + "\n"
     )
-    shutil.rmtree(directory / "validated")
+    shutil.rmtree(directory / VALIDATED)
 
 
 def _processor(device: str) -> str:
@@ -323,6 +325,6 @@ def _model_of_processor() -> str:
 
 
 def _origin(trainer: Trainer, best: Path) -> str:
-    if best == trainer.best_directory:
+    if best != trainer.candidates.mean:
         return f"of step {trainer.progress.best_step}"
     return f"the mean of {len(trainer.progress.kept)} validated ones"

@@ -19,7 +19,6 @@ from training.data.rows import Row, fingerprint
 from training.data.sources import Splits
 from training.directory import RUN, read_run
 from training.evaluate import NONE, applicable, evaluate
-from training.parsing import parse_recipe
 from training.run import data_name
 
 
@@ -48,9 +47,7 @@ def evaluate_directory(
     members = load_members(directories)
     saved = common_reader(members)
     loading = applicable(saved.config, loading)  # before the data, which may take a while
-    codec = Codec(
-        saved.config, saved.source_tokenizer, saved.target_tokenizer, saved.preprocessor, recipe.data.max_target_length
-    )
+    codec = Codec.of(saved, recipe.data)
     with_train = with_baseline or adaptation.dynamic_rate > 0
     rows, *_ = [rows_to_score(member, recipe, split, with_train) for member in directories]  # each checks its own
     result = evaluate(
@@ -103,7 +100,7 @@ def rows_to_score(directory: Path, recipe: Recipe, split: str, with_train: bool 
     if run is None:
         print(f"{directory} holds no {RUN}, so nothing tells whether the {split} split was trained on")
         return splits.rows(sorted(wanted), print)
-    theirs = parse_recipe(run.recipe).data
+    theirs = run.data_section
     name = getattr(recipe.data.splits, split)
     if data_name(recipe.data) != data_name(theirs):
         print(f"scoring on {data_name(recipe.data)}; the model was trained on {data_name(theirs)}")

@@ -32,11 +32,9 @@ def add_shortlist(directory: Path, recipe: Recipe, translations: int, frequent: 
     saved = load_pretrained(directory)
     if saved.source_tokenizer is None or saved.target_tokenizer is None:
         raise ConfigError(f"{directory} does not translate text into text, so there is no shortlist to learn")
-    tokenizers = saved.source_tokenizer, saved.target_tokenizer
-    codec = Codec(saved.config, *tokenizers, saved.preprocessor, recipe.data.max_target_length)
-    examples = codec.encode(load_rows(recipe, ["train"], print)["train"])
+    vocab_sizes = saved.source_tokenizer.vocab_size, saved.target_tokenizer.vocab_size
+    examples = Codec.of(saved, recipe.data).encode(load_rows(recipe, ["train"], print)["train"])
     pairs = [(torch.tensor(one.inputs), torch.tensor(_words(one))) for one in examples if _words(one)]
-    vocab_sizes = tokenizers[0].vocab_size, tokenizers[1].vocab_size
     shortlist = learn_shortlist(pairs, vocab_sizes, translations, frequent)
     shortlist.save(directory, saved)
     lengths = torch.tensor([float(len(shortlist.of(source))) for source, _ in pairs[:1000]])

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from training import checkpoint
-from training.config import LOWER_IS_BETTER, Recipe
+from training.config import Recipe, merit
 from training.data.encoded import ENCODED
 from training.directory import FINISHED
 from training.report import html_page, html_table
@@ -45,10 +45,10 @@ class Outcome:
 
     @property
     def rank(self) -> tuple[bool, float, float]:
-        """The better of two has the larger one; as in a run, the lower nll decides among equals."""
+        """The better of two has the larger one, as in a run."""
         if self.best is None or self.nll is None:
             return False, 0.0, 0.0
-        return True, -self.best if self.name in LOWER_IS_BETTER else self.best, -self.nll
+        return True, *merit(self.name, {self.name: self.best, "nll": self.nll})
 
     @property
     def line(self) -> dict[str, Any]:
@@ -76,18 +76,19 @@ def validations(directory: Path) -> list[dict[str, Any]]:
 def score_of(recipe: Recipe, scores: Mapping[str, float]) -> tuple[str, float, float]:
     """The name and value of what decides which model is best, and a number that is the larger the better it is."""
     name = recipe.metric(has_spans="span_f1" in scores)
-    return name, scores[name], -scores[name] if name in LOWER_IS_BETTER else scores[name]
+    return name, scores[name], merit(name, scores)[0]
 
 
 def outcome_of(trial: Trial, problem: str = "") -> Outcome:
     """From what the trial's directory holds. problem: why it failed, if it did."""
     lines = validations(trial.directory)
-    named = [(line["step"], *score_of(trial.recipe, line["validation"]), line["validation"]["nll"]) for line in lines]
     ended = "failed" if problem else "finished" if (trial.directory / FINISHED).is_file() else "stopped"
-    if not named:
+    if not lines:
         return Outcome(trial, ended, trial.recipe.metric(has_spans=False), (), None, None, problem)
-    _, name, best, _, nll = max(named, key=lambda line: (line[3], -line[4]))
-    return Outcome(trial, ended, name, tuple((step, value) for step, _, value, _, _ in named), best, nll, problem)
+    name, *_ = score_of(trial.recipe, lines[0]["validation"])
+    best = max((line["validation"] for line in lines), key=lambda scores: merit(name, scores))
+    points = tuple((line["step"], line["validation"][name]) for line in lines)
+    return Outcome(trial, ended, name, points, best[name], best["nll"], problem)
 
 
 def already_done(directory: Path) -> dict[int, str]:

@@ -1,10 +1,35 @@
-"""One small Ray for all tests of training that need it: starting it takes seconds."""
+"""What tests of training share: a run that ends early, and one small Ray, since starting it takes seconds."""
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
+
+from training.config import Recipe
+from training.loop import Trainer
+from training.optim import Update
+from training.run import train
+
+TrainUntil = Callable[[Recipe, int], None]
+
+
+@pytest.fixture
+def train_until(monkeypatch: pytest.MonkeyPatch) -> TrainUntil:
+    """Train until a run is killed before its update of a step: nothing is saved that was not saved already."""
+    original = Trainer._step
+
+    def train_until(recipe: Recipe, step: int) -> None:
+        def killed(trainer: Trainer) -> Update:
+            if trainer.progress.step == step:
+                raise KeyboardInterrupt
+            return original(trainer)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Trainer, "_step", killed)
+            train(recipe)
+
+    return train_until
 
 
 @pytest.fixture(scope="package")

@@ -11,15 +11,14 @@ import pytest
 import torch
 
 import training.run
-from seqmodels.errors import SeqModelsError
 from seqmodels.tokenizer import BOS, PAD
+from tests.training.conftest import TrainUntil
 from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TAGGER, TEXT_ENCODER, TRANSLATOR, WORDS, recipe
 from training.data.batches import Buckets
 from training.data.encoded import ENCODED, Encoded, is_encodable
 from training.data.examples import Codec, Example
 from training.data.rows import Row
 from training.data.streams import Streams
-from training.loop import Trainer
 from training.run import train
 
 PAIRS = [Row("a b c", ("x y", "z")), Row("a", ("x",)), Row("", ("y",)), Row("b c " * 20, ("y z " * 20,))]
@@ -143,23 +142,10 @@ def test_every_damaged_byte_and_every_cut_is_noticed(saved: Path) -> None:
 # Runs
 
 
-class StoppedError(SeqModelsError):
-    """Where a test ends a run."""
-
-
 @pytest.fixture
-def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def interrupted(tmp_path: Path, train_until: TrainUntil) -> Path:
     """A run of six steps that ended before its fourth."""
-    original = Trainer._step
-
-    def step(trainer: Trainer) -> Any:
-        if trainer.progress.step == 3:
-            raise StoppedError
-        return original(trainer)
-
-    with monkeypatch.context() as patch, pytest.raises(StoppedError):
-        patch.setattr(Trainer, "_step", step)
-        train(six_steps(tmp_path))
+    train_until(six_steps(tmp_path), 3)
     assert (tmp_path / ENCODED).exists()
     return tmp_path
 

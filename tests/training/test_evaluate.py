@@ -5,6 +5,7 @@ from pathlib import Path
 
 from seqmodels.pretrained import load_pretrained
 from tests.training.recipes import TAGGER, TRANSLATOR, WORDS, recipe
+from training.config import DataSection
 from training.data.examples import Codec
 from training.data.rows import Row
 from training.data.sources import load_rows
@@ -14,7 +15,7 @@ from training.run import train
 
 def codec_of(directory: Path) -> Codec:
     saved = load_pretrained(directory)
-    return Codec(saved.config, saved.source_tokenizer, saved.target_tokenizer, saved.preprocessor, 100)
+    return Codec.of(saved, DataSection(generated="sentiment"))
 
 
 def test_words_beyond_a_taggers_longest_input_are_never_right(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from seqmodels.pretrained import load_pretrained
+from tests.training.conftest import TrainUntil
 from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TAGGER, TRANSLATOR, WORDS, recipe
 from training.checkpoint import CHECKPOINTS, load_newest
 from training.config import Recipe
@@ -71,20 +72,10 @@ def test_an_overflow_in_float16_halves_the_scale(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_going_on_gives_what_a_run_left_alone_gives(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_going_on_gives_what_a_run_left_alone_gives(task: str, tmp_path: Path, train_until: TrainUntil) -> None:
     settings: dict[str, Any] = {"device": "cuda", "bf16": True, "ema_decay": 0.9, "dropout": 0.3}
     train(make_recipe(task, tmp_path / "whole", **settings))
-    with monkeypatch.context() as patch:
-        step = Trainer._step
-
-        def interrupted(trainer: Trainer) -> Update:
-            if trainer.progress.step == 7:
-                raise KeyboardInterrupt
-            return step(trainer)
-
-        patch.setattr(Trainer, "_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(make_recipe(task, tmp_path / "cut", **settings))
+    train_until(make_recipe(task, tmp_path / "cut", **settings), 7)
     assert sorted(path.name for path in (tmp_path / "cut" / CHECKPOINTS).iterdir())[-1].endswith("6")
     train(make_recipe(task, tmp_path / "cut", **settings))
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))

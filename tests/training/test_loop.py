@@ -18,6 +18,7 @@ import training.run
 from seqmodels.errors import CheckpointError, ConfigError, DataError
 from seqmodels.pretrained import load_pretrained
 from tests.seqmodels.builders import UNFUSED
+from tests.training.conftest import TrainUntil
 from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TAGGER, TEXT_ENCODER, WORDS, fields, recipe
 from training.directory import locked
 from training.loop import MAX_SKIPPED_IN_A_ROW, Trainer
@@ -91,7 +92,7 @@ def test_a_model_too_large_for_memory_leaves_its_directory_to_a_smaller_one(
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
         patch.setattr(training.run, "check_memory", lambda _: None)
-        patch.setattr(training.loop, "build_model", build)
+        patch.setattr("training.initial.build_model", build)
         with pytest.raises(ConfigError, match="too large for this machine's memory"):
             train(recipe(directory=tmp_path))
     assert train(recipe(directory=tmp_path)) == tmp_path
@@ -136,6 +137,32 @@ def test_a_lower_nll_is_better(tmp_path: Path) -> None:
     train(recipe(directory=tmp_path, optim={"learning_rate": 0.02}, run=run))
     first, second = (line for line in log_of(tmp_path) if "validation" in line)
     assert first["best"] and second["best"] == (second["validation"]["nll"] < first["validation"]["nll"])
+
+
+def test_a_score_that_is_no_number_is_the_worst(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_until: TrainUntil
+) -> None:
+    """And is read back from a checkpoint as what it is: the run is interrupted after it."""
+    scripted(monkeypatch, [math.nan, 0.2, math.nan], nll=[math.nan, 2.0, math.nan])
+    run = {"max_steps": 3, "eval_steps": 1}
+    train_until(recipe(directory=tmp_path, run=run), 1)
+    train(recipe(directory=tmp_path, run=run))
+    assert [line["best"] for line in log_of(tmp_path) if "validation" in line] == [True, True, False]
+    assert json.loads((tmp_path / "finished.json").read_text())["validation"]["accuracy"] == 0.2
+
+
+def test_a_model_that_an_older_checkpoint_names_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_until: TrainUntil
+) -> None:
+    """To fall back to it, and to end there at once."""
+    scripted(monkeypatch, [0.1, 0.2])
+    run = {"max_steps": 3, "eval_steps": 1}
+    train_until(recipe(directory=tmp_path, run=run), 2)
+    newest = max((tmp_path / "checkpoints").iterdir())
+    (newest / "state.safetensors").write_bytes(b"damaged")
+    train(recipe(directory=tmp_path, run={**run, "max_minutes": 1e-6}))
+    finished = json.loads((tmp_path / "finished.json").read_text())
+    assert finished["step"] == 1 and finished["validation"]["accuracy"] == 0.1
 
 
 def test_a_plateau_lowers_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,19 +298,9 @@ def test_other_data_is_refused_only_where_a_run_would_be_lost(tmp_path: Path, mo
         train(recipe(directory=tmp_path))
 
 
-def test_a_run_ends_early_with_its_best_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_ends_early_with_its_best_by_the_clock(tmp_path: Path, train_until: TrainUntil) -> None:
     run = {"max_steps": 1000, "eval_steps": 3, "save_steps": 2}
-    step = Trainer._step
-
-    def stopping(trainer: Trainer) -> Update:
-        if trainer.progress.step == 7:
-            raise KeyboardInterrupt
-        return step(trainer)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe(directory=tmp_path, run=run))
+    train_until(recipe(directory=tmp_path, run=run), 7)
     train(recipe(directory=tmp_path, run={**run, "max_minutes": 1e-6}))
     assert [line["step"] for line in log_of(tmp_path) if "validation" in line] == [3, 6]
     assert load_pretrained(tmp_path).config.labels and (tmp_path / "finished.json").is_file()
@@ -325,7 +342,7 @@ def test_the_average_is_what_is_validated_and_kept(tmp_path: Path, monkeypatch: 
     original = Trainer._move_average
 
     def spy(trainer: Trainer) -> None:
-        before = {name: value.clone() for name, value in trainer.average.state_dict().items()}  # type: ignore[union-attr]
+        before = {name: value.clone() for name, value in trainer.moving.state_dict().items()}  # type: ignore[union-attr]
         original(trainer)
         now = trainer.model.state_dict()
         decay = min(0.5, (1 + len(averages)) / (10 + len(averages)))

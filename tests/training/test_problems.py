@@ -93,7 +93,8 @@ def test_a_regression_goes_on_with_the_scales_that_it_began_with(
     config = load_pretrained(tmp_path / "run").config
     prices = [json.loads(line)["price"] for line in data.read_text().splitlines()]
     assert config.target_mean[0] == pytest.approx(sum(prices) / len(prices), abs=10)
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["target_std"] == list(config.target_std)
+    saved = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert saved["model"]["target_std"] == list(config.target_std)
 
 
 def test_labels_as_one_sequence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from seqmodels.models import SequenceGenerator
 from seqmodels.pretrained import load_pretrained
 from seqmodels.tokenizer import BOS, EOS, PAD, Tokenizer
 from tests.seqmodels.builders import make_translator
+from tests.training.conftest import TrainUntil
 from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TRANSLATOR, WORDS, fields, recipe
 from training.data import generated
-from training.loop import Trainer
 from training.parsing import parse_recipe
 from training.run import train
 from training.self_critical import REWARDS, Reward, SelfCritical
@@ -207,24 +206,12 @@ def test_it_raises_the_metric_more_than_the_usual_loss_does(begun: Path, tmp_pat
 
 @pytest.mark.parametrize("settings", [{}, {"bf16": True, "gradient_accumulation_steps": 2}], ids=["plain", "bf16"])
 def test_a_run_that_was_stopped_goes_on_with_the_same_bits(
-    begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+    begun: Path, tmp_path: Path, train_until: TrainUntil, settings: dict[str, Any]
 ) -> None:
     run = {"max_steps": 8, "save_steps": 3, "logging_steps": 2, "rows_per_batch": 8, "max_eval_samples": 4, **settings}
     train(parse_recipe(critical(begun, tmp_path / "whole", **run)))
-    step = Trainer._step
-
-    def until(last: int) -> Callable[[Trainer], Any]:
-        def stopping(trainer: Trainer) -> Any:
-            if trainer.progress.step == last:
-                raise KeyboardInterrupt
-            return step(trainer)
-
-        return stopping
-
-    for last in (2, 5, 7):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Trainer, "_step", until(last))
-            train(parse_recipe(critical(begun, tmp_path / "stopped", **run)))
+    for step in (2, 5, 7):
+        train_until(parse_recipe(critical(begun, tmp_path / "stopped", **run)), step)
     train(parse_recipe(critical(begun, tmp_path / "stopped", **run)))
     assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "stopped" / "metrics.jsonl").read_bytes()
     assert load_pretrained(tmp_path / "whole").revision == load_pretrained(tmp_path / "stopped").revision

@@ -8,7 +8,9 @@ import torch
 
 from seqmodels.errors import ConfigError
 from seqmodels.pretrained import load_pretrained
+from tests.training.conftest import TrainUntil
 from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TRANSLATOR, WORDS, recipe, write_rows
+from training.__main__ import main
 from training.data.rows import Row
 from training.run import train
 
@@ -128,3 +130,31 @@ def test_other_sizes_of_one_classifier(saved: dict[str, Path], tmp_path: Path) -
     wide = {**CLASSIFIER["encoder"], "embedding_size": 99}
     with pytest.raises(ConfigError, match=r"encoder\..* in shape \(\d+, 99\).*remove the sizes"):
         started(saved["classify"], tmp_path, model={"encoder": wide})
+
+
+def test_a_finished_model_no_longer_needs_what_it_began_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = train(recipe(directory=tmp_path / "base"))
+    begun = {"data": {"generated": "sentiment"}, "model": {"init_from": str(base)}}
+    run = train(recipe(directory=tmp_path / "run", **begun))
+    base.rename(tmp_path / "gone")
+    for command in ("evaluate", "calibrate"):
+        assert main([command, str(run)]) == 0, capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_the_model_that_it_began_with(tmp_path: Path, train_until: TrainUntil) -> None:
+    """Whatever has become of the saved model that it was begun from."""
+    base = train(recipe(directory=tmp_path / "base"))
+    run = {"max_steps": 4, "save_steps": 2}
+    begun = {"data": {"generated": "sentiment"}, "model": {"init_from": str(base)}, "run": run}
+    whole = train(recipe(directory=tmp_path / "whole", **begun))
+    train_until(recipe(directory=tmp_path / "cut", **begun), 3)
+    other = load_pretrained(base)
+    other.model.config = other.config.model_copy(update={"dropout": 0.5})
+    for parameter in other.model.parameters():
+        parameter.detach().zero_()
+    other.save(base, "")
+    cut = train(recipe(directory=tmp_path / "cut", **begun))
+    for name in ("model.safetensors", "config.json"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()

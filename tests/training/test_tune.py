@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from seqmodels.pretrained import load_pretrained
+from tests.training.conftest import TrainUntil
 from tests.training.recipes import WORDS, fields, write_rows
 from training.__main__ import main
 from training.data.generated import generate
-from training.loop import Trainer
 from training.parsing import load_recipe
 from training.run import train
 from training.space import draw_trials, load_space
@@ -43,7 +43,11 @@ def lines_of(path: Path) -> list[dict[str, str]]:
 
 
 def test_a_search_end_to_end(
-    tmp_path: Path, small_ray: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    small_ray: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    train_until: TrainUntil,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.csv", generate("sentiment")["train"][:150])
@@ -53,7 +57,7 @@ def test_a_search_end_to_end(
     Path("mine.yaml").write_text(yaml.safe_dump(made), encoding="utf-8")
     Path("space.yaml").write_text(yaml.safe_dump(SPACE), encoding="utf-8")
     command = ["tune", "mine.yaml", "space.yaml", "run.output_dir=search", "--at-once", "1", "--seed", str(SEED)]
-    interrupt_trial_0(monkeypatch)
+    interrupt_trial_0(train_until)
 
     assert main([*command, "--trials", "5"]) == 0
     out = capsys.readouterr().out
@@ -105,19 +109,10 @@ def test_a_search_end_to_end(
     assert "all 6 trials in search are done; nothing to do" in capsys.readouterr().out
 
 
-def interrupt_trial_0(monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupt_trial_0(train_until: TrainUntil) -> None:
     """Leave it as a search leaves it that was interrupted in step 12."""
-    step = Trainer._step
-
-    def interrupted(trainer: Trainer) -> Any:
-        if trainer.progress.step == 12:
-            raise KeyboardInterrupt
-        return step(trainer)
-
     (first,) = draw_trials(Path("mine.yaml"), ["run.output_dir=search"], load_space(Path("space.yaml")), 1, SEED)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "_step", interrupted)
-        train(first.recipe)
+    train_until(first.recipe, 12)
 
 
 def trial(number: int) -> Path:

@@ -16,7 +16,7 @@ from seqmodels.config import ModelConfig
 from seqmodels.errors import DataError
 from seqmodels.losses import IGNORE
 from seqmodels.preprocessing import Preprocessor
-from seqmodels.pretrained import load_pretrained
+from seqmodels.pretrained import Pretrained, load_pretrained
 from seqmodels.tokenizer import BOS, EOS, Tokenizer
 from training.config import DataSection, Facts, Recipe, some
 from training.data.pictures import decode, preprocessor_for
@@ -83,6 +83,13 @@ class Codec:
                 f"model.class_weights has {unknown[0]!r}, which is no label; there are {some(config.labels)}"
             )
         return cls(config, source, target, preprocessor_for(config), recipe.data.max_target_length)
+
+    @classmethod
+    def of(cls, saved: Pretrained, data: DataSection) -> "Codec":
+        """A finished model's."""
+        return cls(
+            saved.config, saved.source_tokenizer, saved.target_tokenizer, saved.preprocessor, data.max_target_length
+        )
 
     def encode(self, rows: Iterable[Row]) -> list[Example]:
         """All at once, see `examples`."""
