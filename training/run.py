@@ -90,6 +90,7 @@ def train_as(workers: Workers, recipe: Recipe, voice: Callable[[Path], Reporter]
     with refusals(directory), lock, voice(directory) if workers.is_first else Silence() as reporter:
         saved = workers.of_first(lambda: saved_run(directory, recipe))
         if workers.of_first((directory / FINISHED).is_file):
+            shutil.rmtree(directory / VALIDATED, ignore_errors=True)  # where the last call was killed at its very end
             reporter.say(_nothing_to_do(directory))
             return directory
         with _reading():

@@ -4,7 +4,8 @@
 
 Runs are forked from one process that has imported everything, so a kill costs a fraction of a second. A child says in
 shared memory what it is doing; the parent waits for the phase it wants to hit, then strikes at a random moment in it.
-In a save a child strikes itself: before a given one of the system calls that it makes there, each in its turn.
+In a save, and when a finished run makes its model directory, a child strikes itself: before a given one of the system
+calls by which it changes the disk there, each in its turn.
 """
 
 import argparse
@@ -30,11 +31,13 @@ import training.loop
 import training.run
 from tests.training import together
 
-PHASES = ("start-up", "step", "validation", "save")
+PHASES = ("start-up", "step", "validation", "save")  # of a run under way
+FINISH = "finish"
 SYSTEM_CALLS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
-CALLS_OF_TWO_SAVES = 60  # about: one makes 20 to 40, as it finds more or less to remove
+CALLS = {"save": 60, FINISH: 37}  # about, of two saves and of a finish: more as there is more to remove
 TIMEOUT_S = 120.0
-Shared = mmap.mmap  # byte 0: the phase; byte 1: how often it was entered, modulo 256
+Shared = mmap.mmap  # byte 0: the phase, by its place in ENTERED; byte 1: how often it was entered, modulo 256
+ENTERED = (*PHASES, FINISH)
 
 
 def recipe_fields(number: int, directory: Path, workers: int = 1) -> dict[str, Any]:
@@ -133,7 +136,11 @@ def outcome(directory: Path) -> dict[str, str]:
     del progress["seconds"]
     files = {"state": newest / "state.safetensors", "log": directory / "metrics.jsonl"}
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    for path in (directory / "model.safetensors", *sorted(directory.glob("snapshots/*/model.safetensors"))):
+    for path in (
+        directory / "model.safetensors",
+        directory / "finished.json",
+        *sorted(directory.glob("snapshots/*/model.safetensors")),
+    ):
         digests[str(path.relative_to(directory))] = hashlib.sha256(path.read_bytes()).hexdigest()
     return {**digests, "progress": json.dumps(progress)}
 
@@ -146,19 +153,28 @@ def storm(kills: int, seed: int = 1, workers: int = 1) -> Counter[str]:
     source = random.Random(seed)
     hits: Counter[str] = Counter()
     number = 0
+
+    def under_way() -> int:
+        return sum(hits[phase] for phase in PHASES)
+
     with tempfile.TemporaryDirectory() as folder:
-        while sum(hits.values()) < kills:
+        while under_way() < kills:
             alone, stormy = Path(folder) / f"alone-{number}", Path(folder) / f"stormy-{number}"
             assert _finish(recipe_fields(number, alone, workers)), "the uninterrupted run failed"
             # A quarter of the kills wanted, so that every recipe gets its share.
-            limit = min(kills, sum(hits.values()) + -(-kills // 4))
-            while sum(hits.values()) < limit:
+            limit = min(kills, under_way() + -(-kills // 4))
+            while under_way() < limit:
                 rarest = min(PHASES, key=lambda phase: (hits[phase], source.random()))
-                call = hits["save"] % CALLS_OF_TWO_SAVES + 1 if rarest == "save" else 0
+                call = hits["save"] % CALLS["save"] + 1 if rarest == "save" else 0
                 hit = _kill_in(rarest, recipe_fields(number, stormy, workers), source, call)
                 if hit is None:  # it was done before we struck
                     break
                 hits[hit] += 1
+            for _ in range(max(2, kills // 40)):
+                call = hits[FINISH] % CALLS[FINISH] + 1
+                if _kill_in(FINISH, recipe_fields(number, stormy, workers), source, call) is None:
+                    break
+                hits[FINISH] += 1
             assert _finish(recipe_fields(number, stormy, workers)), "the run did not get over its last kill"
             difference = {k for k, v in outcome(alone).items() if v != outcome(stormy)[k]}
             assert not difference, f"after {sum(hits.values())} kills these differ: {', '.join(sorted(difference))}"
@@ -169,10 +185,10 @@ def storm(kills: int, seed: int = 1, workers: int = 1) -> Counter[str]:
 def _kill_in(phase: str, fields: dict[str, Any], source: random.Random, call: int = 0) -> str | None:
     """Start, wait for the phase, kill. Returns the phase that was hit, None if the run ended first.
 
-    call: 0, or which of the system calls of saves the child is to die before.
+    call: 0, or which of the phase's system calls the child is to die before.
     """
     shared = mmap.mmap(-1, 2)
-    child = _fork(fields, shared, call)
+    child = _fork(fields, shared, phase, call)
     if not call:
         entries = 1 if phase == "start-up" else source.randint(1, 9 if phase == "step" else 2)
         seen, last, deadline = 0, -1, time.monotonic() + TIMEOUT_S
@@ -180,19 +196,19 @@ def _kill_in(phase: str, fields: dict[str, Any], source: random.Random, call: in
             if os.waitpid(child, os.WNOHANG)[0]:
                 return None
             assert time.monotonic() < deadline, f"phase {phase} never came"
-            if PHASES[shared[0]] == phase and shared[1] != last:
+            if ENTERED[shared[0]] == phase and shared[1] != last:
                 seen, last = seen + 1, shared[1]
         time.sleep(source.random() * (0.15 if phase == "start-up" else 0.003))
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    return PHASES[shared[0]] if os.WIFSIGNALED(status) else None
+    return ENTERED[shared[0]] if os.WIFSIGNALED(status) else None
 
 
 def _finish(fields: dict[str, Any]) -> bool:
     return os.waitpid(_fork(fields, mmap.mmap(-1, 2)), 0)[1] == 0
 
 
-def _fork(fields: dict[str, Any], shared: Shared, call: int = 0) -> int:
+def _fork(fields: dict[str, Any], shared: Shared, phase: str = "", call: int = 0) -> int:
     child = os.fork()
     if child:
         return child
@@ -201,7 +217,7 @@ def _fork(fields: dict[str, Any], shared: Shared, call: int = 0) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         _announce(shared)
         if call:
-            _die_before(call, shared)
+            _die_before(call, phase, shared)
         together.train(fields)
         code = 0
     finally:
@@ -215,7 +231,7 @@ def _announce(shared: Shared) -> None:
         @functools.wraps(function)
         def wrapper(*args: Any, **options: Any) -> Any:
             before = shared[0]
-            shared[0], shared[1] = PHASES.index(phase), (shared[1] + 1) % 256
+            shared[0], shared[1] = ENTERED.index(phase), (shared[1] + 1) % 256
             result = function(*args, **options)
             shared[0] = before
             return result
@@ -226,10 +242,11 @@ def _announce(shared: Shared) -> None:
     training.loop.Trainer._step = announced("step", training.loop.Trainer._step)  # type: ignore[method-assign]
     training.loop.Trainer._validate = announced("validation", training.loop.Trainer._validate)  # type: ignore[method-assign]
     training.loop.Trainer._save = announced("save", training.loop.Trainer._save)  # type: ignore[method-assign]
+    training.run._finish = announced(FINISH, training.run._finish)
 
 
-def _die_before(call: int, shared: Shared) -> None:
-    """Kill this process before one of the calls by which its saves change the disk, counted from 1.
+def _die_before(call: int, phase: str, shared: Shared) -> None:
+    """Kill this process before one of the calls by which it changes the disk in a phase, counted from 1.
 
     Python tells an audit hook of those that open, rename, make and remove; `flush` is wrapped, of which it tells
     nothing. The tensors are written by one call of the library, which a random moment may hit as well.
@@ -238,13 +255,13 @@ def _die_before(call: int, shared: Shared) -> None:
 
     def count() -> None:
         nonlocal made
-        if PHASES[shared[0]] == "save":
+        if ENTERED[shared[0]] == phase:
             made += 1
             if made == call:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def audit(event: str, _: tuple[Any, ...]) -> None:
-        if event in SYSTEM_CALLS:
+    def audit(event: str, given: tuple[Any, ...]) -> None:
+        if event in SYSTEM_CALLS and (event != "open" or given[2] & (os.O_WRONLY | os.O_RDWR)):
             count()
 
     flush = training.checkpoint.flush
@@ -266,7 +283,7 @@ def main() -> int:
     torch.set_num_threads(1)
     began = time.monotonic()
     hits = storm(options.kills, options.seed, options.workers)
-    missed = [phase for phase in PHASES if not hits[phase]]
+    missed = [phase for phase in ENTERED if not hits[phase]]
     print(
         json.dumps({"kills": dict(hits), "missed": missed, "equal": True, "seconds": round(time.monotonic() - began)})
     )
