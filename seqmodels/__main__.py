@@ -23,6 +23,7 @@ from seqmodels.errors import ConfigError, InputError, SeqModelsError
 from seqmodels.pipeline import Job, Pipeline
 
 CHUNK = 256  # lines read, answered and written together
+MAX_THREADS = 1024
 SEARCHES_WITH = ("decoder_weights", "shortlist")  # options of generate alone
 TAKES_FILES = {"image": '{"image": "FILE"}', "frames": '{"frames": ["FILE", ...]}'}  # a line names files, not bytes
 
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
             help="of what several models predict: their probabilities (default), or their log-probabilities",
         )
         command.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-        command.add_argument("--threads", type=_positive, help="CPU threads (default: torch's own choice)")
+        command.add_argument("--threads", type=_threads, help="CPU threads (default: torch's own choice)")
         command.add_argument(
             "--max-rows", type=_positive, default=256, help="decoder rows at once (default: %(default)s)"
         )
@@ -153,6 +154,13 @@ def _positive(text: str) -> int:
         number = 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return number
+
+
+def _threads(text: str) -> int:
+    """For argparse: with tens of thousands the libraries below torch end the process, without a word."""
+    if (number := _positive(text)) > MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"{number} threads are too many; give at most {MAX_THREADS}")
     return number
 
 

@@ -7,7 +7,7 @@ Knows the sizes and kinds of every part; knows no tensor. The sizes that data de
 import difflib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -160,6 +160,12 @@ class FeatureEncoderConfig(StackConfig):
     feature_size: PositiveInt
 
 
+ENCODERS: dict[str, type[Strict]] = {
+    "text": TextEncoderConfig,
+    "image": ImageEncoderConfig,
+    "frames": FrameEncoderConfig,
+    "features": FeatureEncoderConfig,
+}  # by what they read
 EncoderConfig = Annotated[
     TextEncoderConfig | ImageEncoderConfig | FrameEncoderConfig | FeatureEncoderConfig, Field(discriminator="input")
 ]
@@ -319,8 +325,7 @@ def explain(error: ValidationError, root: type[BaseModel] | None = None) -> str:
         return _explain_unknown([str(part) for part in first["loc"]], root)
     faults: dict[tuple[str, str], list[str]] = {}  # by field and value: each member of a union finds a fault of its own
     for fault in error.errors(include_url=False):
-        # pydantic also names the member of a union that it tried, such as "constrained-float": no field of ours.
-        field = ".".join(str(part) for part in fault["loc"] if not UNION_MEMBER.fullmatch(str(part)))
+        field = ".".join(_fields_of(fault["loc"]))
         value = fault.get("input")
         shown = f" (got {value!r})" if field and isinstance(value, str | int | float | bool | None) else ""
         messages = faults.setdefault((field, shown), [])
@@ -330,6 +335,18 @@ def explain(error: ValidationError, root: type[BaseModel] | None = None) -> str:
     # A fault without a field is about several at once, and its message names them.
     lines = [(f"{field}: " if field else "") + " or ".join(said) + shown for (field, shown), said in faults.items()]
     return "; ".join(lines[:5])
+
+
+def _fields_of(location: Sequence[int | str]) -> list[str]:
+    """Where a fault is, in our own fields. pydantic also names the member of a union that it tried, which is none: such
+    as "constrained-float", or behind `encoder` the kind of its input."""
+    parts = [str(part) for part in location]
+    pairs = zip(["", *parts], parts, strict=False)
+    return [
+        part
+        for before, part in pairs
+        if not UNION_MEMBER.fullmatch(part) and not (before == "encoder" and part in ENCODERS)
+    ]
 
 
 def suggestion(key: str, names: Iterable[str]) -> str:
@@ -342,12 +359,12 @@ def suggestion(key: str, names: Iterable[str]) -> str:
 def _explain_unknown(location: list[str], root: type[BaseModel]) -> str:
     section: type[BaseModel] | None = root
     for parent in location[:-1]:
-        section = _section(section, parent) if section else None
+        section = section_of(section, parent) if section else None
     names = list(section.model_fields) if section else []
     return f"{'.'.join(location)} is no setting{suggestion(location[-1], names)}"
 
 
-def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+def section_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:
     """The model class of a field, also where the field may be None."""
     annotation = model.model_fields[name].annotation if name in model.model_fields else None
     for candidate in (annotation, *get_args(annotation)):

@@ -102,7 +102,8 @@ def save_pretrained(
 def load_pretrained(directory: str | Path, device: str | torch.device = "cpu") -> Pretrained:
     """Read a model directory, in evaluation mode.
 
-    Raises ModelDirectoryError that names the file and the field, ConfigError for a device that is not there.
+    Raises ModelDirectoryError that names the directory, the file and the field, ConfigError for a device that is not
+    there.
     """
     directory, device = Path(directory), checked_device(device)
     if not (directory / CONFIG).is_file():
@@ -111,8 +112,15 @@ def load_pretrained(directory: str | Path, device: str | torch.device = "cpu") -
             reason += "; a training run was interrupted here, and the same command makes it go on to the end"
         raise ModelDirectoryError(reason)
     try:
+        return _load(directory, device)
+    except ModelDirectoryError as error:  # which begins with a file's name, and there may be several directories
+        raise ModelDirectoryError(f"{directory}/{error}") from None
+
+
+def _load(directory: Path, device: torch.device) -> Pretrained:
+    try:
         config = ModelConfig.load(directory / CONFIG)
-    except (ConfigError, UnicodeDecodeError) as error:
+    except ConfigError as error:
         raise ModelDirectoryError(str(error)) from None
     model = _load_weights(config, directory / WEIGHTS)
     source_name, target_name = tokenizer_names(config)

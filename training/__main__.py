@@ -3,6 +3,7 @@ MODEL_DIR ... --output NEW_DIR · calibrate MODEL_DIR · shortlist MODEL_DIR · 
 RECIPE.yaml SPACE.yaml"""
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -111,14 +112,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SeqModelsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:  # such as a full disk
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {_in_words(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         goes_on = options.run in (_train, _tune, _distill)
         print(f"interrupted{'; the same command goes on where it stopped' if goes_on else ''}", file=sys.stderr)
         return 130
     return 0
+
+
+def _in_words(error: OSError) -> str:
+    """A write that fails, unlike an open, does not say of which file."""
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"{where}the disk is full; make room and give the command again"
+    if error.errno == errno.EDQUOT:
+        return f"{where}your share of the disk is used up; make room and give the command again"
+    return f"{where or 'a file cannot be read or written: '}{error.strerror or error}"
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -249,7 +260,12 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _members(options: argparse.Namespace) -> tuple[list[Path], list[str], Average]:
     """The models that answer with the first as one, the overrides that stand among them, and what is averaged."""
-    others = [Path(text) for text in options.overrides if "=" not in text and Path(text).is_dir()]
+    others = [Path(text) for text in options.overrides if "=" not in text]
+    if absent := [path for path in others if not path.is_dir()]:
+        raise ConfigError(
+            f"{str(absent[0])!r} is no directory; name one that holds a model, or write a setting as key=value, such "
+            "as run.seed=2"
+        )
     if options.average and not others:
         raise ConfigError(f"--average is {options.average!r}, but one model has nothing to average; leave it out")
     overrides = [text for text in options.overrides if Path(text) not in others]

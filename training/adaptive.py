@@ -29,7 +29,7 @@ EPSILON = 1e-3
 class Adaptation(Strict):
     """How a language model adapts while it is scored; not at all by default."""
 
-    dynamic_rate: NonNegativeFloat = 0.0  # of learning
+    dynamic_rate: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0  # of learning
     dynamic_decay: NonNegativeFloat = 0.0  # how far each step of learning is followed by a step back
     cache_weight: Annotated[float, Field(ge=0.0, lt=1.0)] = (
         0.0  # the share of a word's probability that the cache gives

@@ -46,6 +46,8 @@ def merit(metric: str, scores: Mapping[str, float]) -> tuple[float, float]:
 
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+# Far above what any training survives, and far below what makes weights infinite in one step.
+Rate = Annotated[float, Field(gt=0.0, le=1000.0)]
 
 
 class ColumnsSection(Strict):
@@ -53,6 +55,12 @@ class ColumnsSection(Strict):
 
     input: str | None = None  # nothing goes in where the task is `generate`
     target: str | Annotated[tuple[str, ...], Field(min_length=1)]
+
+    @check(mode="after")
+    def _check(self) -> Self:
+        if twice := [name for name in self.targets if self.targets.count(name) > 1]:
+            raise ValueError(f"data.columns.target names {twice[0]!r} twice; name each column once")
+        return self
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -132,7 +140,7 @@ class DataSection(Strict):
 
 class OptimSection(Strict):
     optimizer: Literal["adam", "adamw", "sgd", "rmsprop", "adagrad"] = "adam"
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: Rate = 1e-3
     weight_decay: NonNegativeFloat = 0.0
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # sgd and rmsprop
     nesterov: bool = False  # sgd
@@ -143,12 +151,13 @@ class OptimSection(Strict):
     plateau_patience: PositiveInt = 1  # ... after this many validations without a better score
     max_grad_norm: PositiveFloat | None = 1.0
     clip_value: PositiveFloat | None = None
-    gradient_noise: NonNegativeFloat = 0.0  # eta: variance eta / (1 + step) ** 0.55 is added (Neelakantan et al. 2015)
+    # eta: variance eta / (1 + step) ** 0.55 is added (Neelakantan et al. 2015)
+    gradient_noise: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.0
     freeze: tuple[str, ...] = ()  # patterns of parameter names, such as "encoder.*"
     # By pattern: the step from which it learns (Howard and Ruder 2018); what its rate is multiplied by, where the first
     # pattern that matches counts.
     unfreeze_steps: dict[str, PositiveInt] = Field(default_factory=dict)
-    learning_rate_factors: dict[str, PositiveFloat] = Field(default_factory=dict)
+    learning_rate_factors: dict[str, Rate] = Field(default_factory=dict)
 
     @check(mode="after")
     def _check(self) -> Self:
@@ -167,9 +176,10 @@ class OptimSection(Strict):
 
 class RunSection(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1  # what torch takes
-    num_train_epochs: PositiveInt | None = None
+    num_train_epochs: PositiveInt | None = None  # where max_steps is set too, the run ends with what comes first
     max_steps: PositiveInt | None = None
-    max_minutes: PositiveFloat | None = None  # stops by the clock: such a run cannot be repeated to the bit
+    # Stops by the clock: such a run cannot be repeated to the bit, and is finished, so that it cannot be lengthened.
+    max_minutes: PositiveFloat | None = None
     tokens_per_batch: PositiveInt = 4096  # padded positions of a batch, input and target together
     rows_per_batch: PositiveInt = 256  # at most
     gradient_accumulation_steps: PositiveInt = 1
@@ -191,7 +201,8 @@ class RunSection(Strict):
     bf16: bool = False  # forward pass and gradients in bfloat16 where that is safe; weights and sums in float32
     fp16: bool = False  # the same in float16, the loss scaled so that small gradients stay; CUDA only
     workers: PositiveInt = 1  # processes that share the rows of each batch, on this machine or a Ray cluster
-    threads: PositiveInt | None = None  # of each worker; None: torch decides, or 1 where there are several workers
+    # Of each worker; None: torch decides, or 1 where there are several workers. Tens of thousands end the process.
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     device: Literal["cpu", "cuda"] = "cpu"
     output_dir: str | None = None  # None: models/ and the recipe's name
 
@@ -355,7 +366,10 @@ class Facts:
 def _saved_config(directory: Path) -> ModelConfig:
     if not (directory / "config.json").is_file():
         raise ConfigError(f"model.init_from is {str(directory)!r}, which holds no config.json; name a model directory")
-    return ModelConfig.load(directory / "config.json")
+    try:
+        return ModelConfig.load(directory / "config.json")
+    except ConfigError as error:
+        raise ConfigError(f"model.init_from is {str(directory)!r}, which cannot be loaded: {error}") from None
 
 
 def some(names: Iterable[str]) -> str:

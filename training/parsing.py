@@ -3,19 +3,24 @@
 Knows files, and that a recipe's `model` section has to be a ModelConfig's; knows no data and no tensor.
 """
 
+import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from seqmodels import config as model_fields
-from seqmodels.config import ModelConfig, Strict, explain, suggestion
+from seqmodels.config import ENCODERS, DecoderConfig, ModelConfig, TextEncoderConfig, explain, section_of, suggestion
 from seqmodels.errors import ConfigError
 from training.config import Facts, Recipe
+
+# What no recipe says of a model: the data decides it, or the format.
+DECIDED = {"vocab_size", "feature_size", "labels", "max_source_length", "target_mean", "target_std", "temperature"}
+DECIDED |= {"format_version", "pad_token_id", "bos_token_id", "eos_token_id"}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -80,9 +85,9 @@ def _check_model(recipe: Recipe) -> None:
     try:
         config = recipe.model_config_with(Facts.unknown())
     except ConfigError as error:
-        raise ConfigError(_with_neighbour(f"model.{str(error).removeprefix('model.')}", _model_field_names())) from None
+        raise ConfigError(_with_neighbour(f"model.{str(error).removeprefix('model.')}", recipe.model)) from None
+    _check_single_layers(recipe, config)
     _check_vectors(recipe, config)
-    task = config.task
     if recipe.data.chunk_length == 1 and config.decoder and config.decoder.temporal_activation_penalty:
         raise ConfigError(
             "model.decoder.temporal_activation_penalty does nothing where data.chunk_length is 1: a single step has no "
@@ -93,8 +98,33 @@ def _check_model(recipe: Recipe) -> None:
             f"run.workers is {recipe.run.workers}, but model.encoder.backbone normalises by the statistics of a whole "
             "batch, of which each worker would see its own rows alone; set run.workers=1 and raise run.threads"
         )
-    if task != recipe.task:
-        raise ConfigError(f"task is {recipe.task!r}, but the `model` section describes a model for {task!r}")
+    if config.task != recipe.task:
+        _refuse_task(recipe, config)
+
+
+def _check_single_layers(recipe: Recipe, config: ModelConfig) -> None:
+    """What the recipe itself sets, not in ModelConfig: a saved model with such a setting can still be used."""
+    effects = {"dropout": "acts between layers", "residual": "acts from the second layer on"}
+    for part, (name, where) in product(("encoder", "decoder"), effects.items()):
+        recurrent = getattr(getattr(config, part), "recurrent", None)
+        value = (recipe.model.get(part) or {}).get("recurrent", {}).get(name)
+        if recurrent is not None and recurrent.num_layers == 1 and value:
+            raise ConfigError(
+                f"model.{part}.recurrent.{name} is {value}, but {where}, and num_layers is 1; remove {name}, or raise "
+                "num_layers"
+            )
+
+
+def _refuse_task(recipe: Recipe, config: ModelConfig) -> NoReturn:
+    architecture = {"classify": "classifier", "tag": "tagger"}.get(recipe.task, "generator")
+    if architecture == config.architecture:  # then what the model reads tells the tasks apart
+        fix = f"the model reads {config.input}; set task: {config.task}, or change the model's encoder"
+    else:
+        fix = f"set model.architecture: {architecture}, or task: {config.task}"
+    where = "the `model` section describes"
+    if recipe.init_from is not None and "architecture" not in recipe.model:
+        where = f"model.init_from {recipe.init_from} holds"
+    raise ConfigError(f"task is {recipe.task!r}, but {where} a model for {config.task!r}; {fix}")
 
 
 def _check_vectors(recipe: Recipe, config: ModelConfig) -> None:
@@ -148,15 +178,40 @@ def _explain(error: ValidationError) -> str:
     return explain(error, Recipe)
 
 
-def _with_neighbour(message: str, names: Iterable[str]) -> str:
-    unknown = re.search(r"([\w.]+): Extra inputs are not permitted", message)
+def _with_neighbour(message: str, model: Mapping[str, Any]) -> str:
+    """Where the fault is an unknown key, what it may have been: a key of another section, or the nearest of its own."""
+    unknown = re.match(r"([\w.]+): Extra inputs are not permitted", message)
     if unknown is None:
         return message
     key = unknown.group(1)
-    return f"{key} is no setting{suggestion(key.rsplit('.', 1)[-1], names)}"
+    section, _, name = key.rpartition(".")
+    places: dict[str, list[str]] = {}  # by the last part of a key: the sections that have one
+    for known in _model_keys(model):
+        place, _, last = known.rpartition(".")
+        places.setdefault(last, []).append(place)
+    here = [last for last, sections in places.items() if section in sections]
+    near = difflib.get_close_matches(name, here, n=1) or difflib.get_close_matches(name, places, n=1)
+    meant = name if name in places else near[0] if near else ""
+    if not meant or section in places[meant]:
+        return f"{key} is no setting{suggestion(name, here)}"
+    return f"{key} is no setting; did you mean {' or '.join(f'{place}.{meant}' for place in places[meant])}?"
 
 
-def _model_field_names() -> set[str]:
-    """Every field name of ModelConfig and its parts."""
-    sections = [value for value in vars(model_fields).values() if isinstance(value, type) and issubclass(value, Strict)]
-    return {name for section in sections for name in section.model_fields}
+def _model_keys(model: Mapping[str, Any]) -> Iterator[str]:
+    """Every key, from `model` on, that a recipe with this `model` section may set."""
+    yield "model.init_from"
+    yield from _keys(ModelConfig, "model")
+    encoder = model.get("encoder")
+    if isinstance(encoder, dict) or "decoder" not in model:
+        kind = str(encoder.get("input")) if isinstance(encoder, dict) else "text"
+        yield from _keys(ENCODERS.get(kind, TextEncoderConfig), "model.encoder")
+    if "decoder" in model or "init_from" in model:
+        yield from _keys(DecoderConfig, "model.decoder")
+
+
+def _keys(section: type[BaseModel], place: str) -> Iterator[str]:
+    for name in section.model_fields:
+        if name not in DECIDED:
+            yield f"{place}.{name}"
+        if name != "decoder" and (inner := section_of(section, name)) is not None:
+            yield from _keys(inner, f"{place}.{name}")

@@ -14,24 +14,27 @@ if TYPE_CHECKING:  # a recipe is checked before torch, which takes seconds, is i
     from torch import Tensor
 
 OWN = ("head.", "pool.", "crf.")  # what a classifier or tagger learns anew
+# Keys without whose saved value no saved weight has a place, and those that may be lowered but not raised.
+SIZES = ("input", "cell", "hidden_size", "embedding_size", "channels", "in_channels")
+AT_MOST = ("num_layers", "blocks_per_stage", "bidirectional", "layer_norm")
 
 
 def fields_from(saved: ModelConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a new model, less what data decides: the saved one's, where `given`, the recipe's, has no other.
 
-    Raises ConfigError where the two have nothing in common.
+    Raises ConfigError where the two have nothing in common, or the recipe asks for sizes that the saved model lacks.
     """
     given = {name: value for name, value in given.items() if name != "init_from"}
     architecture = given.get("architecture", saved.architecture)
     if architecture == saved.architecture:
         learned = {"temperature": 1.0, "class_weights": {}, "target_mean": [], "target_std": []}
-        return _merged(saved.model_dump(mode="json") | learned, given)
+        return _begun(saved.model_dump(mode="json") | learned, given)
     if architecture == "generator":
         raise ConfigError(
             f"model.init_from holds a {saved.architecture}, which has no decoder to start a generator from; name a "
             "generator's directory"
         )
-    return _merged({"encoder": _encoder(saved)}, given)
+    return _begun({"encoder": _encoder(saved)}, given)
 
 
 def weights_from(
@@ -63,6 +66,20 @@ def _encoder(saved: ModelConfig) -> dict[str, Any]:
     assert saved.decoder is not None, "a model without an encoder is a language model"
     fields = saved.decoder.model_dump(mode="json")
     return {"input": "text"} | {name: fields[name] for name in TextEncoderConfig.model_fields if name in fields}
+
+
+def _begun(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    _check_sizes(base, given, "model")
+    return _merged(base, given)
+
+
+def _check_sizes(base: Mapping[str, Any], given: Mapping[str, Any], place: str) -> None:
+    for name in (name for name in given if name in base):
+        now, was = given[name], base[name]
+        if isinstance(now, Mapping) and isinstance(was, Mapping):
+            _check_sizes(was, now, f"{place}.{name}")
+        elif (name in SIZES and now != was) or (name in AT_MOST and isinstance(now, int) and now > was):
+            raise ConfigError(f"{place}.{name} is {now!r}, but model.init_from has {was!r}; remove it")
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Word vectors that others have trained, such as GloVe's or word2vec's, as the embeddings that a model begins with.
 
-A text file with a word and its numbers in each line, single spaces between; a first line `count size` is word2vec's.
+A text file with a word and its numbers in each line, spaces or tabs between; a first line `count size` is word2vec's.
 What a run needs of it is kept in the run's directory before step 0, so that going on does not depend on the file.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from training.config import DataSection
 from training.data.examples import Codec
 
 FILE = "vectors.safetensors"
+SEPARATORS = re.compile(r"[ \t]+")  # not all white space: some words hold a no-break space
+BYTE_ORDER_MARK = "\ufeff"  # some editors write one before the first word
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -45,8 +48,12 @@ def read_vectors(data: DataSection, codec: Codec, say: Callable[[str], None]) ->
                 f"data.{field} {name} holds vectors of {error} numbers, but model.{part}.embedding_size is {size}; "
                 f"set it to {error}"
             ) from None
-        except (DataError, OSError) as error:
-            raise DataError(f"data.{field} {name}: {getattr(error, 'strerror', None) or error}") from None
+        except OSError as error:
+            raise DataError(
+                f"data.{field} {name} cannot be read: {error.strerror or error}; name a text file of word vectors"
+            ) from None
+        except DataError as error:
+            raise DataError(f"data.{field} {name}: {error}") from None
         count = int((~found.isnan()).all(1).sum())
         say(f"data.{field}: {count} of {len(found)} words of the vocabulary begin with the vectors of {name}")
         vectors[f"{part}.embedding.weight"] = found
@@ -94,7 +101,7 @@ def _find(path: Path, tokenizer: Tokenizer, size: int) -> Tensor:
     for number, (word, *fields) in _lines(path):
         if number == 1:
             header = len(fields) == 1 and word.isdecimal() and fields[0].isdecimal()
-            there = int(fields[0]) if header else len(fields)
+            there = int(fields[0]) if header else size if _holds(fields, size) else len(fields)
             if not there:
                 raise DataError("line 1 holds no numbers; each line must hold a word and its numbers")
             if there != size:
@@ -103,7 +110,7 @@ def _find(path: Path, tokenizer: Tokenizer, size: int) -> Tensor:
                 promised = int(word)
                 continue
         count += 1
-        if (len(fields) > size and _is_number(fields[-size - 1])) or len(fields) < size:
+        if not _holds(fields, size):
             raise DataError(f"line {number} holds {len(fields)} numbers, but line 1 says {size}; mend or remove it")
         if len(fields) == size and word in rows:  # a word that holds spaces is in no vocabulary
             found[rows.pop(word)] = _vector(fields, number)
@@ -114,12 +121,21 @@ def _find(path: Path, tokenizer: Tokenizer, size: int) -> Tensor:
     return found
 
 
+def _holds(fields: list[str], size: int) -> bool:
+    """Whether so many numbers end the line, or may be meant to; what stands before them is of a word with spaces."""
+    return len(fields) == size or (len(fields) > size and not _is_number(fields[-size - 1]))
+
+
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The number of each line, and what stands between its spaces. Some words hold what `splitlines` splits at."""
+    """The number of each line, and what stands between its separators. Some words hold what `splitlines` splits at."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                yield number, line.decode("utf-8").rstrip(" \r\n").split(" ")
+                text = line.decode("utf-8").rstrip(" \t\r\n")
+                text = text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text
+                # A regular expression takes seven times as long, and files have millions of lines.
+                plain = "\t" not in text and "  " not in text
+                yield number, text.split(" ") if plain else SEPARATORS.split(text)
             except UnicodeDecodeError as error:
                 byte = line[error.start]
                 raise DataError(

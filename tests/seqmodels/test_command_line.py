@@ -132,6 +132,12 @@ def test_a_number_of_threads_that_is_none(threads: str, capsys: pytest.CaptureFi
     assert f"argument --threads: '{threads}' is no whole number of at least 1" in capsys.readouterr().err
 
 
+def test_more_threads_than_the_libraries_survive(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["predict", "x", "--threads", "100000"])
+    assert "argument --threads: 100000 threads are too many; give at most 1024" in capsys.readouterr().err
+
+
 def test_the_command_line_goes_on_from_a_state(
     directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

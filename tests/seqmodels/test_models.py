@@ -233,7 +233,7 @@ def test_tied_embeddings_share_one_matrix() -> None:
         ({"labels": ["a"]}, "at least two"),
         ({"labels": ["a", "a"]}, "holds a name twice"),
         ({"encoder": {"input": "sound"}}, "encoder"),
-        ({"encoder": {"input": "text", "vocab_size": "30"}}, "encoder.text.vocab_size"),
+        ({"encoder": {"input": "text", "vocab_size": "30"}}, "encoder.vocab_size: Input should be"),
         ({"dropout": 1.0}, "dropout: Input should be less than 1"),
         ({"architecture": "tagger", "encoder": {"input": "image"}}, "an image has no steps to label"),
     ],

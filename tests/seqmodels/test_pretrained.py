@@ -166,8 +166,9 @@ HUGE = {"vocab_size": 2_000_000_000, "embedding_size": 100_000}
 def test_a_wrong_directory_is_refused_by_name(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
     save(tmp_path)
     damage(tmp_path)
-    with pytest.raises(ModelDirectoryError, match=message):
+    with pytest.raises(ModelDirectoryError, match=message) as error:
         load_pretrained(tmp_path)
+    assert str(error.value).startswith((f"{tmp_path}/", f"{tmp_path} is no model directory"))
 
 
 def test_every_truncation_and_many_flipped_bytes_are_noticed_or_harmless(tmp_path: Path) -> None:

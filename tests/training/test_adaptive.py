@@ -144,6 +144,7 @@ def test_the_command_scores_with_both_and_leaves_the_model(tmp_path: Path, capsy
         (["--dynamic-decay", "0.1"], "dynamic_rate"),
         (["--cache-size", "7"], "cache_weight"),
         (["--cache-weight", "1.5"], "--cache-weight"),
+        (["--dynamic-rate", "1e30"], "--dynamic-rate: Input should be less than or equal to 10 "),
         ([str(directory), "--cache-weight", "0.1"], "one language model"),
     ):
         assert main(["evaluate", str(directory), *wrong]) == 2

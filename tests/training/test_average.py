@@ -1,5 +1,6 @@
 """The mean of weights: by hand in float64, of runs that were interrupted as of others, and of what belongs together."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from seqmodels.config import ModelConfig
 from seqmodels.errors import ConfigError
 from seqmodels.models import build_model
 from seqmodels.pretrained import load_pretrained
-from tests.training.recipes import recipe
+from tests.training.recipes import WORDS, recipe
 from training.__main__ import main
 from training.average import averaged, mean_model
 from training.run import train
@@ -125,5 +126,61 @@ def test_the_command_averages_snapshots_and_the_mean_is_evaluated_like_a_run(
 def test_models_that_differ_in_more_than_their_weights_have_no_mean(tmp_path: Path) -> None:
     run_of(tmp_path / "a")
     train(recipe(directory=tmp_path / "b", model={**recipe().model, "dropout": 0.5}))
-    with pytest.raises(ConfigError, match=r"differ in config\.json"):
+    with pytest.raises(ConfigError, match=r"differ in config\.json \(dropout is 0\.0 and 0\.5\), so their weights"):
         averaged([tmp_path / "a", tmp_path / "b"])
+
+
+def test_the_mean_of_runs_on_the_same_rows_can_tell_what_was_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By run.json; and no run begins in its directory."""
+    lines = [f"a {word} film number {n},{word}" for n in range(20) for word in ("good", "bad")]
+    (tmp_path / "films.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
+    columns = {"input": "text", "target": "label"}
+
+    def run_on(name: str, cut_seed: int, **run: Any) -> str:
+        data = {"path": str(tmp_path / "films.csv"), "columns": columns, "tokenizer": WORDS}
+        cut = {"validation": 4, "test": 6, "seed": cut_seed}
+        return str(train(recipe(directory=tmp_path / name, data={**data, "cut": cut}, run=run)))
+
+    one, two = (run_on(name, 1, seed=seed) for name, seed in (("a", 1), ("b", 2)))
+    assert main(["average", one, two, "--output", str(tmp_path / "mean")]) == 0
+    assert (tmp_path / "mean" / "run.json").read_bytes() == (tmp_path / "a" / "run.json").read_bytes()
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "mean")]) == 0
+    assert "nothing tells" not in capsys.readouterr().out
+    assert main(["evaluate", str(tmp_path / "mean"), "data.cut.test=8"]) == 2
+    assert "may have been trained on" in capsys.readouterr().err
+    weights = (tmp_path / "mean" / "model.safetensors").read_bytes()
+    run_on("mean", 1, seed=1)
+    assert "is finished; nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "mean" / "model.safetensors").read_bytes() == weights
+    (tmp_path / "b" / "run.json").write_text(
+        (tmp_path / "a" / "run.json").read_text().replace('"data": "', '"data": "x')
+    )
+    assert main(["average", one, two, "--output", str(tmp_path / "unlike")]) == 0
+    assert not (tmp_path / "unlike" / "run.json").exists() and not (tmp_path / "unlike" / "finished.json").exists()
+    (tmp_path / "b" / "run.json").write_text("{")
+    assert main(["average", one, two, "--output", str(tmp_path / "unread")]) == 0
+    assert not (tmp_path / "unread" / "run.json").exists()
+
+
+def test_a_mean_that_cannot_be_written_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_of(tmp_path / "a")
+    command = ["average", str(tmp_path / "a"), str(tmp_path / "a"), "--output", str(tmp_path / "mean")]
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.average.shutil.copyfile", full)
+        assert main(command) == 2
+    assert capsys.readouterr().err == "error: the disk is full; make room and give the command again\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    (tmp_path / ".mean.writing").mkdir()  # as of a call that was killed
+    assert main(command) == 0
+    assert load_pretrained(tmp_path / "mean").revision == load_pretrained(tmp_path / "a").revision
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "mean"])

@@ -1,5 +1,6 @@
 """python -m training: your own files end to end, help, and one line for every mistake."""
 
+import errno
 import json
 import os
 import subprocess
@@ -238,6 +239,37 @@ def test_a_mistake_is_one_line_and_exit_2(
     assert main([*arguments, *extra]) == 2
     captured = capsys.readouterr()
     assert words in captured.err and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["distill", "--output", "x"]])
+def test_a_further_model_that_is_not_there(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "models/one", "nowhere"]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        "error: 'nowhere' is no directory; name one that holds a model, or write a setting as key=value, such as "
+        "run.seed=2\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "filename", "words"),
+    [
+        (errno.ENOSPC, None, "error: the disk is full; make room and give the command again\n"),
+        (errno.ENOSPC, "a/b", "error: a/b: the disk is full; make room and give the command again\n"),
+        (errno.EDQUOT, None, "error: your share of the disk is used up; make room and give the command again\n"),
+        (errno.EACCES, "a/b", "error: a/b: Permission denied\n"),
+        (errno.EIO, None, "error: a file cannot be read or written: Input/output error\n"),
+    ],
+)
+def test_what_the_system_refuses_is_said_with_its_fix(
+    code: int, filename: str | None, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code), filename)
+
+    monkeypatch.setattr("training.average.average_directories", refuse)
+    assert main(["average", "a", "b", "--output", "c"]) == 2
+    assert capsys.readouterr().err == words
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/nothing"])

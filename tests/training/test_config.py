@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from seqmodels.errors import ConfigError
-from tests.training.recipes import DECODER, LANGUAGE_MODEL, fields
+from tests.training.recipes import CLASSIFIER, DECODER, LANGUAGE_MODEL, TEXT_ENCODER, TRANSLATOR, fields
 from training.config import Facts
 from training.parsing import load_recipe, parse_recipe
 
@@ -53,7 +53,20 @@ def test_overrides_go_before_the_file_and_are_read_as_yaml() -> None:
         ("optim.leaning_rate=1", ["optim.leaning_rate", "did you mean learning_rate"]),
         ("data.tokenizer.vocabsize=9", ["data.tokenizer.vocabsize", "did you mean vocab_size"]),
         ("model.encoder.embeding_size=8", ["embeding_size", "did you mean embedding_size"]),
-        ("model.encoder.recurrent.cell=lsmt", ["cell", "lsmt", "lstm"]),
+        ("model.encoder.recurrent.cell=lsmt", ["model.encoder.recurrent.cell: ", "lsmt", "lstm"]),
+        ("model.encoder.text.recurrent.zoneout=0.1", ["model.encoder.text is no setting; known here: characters, dr"]),
+        ("model.locked_dropout=true", ["model.locked_dropout", "did you mean model.encoder.locked_dropout?"]),
+        ("model.encoder.poling=max", ["model.encoder.poling", "did you mean model.pooling?"]),
+        ("model.anything=1", ["model.anything is no setting; known here: architecture, class_weights, crf, decoder, "]),
+        ("model.encoder.recurrent.dropout=0.2", ["model.encoder.recurrent.dropout is 0.2", "num_layers is 1"]),
+        ("model.encoder.recurrent.residual=true", ["model.encoder.recurrent.residual is True", "num_layers is 1"]),
+        ("run.threads=20000", ["run.threads", "less than or equal to 1024 (got 20000)"]),
+        ("optim.learning_rate=1e30", ["optim.learning_rate", "less than or equal to 1000"]),
+        (
+            "optim.learning_rate_factors={head: 1e30}",
+            ["optim.learning_rate_factors.head", "less than or equal to 1000"],
+        ),
+        ("optim.gradient_noise=1e30", ["optim.gradient_noise", "less than or equal to 1000"]),
         ("run.seed=first", ["run.seed", "first"]),
         ("run.seed", ["run.seed", "key=value"]),
         ("run.tokens_per_batch.deeper=1", ["tokens_per_batch", "no keys"]),
@@ -75,7 +88,7 @@ def test_overrides_go_before_the_file_and_are_read_as_yaml() -> None:
         ("model.init_from=5", ["model.init_from is 5", "path"]),
         ("model.temperature=2.0", ["model.temperature", "training calibrate"]),
         ("model.target_std=[1.0]", ["model.target_std", "decided by the data"]),
-        ("task=tag", ["task", "tag", "classify"]),
+        ("task=tag", ["task is 'tag'", "set model.architecture: tagger, or task: classify"]),
         ("run.seed=9223372036854775808", ["run.seed", "less than 9223372036854775808"]),
         ("data.tokenizer={kind: byte, vocab_size: 300}", ["data.tokenizer.vocab_size", "byte", "remove it"]),
         ('data.label_names=[one, "7"]', ["class number 1", "'7'", "use words"]),
@@ -105,11 +118,27 @@ def test_a_bad_key_or_value_is_named_with_its_fix(override: str, words: list[str
         ({"data": {"generated": "sentiment", "chunk_length": 9}}, "data.chunk_length"),
         ({"data": {"path": "x", "columns": {"input": "a", "target": ["b", "c"]}}}, "data.columns.target is a list"),
         ({"data": {"path": "x", "columns": {"input": "a", "target": []}}}, "data.columns.target"),
+        (
+            {"data": {"path": "x", "columns": {"input": "a", "target": ["y", "y"]}}},
+            r"data\.columns\.target names 'y' twice; name each column once",
+        ),
+        ({"task": "caption", "model": TRANSLATOR}, "the model reads text; set task: translate"),
     ],
 )
 def test_settings_that_contradict_each_other(change: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         parse_recipe(fields(**change))
+
+
+def test_a_key_of_both_sides_is_told_with_both_places() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean model\.encoder\.locked_dropout or model\.decoder\.locked_dro"):
+        parse_recipe(fields("translate", model={**TRANSLATOR, "locked_dropout": True}))
+
+
+def test_dropout_between_layers_and_residual_connections_of_two_layers_are_fine() -> None:
+    for setting in ({"dropout": 0.2}, {"residual": True}):
+        recurrent = {**TEXT_ENCODER["recurrent"], "num_layers": 2, **setting}
+        parse_recipe(fields(model={**CLASSIFIER, "encoder": {**TEXT_ENCODER, "recurrent": recurrent}}))
 
 
 def test_a_missing_file_and_a_broken_one(tmp_path: Path) -> None:

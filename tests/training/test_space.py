@@ -1,5 +1,6 @@
 """Spaces and what is drawn from them: strict, repeatable, checked before anything starts."""
 
+import json
 import math
 import random
 from pathlib import Path
@@ -85,6 +86,14 @@ def test_a_trial_is_a_pure_function_of_the_seed_and_its_number(recipe: Path, tmp
         assert trial.directory == tmp_path / "search" / f"trial-{number:03d}"
         assert trial.recipe.optim.learning_rate == trial.values["optim.learning_rate"]
         assert trial.recipe.model["dropout"] == trial.values["model.dropout"] and trial.recipe.run.seed == 9
+
+
+def test_settings_that_fit_together_are_drawn_together(recipe: Path, tmp_path: Path) -> None:
+    """As docs/training.md has it: dropout between layers is refused where there is one."""
+    both = [{"hidden_size": 8}, {"num_layers": 2, "dropout": 0.2}]
+    text = json.dumps({"model.encoder.recurrent": {"choice": both}})
+    trials = draw_trials(recipe, [], load_space(write(tmp_path / "space.yaml", text)), 8, seed=1)
+    assert all(trial.recipe.model["encoder"]["recurrent"] in both for trial in trials)
 
 
 def test_draws_keep_their_bounds_and_their_shape() -> None:

@@ -106,10 +106,20 @@ def test_the_same_architecture_takes_all_and_what_the_recipe_changes(saved: dict
         (
             "generate",
             {"architecture": "classifier", "encoder": {"recurrent": {"hidden_size": 24}}},
-            "hidden_size|shape",
+            r"model\.encoder\.recurrent\.hidden_size is 24, but model\.init_from has 16; remove it",
         ),
-        ("generate", {"architecture": "classifier", "encoder": {"recurrent": {"bidirectional": True}}}, "nowhere"),
-        ("classify", {"encoder": {"recurrent": {"cell": "lstm"}}}, "shape"),
+        (
+            "generate",
+            {"architecture": "classifier", "encoder": {"recurrent": {"bidirectional": True}}},
+            r"model\.encoder\.recurrent\.bidirectional is True, but model\.init_from has False; remove it",
+        ),
+        (
+            "classify",
+            {"encoder": {"recurrent": {"cell": "lstm"}}},
+            r"^model\.encoder\.recurrent\.cell is 'lstm', but model\.init_from has 'gru'; remove it$",
+        ),
+        ("classify", {"encoder": {"input": "image"}}, r"model\.encoder\.input is 'image', but .* has 'text'"),
+        ("translate", {"decoder": {"recurrent": {"num_layers": 2}}}, r"model\.decoder\.recurrent\.num_layers is 2"),
         ("classify", {"encoder": {"characters": {}}}, r"encoder\.characters"),
     ],
 )
@@ -128,7 +138,7 @@ def test_a_generator_does_not_start_from_a_classifier(saved: dict[str, Path], tm
 
 def test_other_sizes_of_one_classifier(saved: dict[str, Path], tmp_path: Path) -> None:
     wide = {**CLASSIFIER["encoder"], "embedding_size": 99}
-    with pytest.raises(ConfigError, match=r"encoder\..* in shape \(\d+, 99\).*remove the sizes"):
+    with pytest.raises(ConfigError, match=r"model\.encoder\.embedding_size is 99, but model\.init_from has 16"):
         started(saved["classify"], tmp_path, model={"encoder": wide})
 
 
@@ -158,3 +168,30 @@ def test_a_run_goes_on_with_the_model_that_it_began_with(tmp_path: Path, train_u
     cut = train(recipe(directory=tmp_path / "cut", **begun))
     for name in ("model.safetensors", "config.json"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_fewer_layers_than_the_saved_model_has(tmp_path: Path) -> None:
+    deep = {**CLASSIFIER["encoder"], "recurrent": {"cell": "gru", "hidden_size": 16, "num_layers": 2}}
+    first = train(recipe(directory=tmp_path / "deep", model={**CLASSIFIER, "encoder": deep}))
+    weights = started(first, tmp_path / "shallow", model={"encoder": {"recurrent": {"num_layers": 1}}})
+    old = load_pretrained(first).model.state_dict()
+    kept = [name for name in weights if name.startswith("encoder.")]
+    assert len(kept) < sum(name.startswith("encoder.") for name in old)
+    assert all(torch.equal(weights[name], old[name]) for name in kept)
+
+
+def test_another_task_than_the_saved_models_is_told_what_to_set(saved: dict[str, Path]) -> None:
+    init_from = {"init_from": str(saved["generate"])}
+    with pytest.raises(
+        ConfigError, match=r"model\.init_from .* holds a model for 'generate'; set model\.architecture: c"
+    ):
+        recipe(data={"generated": "sentiment"}, model=init_from)
+
+
+def test_a_saved_model_with_a_broken_config_is_named(tmp_path: Path) -> None:
+    for text, fault in (("{", "Invalid JSON"), ('{"architecture": "classifier", "colour": 1}', "colour: Extra inputs")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(
+            ConfigError, match=rf"^model\.init_from is '.*', which cannot be loaded: config\.json: {fault}"
+        ):
+            recipe(data={"generated": "sentiment"}, model={"init_from": str(tmp_path)})

@@ -123,6 +123,35 @@ def test_what_an_attempt_without_a_run_left_is_not_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "\ufefffilm {film}\ndull {dull}\n",
+        "\ufeff2 {size}\nfilm {film}\ndull {dull}\n",
+        "film  {film} \t\r\ndull\t{tabs}\n",
+        "a good film {film}\nfilm {film}\ndull {dull}\n",
+        "film {film}\nno\xa0word {film}\n\xa0 {film}\n\t{film}\ndull {dull}\n",
+    ],
+    ids=[
+        "byte order mark",
+        "the same before a header",
+        "double spaces and tabs",
+        "a word with spaces first",
+        "no-break",
+    ],
+)
+def test_ways_of_writing_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    numbers = {word: spelt(*(n + place / 8 for place in range(SIZE))) for n, word in enumerate(("film", "dull"))}
+    text = text.format(**numbers, tabs=numbers["dull"].replace(" ", "\t \t"), size=SIZE)
+    (tmp_path / "vectors.txt").write_text(text, encoding="utf-8", newline="")
+    data = {"generated": "sentiment", "tokenizer": WORDS, "input_vectors": str(tmp_path / "vectors.txt")}
+    weights = begun(monkeypatch, "classify", tmp_path / "run", data=data)["encoder.embedding.weight"]
+    tokenizer = vectors.Tokenizer.load(tmp_path / "run" / "tokenizer.json")
+    for word, given in numbers.items():
+        (row,) = tokenizer.encode(word)
+        assert weights[row].tolist() == [float(number) for number in given.split()]
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("", ["is empty"]),
@@ -138,7 +167,7 @@ def test_what_an_attempt_without_a_run_left_is_not_used(tmp_path: Path) -> None:
         (f"film {ONE}\ndull {ONE[4:]} 1e39\n", ["line 2 holds '1e39'"]),
         (f"3 {SIZE}\nfilm {ONE}\ndull {ONE}\n", ["promises 3 words, but 2 follow"]),
         (f"film {ONE}\nd\xfcll {ONE}\n".encode("latin-1"), ["line 2 is not UTF-8 (byte 0xfc)"]),
-        (None, ["No such file"]),
+        (None, ["cannot be read: No such file", "name a text file of word vectors"]),
     ],
 )
 def test_a_broken_file_is_refused_in_one_line_that_names_the_place(
