@@ -239,10 +239,11 @@ def _train(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     others, overrides, average = _members(options)
     recipe, params = _recipe_of(options.directory, overrides)
+    from training import checkpoint
     from training.scoring import evaluate_directory
 
     loading = {"decoder_weights": options.decoder_weights, "shortlist": options.shortlist}
-    result = evaluate_directory(
+    result, name = evaluate_directory(
         options.directory,
         recipe,
         options.split,
@@ -253,9 +254,13 @@ def _evaluate(options: argparse.Namespace) -> None:
         average,
         _adaptation(options),
     )
-    for name, value in result["scores"].items():
-        print(f"{name:>24}  {value:.4f}  {result['signatures'].get(name, '')}".rstrip())
+    for score, value in result["scores"].items():
+        print(f"{score:>24}  {value:.4f}  {result['signatures'].get(score, '')}".rstrip())
     print(json.dumps(result))
+    try:
+        checkpoint.write_whole(options.directory / name, json.dumps(result, indent=1) + "\n")
+    except OSError as error:  # a model on a disk that may only be read can be evaluated all the same
+        print(f"{options.directory / name} is not written: {error.strerror or error}", file=sys.stderr)
 
 
 def _members(options: argparse.Namespace) -> tuple[list[Path], list[str], Average]:

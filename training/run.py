@@ -42,7 +42,7 @@ from training.initial import check_memory
 from training.loop import Trainer
 from training.report import write_report
 from training.reporter import Reporter, Silence
-from training.vectors import read_vectors, save_vectors
+from training.vectors import check_files, read_vectors, save_vectors
 from training.workers import ALONE, Workers
 
 SHOWN = "shown.json"  # of a validated model: outputs or confusions, for the report
@@ -141,6 +141,7 @@ def _prepare(
     # What a run began from may have changed since; until it has trained, it may as well begin again.
     may_differ = saved is None or saved.data != data or recipe.init_from is not None
     if saved is None or (may_differ and not is_under_way(directory)):
+        check_files(recipe.data)
         if recipe.init_from is None and (recipe.input == "text" or recipe.makes_text):
             reporter.say(f"training the {recipe.data.tokenizer.kind} tokenizer on {len(rows['train'])} rows")
         codec = Codec.train(recipe, rows["train"])

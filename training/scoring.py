@@ -1,6 +1,5 @@
 """Score a finished model on one split of its data, or of other data: `python -m training evaluate`."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -11,7 +10,7 @@ import torch
 from seqmodels.config import Average
 from seqmodels.ensemble import common_reader, load_members, revision_of
 from seqmodels.errors import ConfigError, DataError
-from training import baselines, checkpoint
+from training import baselines
 from training.adaptive import Adaptation
 from training.config import Recipe
 from training.data.examples import Codec
@@ -32,8 +31,9 @@ def evaluate_directory(
     others: Sequence[Path] = (),
     average: Average = "probability",
     adaptation: Adaptation = NONE,
-) -> dict[str, Any]:
-    """Score a finished model on one split of its data, or of other data, and write the result beside it.
+) -> tuple[dict[str, Any], str]:
+    """Score a finished model on one split of its data, or of other data. Returns the result, and the name of a file for
+    it: `evaluation-test.json`, for other ways of loading such as `evaluation-test-int8-shortlist.json`.
 
     loading: see `evaluate`. others: models that answer with it as one, by the average of what all predict. Raises
     DataError for a split that is cut from other data than the run's: what was trained on could be in it; ConfigError
@@ -83,13 +83,7 @@ def evaluate_directory(
     if others:
         report["average"] = average
         ways.append(f"ensemble-{report['revision']}")
-    checkpoint.write_whole(directory / _report_name(split, ways), json.dumps(report, indent=1) + "\n")
-    return report
-
-
-def _report_name(split: str, ways: Sequence[str]) -> str:
-    """`evaluation-test.json`; other ways of loading have files of their own: `evaluation-test-int8-shortlist.json`."""
-    return "-".join(["evaluation", split, *ways]) + ".json"
+    return report, "-".join(["evaluation", split, *ways]) + ".json"
 
 
 def rows_to_score(directory: Path, recipe: Recipe, split: str, with_train: bool = False) -> dict[str, list[Row]]:

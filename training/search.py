@@ -35,7 +35,7 @@ def search(
     """Run so many trials, going on where an earlier call was interrupted, and say which is the best.
 
     at_once: trials that run at a time, None for as many as there are cores. min_validations: no trial is stopped
-    before. Raises ConfigError, CheckpointError; what goes wrong in a trial is told in its line.
+    before. Raises ConfigError, CheckpointError; what goes wrong in a trial is told in its line, if not in all.
     """
     for name, value in (("trials", count), ("at-once", at_once), ("min-validations", min_validations)):
         if value is not None and value < 1:
@@ -62,6 +62,8 @@ def search(
         outcomes = [outcome_of(trial, problems.get(trial.number, "")) for trial in trials]
         conclude(directory, outcomes, searched)
         show(outcomes, console)
+    if all(outcome.ended == "failed" for outcome in outcomes):
+        raise ConfigError(f"all trials failed, the first with: {outcomes[0].problem}")
 
 
 def _begin(directory: Path, recipe: Recipe, space: dict[str, Any], seed: int) -> None:

@@ -4,6 +4,7 @@ Each trial is an ordinary run of `train` in a directory of its own, and goes on 
 again. Only this file knows Ray Tune; what is tried is drawn before, by `training.space`.
 """
 
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,7 @@ def run_trials(
         max_t=NO_LIMIT, grace_period=min_validations, reduction_factor=REDUCTION, metric="score", mode="max"
     )
     with ray_running(at_once, needed):
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what goes wrong in a trial is told in the table
         task = tune.with_parameters(_run, trials=list(trials), done=frozenset(done), folder=str(Path.cwd()))
         results = Tuner(
             tune.with_resources(task, {"cpu": needed["CPU"], "gpu": needed["GPU"]}),

@@ -26,6 +26,14 @@ BYTE_ORDER_MARK = "\ufeff"  # some editors write one before the first word
 LARGEST = torch.finfo(torch.float32).max
 
 
+def check_files(data: DataSection) -> None:
+    """Raises DataError for a file that is not there, before anything that takes time."""
+    for field in ("input_vectors", "target_vectors"):
+        name = getattr(data, field)
+        if name is not None and not Path(name).is_file():
+            raise DataError(f"data.{field} is {name!r}, which is no file; name a text file of word vectors")
+
+
 def read_vectors(data: DataSection, codec: Codec, say: Callable[[str], None]) -> dict[str, Tensor]:
     """By the name of the parameter that begins with them: (V, E), NaN where the file lacks the word as the vocabulary
     spells it. Numbers stay as the file gives them. say: is told how many words were found.

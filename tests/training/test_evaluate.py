@@ -1,10 +1,14 @@
 """Scores of a model directory: tags that the model never gave, texts that are written freely."""
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from seqmodels.pretrained import load_pretrained
 from tests.training.recipes import TAGGER, TRANSLATOR, WORDS, recipe
+from training.__main__ import main
 from training.config import DataSection
 from training.data.examples import Codec
 from training.data.rows import Row
@@ -38,3 +42,19 @@ def test_validation_writes_freely(tmp_path: Path) -> None:
     one, two = evaluate(directory, rows, codec), evaluate(directory, spoilt, codec)
     assert [sample["answer"] for sample in one.samples] == [sample["answer"] for sample in two.samples]
     assert one.scores["nll"] != two.scores["nll"], "which is of the targets"
+
+
+def test_scores_are_told_where_they_cannot_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = train(recipe(directory=tmp_path))
+
+    def refuse(path: Path, text: str) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr("training.checkpoint.write_whole", refuse)
+    capsys.readouterr()
+    assert main(["evaluate", str(directory), "--split", "validation"]) == 0
+    told = capsys.readouterr()
+    assert "accuracy" in told.out
+    assert told.err == f"{directory / 'evaluation-validation.json'} is not written: Read-only file system\n"

@@ -123,3 +123,15 @@ def log_of(number: int) -> list[dict[str, Any]]:
     path = trial(number) / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [line for line in map(json.loads, lines) if "validation" in line]
+
+
+def test_a_search_whose_trials_all_fail_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(yaml.safe_dump(fields()), encoding="utf-8")
+    Path("space.yaml").write_text(yaml.safe_dump({"optim.learning_rate": {"choice": [1e-3]}}), encoding="utf-8")
+    monkeypatch.setattr("training.tune.run_trials", lambda trials, *_: {one.number: "no data" for one in trials})
+    assert main(["tune", "mine.yaml", "space.yaml", "--trials", "2"]) == 2
+    told = capsys.readouterr()
+    assert told.err == "error: all trials failed, the first with: no data\n" and "failed" in told.out

@@ -61,7 +61,8 @@ class Splits:
 
     def _refuse(self, role: str) -> NoReturn:
         data = self._recipe.data
-        cut = "" if role == "train" else f" to one of its splits, or cut one from train with data.cut.{role}=0.1"
+        cut = f" to one of its splits, or cut one from train, before training, with data.cut.{role}=0.1"
+        cut = "" if role == "train" else cut
         raise DataError(
             f"{source_name(data)} has no split {getattr(data.splits, role)!r} (it has {', '.join(self._tables)}); set "
             f"data.splits.{role}{cut}"
