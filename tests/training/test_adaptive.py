@@ -20,7 +20,7 @@ from training.run import train
 
 VOCABULARY, SEGMENT = 9, 5
 TEXT = [2, *torch.randint(4, VOCABULARY, (23,), generator=torch.Generator().manual_seed(1)).tolist()]
-TRAIN = [Example(None, [2, *([4, 5, 6, 7, 8] * 60)], 0, 301)]
+TRAIN = [Example(None, [2, *([4, 5, 6, 7, 8] * 240)], 0, 1201)]
 
 
 def model() -> SequenceGenerator:
@@ -56,17 +56,23 @@ def test_dynamic_evaluation_is_that_of_the_paper() -> None:
     rate, decay = 0.01, 0.05
     one = model()
     names = [name for name, _ in one.named_parameters()]
-    # Usual sizes of gradients, from 3 rows of the training text side by side, as `Streams` lays them.
+    # Usual sizes of gradients, from 100 rows of the training text side by side, as `Streams` lays them, in three
+    # segments of which each goes on where the last one ended.
     found = {name: torch.zeros_like(value) for name, value in one.named_parameters()}
-    words = torch.tensor(TRAIN[0].targets[1:]).view(100, 3)
+    words = torch.tensor(TRAIN[0].targets[1:]).view(100, 12)
     table, state = torch.cat([torch.full((100, 1), 2), words], 1), None
-    one.zero_grad()
-    logits, targets, state = one.target_logits(table, torch.full((100,), 4), state=state)
-    F.cross_entropy(logits, targets).backward()
-    for name, value in one.named_parameters():
-        assert value.grad is not None
-        found[name] += value.grad**2
-    sizes = {name: square.sqrt() for name, square in found.items()}
+    for start, end in ((0, 5), (5, 10), (10, 12)):
+        one.zero_grad()
+        logits, targets, state = one.target_logits(
+            table[:, start : end + 1], torch.full((100,), end - start + 1), state=state
+        )
+        F.cross_entropy(logits, targets).backward()
+        assert state is not None
+        state = state.detach()
+        for name, value in one.named_parameters():
+            assert value.grad is not None
+            found[name] += value.grad**2
+    sizes = {name: (square / 3).sqrt() for name, square in found.items()}
     mean = torch.cat([size.flatten() for size in sizes.values()]).mean()
     first = {name: value.detach().clone() for name, value in one.named_parameters()}
     nlls, state = [], None

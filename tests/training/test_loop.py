@@ -17,6 +17,7 @@ import training.loop
 import training.run
 from seqmodels.errors import CheckpointError, ConfigError, DataError
 from seqmodels.pretrained import load_pretrained
+from seqmodels.tokenizer import UNK
 from tests.seqmodels.builders import UNFUSED
 from tests.training.conftest import TrainUntil
 from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TAGGER, TEXT_ENCODER, WORDS, fields, recipe
@@ -57,6 +58,30 @@ def test_a_finished_run_is_a_model_directory_with_a_report(tmp_path: Path) -> No
     assert [line["step"] for line in log_of(tmp_path) if "loss" in line] == [2, 4, 6]
     logged = next(line for line in log_of(tmp_path) if "loss" in line)
     assert {"gradient_norm", "clipped_share", "update_to_weight_ratio", "learning_rate", "nll"} <= logged.keys()
+
+
+def test_the_log_tells_means_over_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of loss and nll over targets, of what was clipped over updates; norm and rate are the last step's."""
+    done: list[Update] = []
+    step = Trainer._step
+
+    def noted(trainer: Trainer) -> Update:
+        done.append(step(trainer))
+        return done[-1]
+
+    monkeypatch.setattr(Trainer, "_step", noted)
+    optim = {"max_grad_norm": 0.4, "learning_rate": 0.01, "warmup_steps": 10}
+    run = {"max_steps": 6, "logging_steps": 3, "rows_per_batch": 7}
+    train(recipe(directory=tmp_path, optim=optim, run=run))
+    lines = [line for line in log_of(tmp_path) if "loss" in line]
+    for line, updates in zip(lines, (done[:3], done[3:]), strict=True):
+        targets = sum(update.num_targets for update in updates)
+        assert line["loss"] == pytest.approx(sum(update.loss for update in updates) / targets)
+        assert line["nll"] == pytest.approx(sum(update.nll for update in updates) / targets)
+        assert line["clipped_share"] == pytest.approx(sum(update.norm > 0.4 for update in updates) / 3)
+        assert line["gradient_norm"] == updates[-1].norm and line["update_to_weight_ratio"] == updates[-1].ratio
+    assert 0 < sum(update.clipped for update in done) < 6, "the bound tells updates apart"
+    assert [line["learning_rate"] for line in lines] == pytest.approx([0.003, 0.006])
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,6 +339,26 @@ def test_what_comes_too_late_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
     said = capsys.readouterr().out
     assert "optim.unfreeze_steps leaves encoder.* frozen for all 2 steps" in said
     assert "optim.warmup_steps is 3, but this run has 2 steps: its rate never comes to 0.5" in said
+
+
+def test_the_vocabulary_is_of_the_training_split_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And the first examples are shown as the model sees them."""
+    rows = {"train": ["a good film", "a bad film"], "validation": ["a splendid film"], "test": ["a dreadful film"]}
+    for name, texts in rows.items():
+        lines = [f"{text},{number % 2}" for number, text in enumerate(texts * 5)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
+    data = {"path": str(tmp_path), "columns": {"input": "text", "target": "label"}, "tokenizer": WORDS}
+    tokenizer = load_pretrained(train(recipe(directory=tmp_path / "run", data=data))).source_tokenizer
+    assert tokenizer is not None
+    assert UNK not in tokenizer.encode("a good bad film")
+    assert UNK in tokenizer.encode("splendid") and UNK in tokenizer.encode("dreadful")
+    said = capsys.readouterr().out.splitlines()
+    first = said.index("The first examples as the model sees them:") + 1
+    assert [line.split() for line in said[first : first + 3]] == [
+        ["a", "good", "film", "->", "0"],
+        ["a", "bad", "film", "->", "1"],
+        ["a", "good", "film", "->", "0"],
+    ]
 
 
 def test_data_that_cannot_be_read_is_not_the_run_directorys_fault(
