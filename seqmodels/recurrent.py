@@ -77,21 +77,7 @@ class Recurrent(nn.Module):
 
     @classmethod
     def from_config(cls, config: RecurrentConfig, input_size: int, locked_dropout: bool = False) -> "Recurrent":
-        return cls(
-            config.cell,
-            input_size,
-            config.hidden_size,
-            config.num_layers,
-            config.bidirectional,
-            config.residual,
-            config.dropout,
-            locked_dropout,
-            config.weight_dropout,
-            config.layer_norm,
-            config.zoneout,
-            config.cell_zoneout,
-            config.memory_length,
-        )
+        return cls(input_size=input_size, locked_dropout=locked_dropout, **config.model_dump())
 
     @property
     def state_width(self) -> int:

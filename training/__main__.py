@@ -240,10 +240,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     others, overrides, average = _members(options)
     recipe, params = _recipe_of(options.directory, overrides)
     from training import checkpoint
-    from training.scoring import evaluate_directory
+    from training.evaluate import evaluate
 
     loading = {"decoder_weights": options.decoder_weights, "shortlist": options.shortlist}
-    result, name = evaluate_directory(
+    result, name = evaluate(
         options.directory,
         recipe,
         options.split,
@@ -341,7 +341,7 @@ def _distill(options: argparse.Namespace) -> None:
 
 
 def _recipe_of(directory: Path, overrides: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
-    """The run's recipe with overrides, and the search parameters that these change."""
+    """The run's recipe with overrides, and the search parameters that these change; sets `run.threads`."""
     path = directory / "recipe.yaml"
     if not path.is_file():
         raise ConfigError(
@@ -363,6 +363,10 @@ def _recipe_of(directory: Path, overrides: Sequence[str]) -> tuple[Recipe, dict[
                 f"{key} changes nothing in an evaluation; remove it (what can be set: {', '.join(EVALUATION_KEYS)}, "
                 "and generation.* where a text is generated)"
             )
+    if now.run.threads:
+        import torch
+
+        torch.set_num_threads(now.run.threads)
     return now, params
 
 

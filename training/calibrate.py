@@ -16,7 +16,7 @@ from training.config import Recipe, some
 from training.data.batches import Buckets
 from training.data.examples import Codec
 from training.data.rows import Row
-from training.scoring import rows_to_score
+from training.evaluate import rows_to_score
 
 COLDEST, HOTTEST = 0.05, 20.0  # the bounds of a temperature; where all answers are right, none is cold enough
 TOKENS_PER_BATCH, ROWS_PER_BATCH = 8192, 128
@@ -43,8 +43,6 @@ def calibrate(directory: Path, recipe: Recipe) -> Calibration:
     Raises ConfigError for a model that gives no probabilities of labels, DataError where the split may hold rows that
     it was trained on, ModelDirectoryError.
     """
-    if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
     saved = load_pretrained(directory, recipe.run.device)
     if saved.config.architecture == "generator" or saved.config.problem_type == "regression":
         raise ConfigError(f"{directory} gives no probabilities of labels; only classifiers and taggers are calibrated")

@@ -1,307 +1,119 @@
-"""Score a model directory on rows, or several that answer as one, through the same pipeline that serves them.
+"""Score a finished model on one split of its data, or of other data: `python -m training evaluate`."""
 
-Generated text is generated freely, with the directory's own search defaults. A language model is scored by its
-likelihood, forward only, the state carried from chunk to chunk.
-"""
-
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import torch
-
-from seqmodels.config import Average, ModelConfig
-from seqmodels.ensemble import Averaged, Directories, load_members
+from seqmodels.config import Average
+from seqmodels.ensemble import common_reader, load_members, revision_of
 from seqmodels.errors import ConfigError, DataError
-from seqmodels.models import Model, SequenceGenerator
-from seqmodels.pipeline import Pipeline
-from seqmodels.rendering import is_bio
-from seqmodels.state import State
-from seqmodels.tokenizer import BOS
-from training import metrics
-from training.adaptive import SEGMENT_LENGTH, Adaptation, Adaptive
-from training.data.batches import Buckets
+from training import baselines
+from training.adaptive import Adaptation
+from training.config import Recipe
 from training.data.examples import Codec
-from training.data.rows import Row
-from training.data.streams import EVALUATION_ROWS, Streams
-from training.report import Confusion
-
-NONE = Adaptation()
-CHUNK_LENGTH = 128  # of running text; changes the speed only, since the state is carried
-NLL_TOKENS_PER_BATCH, NLL_ROWS_PER_BATCH = 8192, 128
-NUM_SAMPLES, NUM_FREE_SAMPLES = 8, 4
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """scores: by name. signatures: what exactly was measured, where that has a name. samples: some answers to read.
-    kinds: of spans, a line for each kind, to read."""
-
-    scores: dict[str, float]
-    num_rows: int
-    signatures: dict[str, str] = field(default_factory=dict)
-    samples: list[dict[str, str]] = field(default_factory=list)
-    confusion: Confusion = field(default_factory=dict)  # of single labels: expected -> given -> how often
-    kinds: list[dict[str, str]] = field(default_factory=list)
+from training.data.rows import Row, fingerprint
+from training.data.sources import Splits
+from training.directory import RUN, read_run
+from training.scoring import NO_ADAPTATION, applicable, score
 
 
 def evaluate(
-    directory: Directories,
-    rows: Sequence[Row],
-    codec: Codec,
-    device: str = "cpu",
-    params: dict[str, Any] | None = None,
-    loading: Mapping[str, Any] | None = None,
+    directory: Path,
+    recipe: Recipe,
+    split: str,
+    params: Mapping[str, Any],
+    with_baseline: bool = False,
+    loading: Mapping[str, Any] = MappingProxyType({}),
+    others: Sequence[Path] = (),
     average: Average = "probability",
-    adaptation: Adaptation = NONE,
-    train: Sequence[Row] = (),
-) -> Evaluation:
-    """All scores of the directory's task. params: search parameters that go before the directory's own. loading:
-    options of `Pipeline.from_pretrained`, for what is generated. average: of several directories' predictions.
-    adaptation: of a language model while it is scored; train: rows of its training split, where it learns from what it
-    is scored on. Raises ConfigError, DataError."""
-    loading = applicable(codec.config, loading or {})
-    if not rows:
-        raise DataError("there are no rows to evaluate on")
-    if codec.config.task == "generate":
-        model = _language_model(directory, codec, device, average, adaptation, train)
-        scores = _score_language_model(model, rows, codec, device)
-        return Evaluation(scores, len(rows), samples=_free_samples(directory, device, average))
+    adaptation: Adaptation = NO_ADAPTATION,
+) -> tuple[dict[str, Any], str]:
+    """Score a finished model on one split of its data, or of other data. Returns the result, and the name of a file for
+    it: `evaluation-test.json`, for other ways of loading such as `evaluation-test-int8-shortlist.json`.
+
+    loading: see `scoring.score`. others: models that answer with it as one, by the average of what all predict. Raises
+    DataError for a split that is cut from other data than the run's: what was trained on could be in it; ConfigError
+    for a loading option that changes nothing, and for models that do not fit together.
+    """
+    if with_baseline:
+        _baseline(recipe)  # first: to find out that there is none should not take long
+    directories = [directory, *others]
+    members = load_members(directories)
+    saved = common_reader(members)
+    loading = applicable(saved.config, loading)  # before the data, which may take a while
+    codec = Codec.of(saved, recipe.data)
+    with_train = with_baseline or adaptation.dynamic_rate > 0
+    rows, *_ = [rows_to_score(member, recipe, split, with_train) for member in directories]  # each checks its own
+    result = score(
+        directories,
+        rows[split],
+        codec,
+        recipe.run.device,
+        dict(params),
+        loading,
+        average,
+        adaptation,
+        rows["train"] if adaptation.dynamic_rate else (),
+    )
+    scores = dict(result.scores)
+    if with_baseline:
+        name, baseline = _baseline(recipe)
+        scores[name] = baseline(rows["train"], rows[split])
+    report = {
+        "model": " ".join(member.name for member in directories),
+        "revision": revision_of(members, average),
+        "data": recipe.data.origin,
+        "split": split,
+        "rows": result.num_rows,
+        "scores": scores,
+        "signatures": result.signatures,
+        "search": {**saved.generation.model_dump(mode="json", exclude_defaults=True), **params},
+        "loading": loading,
+    }
+    ways = [name if value is True else str(value) for name, value in loading.items() if value not in ("float32", False)]
     if adaptation.ways:
-        raise ConfigError(
-            f"--dynamic-rate and --cache-weight are for language models; task {codec.config.task} has none"
+        report["adaptation"] = adaptation.model_dump(exclude_defaults=True)
+        ways += adaptation.ways
+    if others:
+        report["average"] = average
+        ways.append(f"ensemble-{report['revision']}")
+    return report, "-".join(["evaluation", split, *ways]) + ".json"
+
+
+def rows_to_score(directory: Path, recipe: Recipe, split: str, with_train: bool = False) -> dict[str, list[Row]]:
+    """The split, and train where something else is learned from it. Raises DataError where the split is cut from other
+    data than the directory's model was trained on, which may have seen its rows."""
+    splits, run = Splits(recipe), read_run(directory)
+    wanted = {split, "train"} if with_train else {split}
+    if run is None:
+        print(f"{directory} holds no {RUN}, so nothing tells whether the {split} split was trained on")
+        return splits.rows(sorted(wanted), print)
+    theirs = run.data_section
+    name = getattr(recipe.data.splits, split)
+    if recipe.data.origin != theirs.origin:
+        print(f"scoring on {recipe.data.origin}; the model was trained on {theirs.origin}")
+    elif split != "train" and name == theirs.splits.train:
+        print(f"data.splits.{split} is {name!r}, which the model was trained on: the scores say nothing about new data")
+    if not splits.is_cut(split):
+        return splits.rows(sorted(wanted), print)
+    rows = splits.rows(sorted(wanted | {"train", "validation"}), print)
+    now = fingerprint({role: rows[role] for role in ("train", "validation")})
+    if now != run.data:
+        raise DataError(
+            f"the {split} split is cut from other data than {directory} was trained on (fingerprint {run.data[:12]}, "
+            f"now {now[:12]}), so its rows may have been trained on; bring data and data.cut back, or name a split "
+            f"that the data itself has with data.splits.{split} (a single file is all of the split train)"
         )
-    pipeline = Pipeline.from_pretrained(directory, device, average=average, **loading)
-    # A classifier reads the beginning of what is too long, in training as here; let the others do what they can.
-    jobs = [pipeline.prepare(row.item, params, truncate=True) for row in rows]
-    answers = pipeline.run(jobs)
-    nll = _mean_nll(_model(directory, device, average), rows, codec, device)
-    if codec.config.task == "classify":
-        return SCORES[codec.config.problem_type](rows, answers, nll)
-    if codec.config.task == "tag":
-        read = [len(job.reading.positions) for job in jobs]
-        return _score_tags(rows, answers, read, nll, is_bio(codec.config.labels))
-    texts = [answer["sequences"][0]["text"] if answer["sequences"] else "" for answer in answers]
-    return _score_texts(rows, texts, nll)
+    return rows
 
 
-def applicable(config: ModelConfig, loading: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the search that a model's scores depend on: all, or none where it does not search for them.
-
-    Raises ConfigError for one that is asked for and would change nothing.
-    """
-    if config.encoder and config.decoder:
-        return dict(loading)
-    for name, value in loading.items():
-        if value not in ("float32", False):
-            raise ConfigError(
-                f"{name} is {value!r}, but a {config.architecture} of task {config.task} is scored without a search; "
-                f"leave out --{name.replace('_', '-')}"
-            )
-    return {}
-
-
-def _score_labels(rows: Sequence[Row], answers: Sequence[dict[str, Any]], nll: float) -> Evaluation:
-    predicted, expected = [answer["label"] for answer in answers], [str(row.target) for row in rows]
-    scores = {
-        "accuracy": metrics.accuracy(predicted, expected),
-        "macro_f1": metrics.macro_f1(predicted, expected),
-        "nll": nll,
-    }
-    confusion = metrics.confusion(predicted, expected)
-    return Evaluation(scores, len(rows), samples=_samples(rows, predicted), confusion=confusion)
-
-
-def _score_several(rows: Sequence[Row], answers: Sequence[dict[str, Any]], nll: float) -> Evaluation:
-    """Of rows that may have several labels."""
-    predicted, expected = [set(answer["labels"]) for answer in answers], [set(row.references) for row in rows]
-    by_label = metrics.counts_by_label(predicted, expected)
-    scores = {
-        "micro_f1": metrics.micro_f1(by_label),
-        "macro_f1": metrics.mean_f1(by_label),
-        "exact_match": sum(p == e for p, e in zip(predicted, expected, strict=True)) / len(rows),
-        "nll": nll,
-    }
-    return Evaluation(scores, len(rows), samples=_samples(rows, [", ".join(sorted(p)) for p in predicted], ", "))
-
-
-def _score_numbers(rows: Sequence[Row], answers: Sequence[dict[str, Any]], nll: float) -> Evaluation:
-    """Of a regression, as means over all its numbers."""
-    predicted = [list(answer["values"].values()) for answer in answers]
-    expected = [[float(number) for number in row.references] for row in rows]
-    scores = {
-        "mse": metrics.mean_square_error(predicted, expected),
-        "mae": metrics.mean_absolute_error(predicted, expected),
-        "r2": metrics.r2(predicted, expected),
-        "nll": nll,
-    }
-    shown = [" ".join(f"{number:.6g}" for number in numbers) for numbers in predicted]
-    return Evaluation(scores, len(rows), samples=_samples(rows, shown, " "))
-
-
-SCORES = {
-    "single_label_classification": _score_labels,
-    "multi_label_classification": _score_several,
-    "regression": _score_numbers,
-}
-
-
-def _score_tags(
-    rows: Sequence[Row], answers: Sequence[dict[str, Any]], read: Sequence[int], nll: float, bio: bool
-) -> Evaluation:
-    """read: how many words or steps of each row the model was given; the tags of others are empty, so never right."""
-    tags_of = _tags_of_spans if bio else _tags_of_steps
-    tagged = [tags_of(row, answer["tags"]) for row, answer in zip(rows, answers, strict=True)]
-    predicted = [tags[:count] + [""] * (len(tags) - count) for tags, count in zip(tagged, read, strict=True)]
-    expected = [list(row.references) for row in rows]
-    flat_predicted, flat_expected = ([tag for tags in rows_ for tag in tags] for rows_ in (predicted, expected))
-    scores = {"accuracy": metrics.accuracy(flat_predicted, flat_expected), "nll": nll}
-    kinds = []
-    if bio:
-        found = [[tag or "O" for tag in tags] for tags in predicted]
-        scores = {"span_f1": metrics.span_f1(found, expected), **scores}
-        kinds = [
-            {"kind": kind, **{name: f"{value:.4g}" for name, value in measures.items()}}
-            for kind, measures in metrics.scores_by_kind(found, expected).items()
-        ]
-    samples = [_tagged(row, tags) for row, tags in zip(rows[:NUM_SAMPLES], predicted, strict=False)]
-    confusion = metrics.confusion(flat_predicted, flat_expected)
-    return Evaluation(scores, len(rows), samples=samples, confusion=confusion, kinds=kinds)
-
-
-def _tagged(row: Row, tags: Sequence[str]) -> dict[str, str]:
-    """Each word, or the number of each step, with its tag, and those that are wrong."""
-    assert isinstance(row.input, tuple)
-    steps = [step if isinstance(step, str) else str(number) for number, step in enumerate(row.input, start=1)]
-    wrong = [
-        f"{step}: {given or 'none'}, expected {right}"
-        for step, given, right in zip(steps, tags, row.references, strict=True)
-        if given != right
-    ]
-    answer = "  ".join(f"{step}/{tag}" for step, tag in zip(steps, tags, strict=True))
-    return {"answer": answer, "wrong": "\n".join(wrong)}
-
-
-def _tags_of_steps(row: Row, tags: Sequence[dict[str, Any]]) -> list[str]:
-    """One tag for each step; empty ones for steps beyond the model's longest input."""
-    labels = [tag["label"] for tag in tags]
-    return labels + [""] * (len(row.references) - len(labels))
-
-
-def _tags_of_spans(row: Row, spans: Sequence[dict[str, Any]]) -> list[str]:
-    """BIO tags of each word or step, from spans in characters of the words joined by spaces, or in steps."""
-    assert isinstance(row.input, tuple)
-    starts, position = [], 0
-    for step in row.input:
-        starts.append(position)
-        position += len(step) + 1 if isinstance(step, str) else 1
-    tags = ["O"] * len(starts)
-    for span in spans:
-        inside = [number for number, start in enumerate(starts) if span["start"] <= start < span["end"]]
-        for number in inside:
-            tags[number] = f"{'B' if number == inside[0] else 'I'}-{span['label']}"
-    return tags
-
-
-def _score_texts(rows: Sequence[Row], texts: Sequence[str], nll: float) -> Evaluation:
-    references = [row.references for row in rows]
-    cased, cased_signature = metrics.bleu(texts, references)
-    lower, lower_signature = metrics.bleu(texts, references, lowercase=True)
-    chrf, chrf_signature = metrics.chrf(texts, references)
-    scores = {
-        "bleu": cased,
-        "bleu_lowercase": lower,
-        "chrf": chrf,
-        "exact_match": metrics.exact_match(texts, references),
-        "nll": nll,
-    }
-    signatures = {"bleu": cased_signature, "bleu_lowercase": lower_signature, "chrf": chrf_signature}
-    return Evaluation(scores, len(rows), signatures, _samples(rows, texts))
-
-
-def _model(directory: Directories, device: str, average: Average) -> Model | Averaged:
-    members = [member.model for member in load_members(directory, device)]
-    return members[0] if len(members) == 1 else Averaged(members, average)
-
-
-@torch.no_grad()
-def _mean_nll(model: Model | Averaged, rows: Sequence[Row], codec: Codec, device: str) -> float:
-    """Nats per target, each target given those before it; rows that do not fit the model are left out.
-
-    Raises DataError where nothing is left: 0 would look like the best of all scores.
-    """
-    examples = codec.encode(rows)
-    if not examples:
-        raise DataError("every row to evaluate on is longer than the model or data.max_target_length allows")
-    batches = Buckets(examples, codec, NLL_TOKENS_PER_BATCH, NLL_ROWS_PER_BATCH, seed=0)
-    total, count = 0.0, 0
-    for index in range(len(batches)):
-        out = model(**{name: value.to(device) for name, value in batches.batch(0, index).items()})
-        total += float(out.nll) * int(out.num_targets)
-        count += int(out.num_targets)
-    if not count:
-        raise DataError(f"no row to evaluate on has a label that the model knows ({', '.join(codec.config.labels)})")
-    return total / count
-
-
-def _language_model(
-    directory: Directories,
-    codec: Codec,
-    device: str,
-    average: Average,
-    adaptation: Adaptation,
-    train: Sequence[Row],
-) -> Model | Averaged | Adaptive:
-    model = _model(directory, device, average)
-    if not adaptation.ways:
-        return model
-    if not isinstance(model, SequenceGenerator):
-        raise ConfigError("--dynamic-rate and --cache-weight are for one language model; give one directory")
-    return Adaptive(model, adaptation, codec.encode(train))
-
-
-@torch.no_grad()
-def _score_language_model(
-    model: Model | Averaged | Adaptive, rows: Sequence[Row], codec: Codec, device: str
-) -> dict[str, float]:
-    """nll counts words and ends of texts; a BOS in mid-stream is no word, though its small cost is counted."""
-    sizes = (1, SEGMENT_LENGTH) if isinstance(model, Adaptive) else (EVALUATION_ROWS, CHUNK_LENGTH)
-    streams = Streams(codec.encode(rows), *sizes)
-    total, count, state = 0.0, 0, None
-    for index in range(len(streams)):
-        batch = {name: value.to(device) for name, value in streams.batch(0, index).items()}
-        out = model(**batch, state=state)
-        assert out.state is not None, "a language model gives one to go on from"
-        state = State(out.state.values)
-        total += float(out.nll) * int(out.num_targets)
-        count += int(out.num_targets) - int((batch["labels"][:, 1:] == BOS).sum())
-    characters = sum(len(text) for row in rows for text in row.references)
-    return {
-        "nll": total / count,
-        "perplexity": metrics.perplexity(total / count),
-        "bits_per_character": metrics.bits_per_character(total, characters),
-    }
-
-
-def _free_samples(directory: Directories, device: str, average: Average) -> list[dict[str, str]]:
-    """What the model writes of its own accord."""
-    pipeline = Pipeline.from_pretrained(directory, device, average=average)
-    answers = pipeline.run([pipeline.prepare(None, {"seed": seed}) for seed in range(1, NUM_FREE_SAMPLES + 1)])
-    return [
-        {"seed": str(seed), "text": sequence["text"]}
-        for seed, answer in enumerate(answers, start=1)
-        for sequence in answer["sequences"]
-    ]
-
-
-def _samples(rows: Sequence[Row], answers: Sequence[str], separator: str = " / ") -> list[dict[str, str]]:
-    return [
-        {"input": _readable(row), "answer": answer, "expected": separator.join(row.references)}
-        for row, answer in zip(rows[:NUM_SAMPLES], answers, strict=False)
-    ]
-
-
-def _readable(row: Row) -> str:
-    if isinstance(row.input, str):
-        return row.input
-    return "(picture)" if isinstance(row.input, bytes) else f"({len(row.input or ())} steps)"
+def _baseline(recipe: Recipe) -> tuple[str, Callable[[Sequence[Row], Sequence[Row]], float]]:
+    """Its name, and what scores it, of rows to train on and rows to score. Raises ConfigError where there is none."""
+    match recipe.task, recipe.input, recipe.problem_type:
+        case "classify", "text", "single_label_classification":
+            return "bag_of_words_baseline", baselines.bag_of_words
+        case "tag", "frames", _:
+            return "single_frame_baseline", baselines.single_frame
+    what = f"task {recipe.task}" if recipe.task != "classify" else recipe.problem_type
+    raise ConfigError(f"there is no baseline for {what} on {recipe.input}; leave out --baseline")

@@ -19,8 +19,8 @@ from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TAGGER, TRANSLATO
 from training.__main__ import main
 from training.data.generated import generate
 from training.data.rows import Row
-from training.evaluate import applicable
 from training.run import _drawn
+from training.scoring import applicable
 
 ROOT = Path(__file__).parent.parent.parent
 A_TAGGER = {
