@@ -10,10 +10,11 @@ SIGNALS = signal.SIGINT, signal.SIGTERM  # of a terminal, and of whatever stops 
 
 
 @contextmanager
-def interrupts_wait() -> Iterator[threading.Event]:
+def interrupts_wait(alone: bool = True) -> Iterator[threading.Event]:
     """Within it a first Ctrl-C or SIGTERM only sets the event; a second one raises KeyboardInterrupt at once.
 
-    Threads other than the main one get no signals, and change nothing here.
+    alone: False for one of several processes that save together, which nobody may leave by himself: nothing is changed
+    there, nor in threads other than the main one, which get no signals.
     """
     came = threading.Event()
 
@@ -22,7 +23,7 @@ def interrupts_wait() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         came.set()
 
-    if threading.current_thread() is not threading.main_thread():
+    if not alone or threading.current_thread() is not threading.main_thread():
         yield came
         return
     before = {number: signal.signal(number, note) for number in SIGNALS}

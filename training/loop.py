@@ -113,12 +113,13 @@ class Trainer:
                 self._save()
             if over:
                 return self.workers.of_first(self._result)
-            with interrupts_wait() as interrupted:  # until the step is done, and can be saved
+            with interrupts_wait(self.workers.size == 1) as interrupted:  # until the step is done, and can be saved
                 done = self._step()
                 if self.progress.step % self.recipe.run.logging_steps == 0:
                     self._log(done)
             if interrupted.is_set():
                 self._save()
+                self.reporter.say(f"saved at step {self.progress.step}")
                 raise KeyboardInterrupt
 
     def _step(self) -> Update:
