@@ -182,9 +182,9 @@ class SequenceGenerator(nn.Module):
         places = _places(real)
         memory = None if inputs is None else self.encode(inputs, lengths)
         outputs, features, after = self._read(self._sampled(labels, real, places, memory, state), memory, state)
-        logits = self.decoder.project(_at(features, places))  # (M, V) for the M real targets
-        out = labelled(logits, _at(labels[:, 1:], places), self.config.label_smoothing)
-        penalty = self._penalty(outputs, _at(features, places), real)
+        features = _at(features, places)  # (M, E) for the M real targets
+        out = labelled(self.decoder.project(features), _at(labels[:, 1:], places), self.config.label_smoothing)
+        penalty = self._penalty(outputs, features, real)
         return Output(out.loss + penalty, out.nll, out.num_targets, None, after)
 
     def target_logits(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import ValidationError
 
 from seqmodels.config import Average, Weights, explain
-from seqmodels.errors import ConfigError, SeqModelsError
+from seqmodels.errors import CheckpointError, ConfigError, SeqModelsError
 from training.config import Recipe
 from training.parsing import differences, load_recipe, read_yaml
 
@@ -259,8 +259,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(json.dumps(result))
     try:
         checkpoint.write_whole(options.directory / name, json.dumps(result, indent=1) + "\n")
-    except OSError as error:  # a model on a disk that may only be read can be evaluated all the same
-        print(f"{options.directory / name} is not written: {error.strerror or error}", file=sys.stderr)
+    except OSError as error:  # such as of a disk that may only be read
+        raise CheckpointError(
+            f"the scores above hold, but {options.directory / name} could not be written: {error.strerror or error}"
+        ) from None
 
 
 def _members(options: argparse.Namespace) -> tuple[list[Path], list[str], Average]:
@@ -374,6 +376,7 @@ def _own_model(path: Path) -> list[str]:
     """What a finished model began from may be gone, or be another now; its own directory says all that it said."""
     fields = read_yaml(path, "recipe")
     begun = isinstance(fields, dict) and isinstance(fields.get("model"), dict) and "init_from" in fields["model"]
+    begun = begun and (path.parent / "config.json").is_file()  # else it is not finished
     return [f"model.init_from={json.dumps(str(path.parent))}"] if begun else []
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from seqmodels.ensemble import load_members
-from seqmodels.errors import CheckpointError, ConfigError
+from seqmodels.errors import ConfigError
 from seqmodels.models import Model
 from seqmodels.pretrained import RECIPE, Pretrained
-from training.directory import FINISHED, RUN, read_run
+from training.directory import FINISHED, RUN, readable_run
 from training.parsing import differences
 
 DIFFERENCES_SHOWN = 3
@@ -68,11 +68,7 @@ def _written_whole(output: Path) -> Iterator[Path]:
 
 def _have_same_rows(directories: Sequence[Path]) -> bool:
     """Whether each tells what it was trained on, and all the same."""
-    try:
-        runs = [read_run(directory) for directory in directories]
-    except CheckpointError:  # of another version, say; the models themselves can be read all the same
-        return False
-    rows = {run and run.data for run in runs}
+    rows = {run and run.data for run in map(readable_run, directories)}
     return len(rows) == 1 and None not in rows
 
 

@@ -75,7 +75,7 @@ def save(directory: Path, progress: Progress, tensors: dict[str, Tensor]) -> Non
     for name in (TENSORS, PROGRESS, SUMS):
         flush(temporary / name)
     flush(temporary)
-    if final.exists():  # of the same step, but damaged, or the run would have gone on from it
+    if final.exists():  # of the same step, but damaged, or from before its validation
         shutil.rmtree(final)
     temporary.rename(final)
     flush(directory)
@@ -142,6 +142,7 @@ def write_whole(path: Path, text: str) -> None:
     temporary.write_text(text, encoding="utf-8")
     flush(temporary)
     temporary.replace(path)
+    flush(path.parent)
 
 
 def sha256(path: Path) -> str:

@@ -129,6 +129,14 @@ def read_run(directory: Path) -> RunFile | None:
         raise CheckpointError(f"{path}: {explain(error)}; remove the directory to start again") from None
 
 
+def readable_run(directory: Path) -> RunFile | None:
+    """None also for one that cannot be read, such as another version's: the model itself can be used all the same."""
+    try:
+        return read_run(directory)
+    except CheckpointError:
+        return None
+
+
 def write_run(directory: Path, recipe: Recipe, codec: Codec, data: str) -> None:
     """All files of before step 0; run.json last, since it says that the others are there. Those of an earlier beginning
     that came to nothing go first."""

@@ -14,7 +14,7 @@ from training.config import Recipe
 from training.data.examples import Codec
 from training.data.rows import Row, fingerprint
 from training.data.sources import Splits
-from training.directory import RUN, read_run
+from training.directory import RUN, readable_run
 from training.scoring import NO_ADAPTATION, applicable, score
 
 
@@ -84,10 +84,10 @@ def evaluate(
 def rows_to_score(directory: Path, recipe: Recipe, split: str, with_train: bool = False) -> dict[str, list[Row]]:
     """The split, and train where something else is learned from it. Raises DataError where the split is cut from other
     data than the directory's model was trained on, which may have seen its rows."""
-    splits, run = Splits(recipe), read_run(directory)
+    splits, run = Splits(recipe), readable_run(directory)
     wanted = {split, "train"} if with_train else {split}
     if run is None:
-        print(f"{directory} holds no {RUN}, so nothing tells whether the {split} split was trained on")
+        print(f"{directory} holds no {RUN} of this version, so nothing tells whether the {split} split was trained on")
         return splits.rows(sorted(wanted), print)
     theirs = run.data_section
     name = getattr(recipe.data.splits, split)

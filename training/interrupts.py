@@ -2,9 +2,10 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 SIGNALS = signal.SIGINT, signal.SIGTERM  # of a terminal, and of whatever stops a container
 
@@ -26,9 +27,29 @@ def interrupts_wait(alone: bool = True) -> Iterator[threading.Event]:
     if not alone or threading.current_thread() is not threading.main_thread():
         yield came
         return
-    before = {number: signal.signal(number, note) for number in SIGNALS}
-    try:
+    with _handled(note, SIGNALS):
         yield came
+
+
+@contextmanager
+def termination_interrupts(alone: bool = True) -> Iterator[None]:
+    """Within it SIGTERM raises KeyboardInterrupt, as Ctrl-C does. alone: see `interrupts_wait`."""
+    if not alone or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with _handled(signal.default_int_handler, (signal.SIGTERM,)):
+        yield
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], Any], numbers: Iterable[signal.Signals]) -> Iterator[None]:
+    """Signals that are ignored, as a shell arranges for what runs in the background, stay ignored."""
+    before = {number: signal.getsignal(number) for number in numbers}
+    ours = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
+    for number in ours:
+        signal.signal(number, handler)
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in ours.items():
+            signal.signal(number, old)

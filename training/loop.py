@@ -25,7 +25,7 @@ from training.checkpoint import Progress
 from training.config import Recipe
 from training.data.batches import Batch, Batches
 from training.data.examples import Codec
-from training.directory import RUN
+from training.directory import FINISHED, RUN
 from training.initial import begin_from, new_model
 from training.interrupts import interrupts_wait
 from training.optim import (
@@ -81,18 +81,20 @@ class Trainer:
         found = workers.of_first(lambda: checkpoint.load_newest(directory / checkpoint.CHECKPOINTS))
         torch.manual_seed(recipe.run.seed)
         self.model = new_model(codec.config)
-        if found is None and recipe.init_from is not None:
-            begin_from(recipe.init_from, self.model, reporter.say)
-        if found is None:
+        if found is None and workers.is_first:
+            if recipe.init_from is not None:
+                begin_from(recipe.init_from, self.model, reporter.say)
             begin_with_vectors(self.model, recipe.data, directory)
         self.model.to(recipe.run.device)
+        if found is None:
+            workers.copy_first(self.model.state_dict().values())
         freeze(self.model, recipe.optim.freeze)
         self.optimizer = build_optimizer(recipe.optim, self.model)
         self.objective = objective_of(recipe, codec, self.model)
         self.moving = copy.deepcopy(self.model) if recipe.run.ema_decay else None  # the mean of its weights
         self.carried: State | None = None
         self.progress = Progress(loss_scale=FIRST_LOSS_SCALE if recipe.run.fp16 else 1.0)
-        self.saved_step = 0
+        self.saved: tuple[int, int | None] = (0, None)  # the step of the last checkpoint, and what was validated then
         torch.manual_seed(workers.seed(recipe.run.seed))
         self._resume(found)
         self.started = time.monotonic() - self.progress.seconds
@@ -103,12 +105,15 @@ class Trainer:
         while True:
             over = self._is_over()
             if self._validation_is_due(over):
-                self.progress = self.workers.of_first(self._validate)
+                self._validate_or_save()
                 over = over or self._is_over()  # it may have been the last chance for a better score
             if self._snapshot_is_due() and self.workers.is_first:
                 self._save_model(self._snapshot)
                 for name in (RECIPE, RUN):  # to be evaluated like a run
                     shutil.copyfile(self.directory / name, self._snapshot / name)
+                # Without it the same recipe would be trained there, over the snapshot.
+                (self._snapshot / FINISHED).write_text(f'{{"step": {self.progress.step}}}\n', encoding="ascii")
+                checkpoint.flush_tree(self._snapshot)
             if self._save_is_due():
                 self._save()
             if over:
@@ -254,7 +259,7 @@ class Trainer:
     def _save_is_due(self) -> bool:
         step = self.progress.step
         due = step % self.recipe.run.save_steps == 0 or self.progress.validated_step == step
-        return step > 0 and self.saved_step != step and due
+        return step > 0 and self.saved != (step, self.progress.validated_step) and due
 
     def _snapshot_is_due(self) -> bool:
         """At the end of each cycle of the rate."""
@@ -277,11 +282,22 @@ class Trainer:
             or (run.max_minutes is not None and self.workers.of_first(self._seconds) >= 60 * run.max_minutes)
         )
 
+    def _validate_or_save(self) -> None:
+        """Validation may take long, so a Ctrl-C ends it at once; what was trained before it is saved."""
+        try:
+            self.progress = self.workers.of_first(self._validate)
+        except KeyboardInterrupt:
+            if self.workers.size == 1 and self.progress.step > self.saved[0]:
+                self._save()
+            raise
+
     def _validate(self) -> Progress:
-        """Score the model as it would be served; keep it if it is the best so far. Returns where the run now stands."""
-        progress, plateau = self.progress, self.recipe.optim
+        """Score the model as it would be served; keep it if it is the best so far. Returns where the run now stands,
+        and changes nothing before."""
+        progress, plateau = copy.deepcopy(self.progress), self.recipe.optim
         candidate = self.candidates.place(progress.step)
         self._save_model(candidate)
+        checkpoint.flush_tree(candidate)  # before a checkpoint that names it
         scores = self._scores(candidate)
         progress.validated_step = progress.step
         better = self.candidates.take(progress, scores)
@@ -331,13 +347,11 @@ class Trainer:
 
     def _save(self) -> None:
         tensors = self._tensors()
-        self.saved_step = self.progress.step
+        self.saved = (self.progress.step, self.progress.validated_step)
         if not self.workers.is_first:
             return
         self.progress.seconds = self._seconds()
         self.reporter.flush()
-        if self.progress.validated_step == self.progress.step:
-            checkpoint.flush_tree(self.candidates.place(self.progress.step))  # before a checkpoint that names it
         checkpoint.save(self.directory / checkpoint.CHECKPOINTS, self.progress, tensors)
         self.candidates.clear(checkpoint.read_progress(self.directory / checkpoint.CHECKPOINTS))
 
@@ -356,7 +370,7 @@ class Trainer:
         """Go on from the newest whole checkpoint, if there is one; else rewind the log to its beginning."""
         if found is not None:
             self.progress, tensors, warnings = found
-            self.saved_step = self.progress.step
+            self.saved = (self.progress.step, self.progress.validated_step)
             for warning in warnings:
                 self.reporter.say(warning)
             self.model.load_state_dict(_part(tensors, "model."))

@@ -33,11 +33,13 @@ from training.directory import (
     locked,
     read_run,
     read_tokenizers,
+    readable_run,
     refusals,
     saved_run,
     write_run,
 )
 from training.initial import check_memory
+from training.interrupts import termination_interrupts
 from training.loop import Trainer
 from training.report import write_report
 from training.reporter import Reporter, Silence
@@ -90,7 +92,8 @@ def train_as(workers: Workers, recipe: Recipe, voice: Callable[[Path], Reporter]
     with refusals(directory), lock, voice(directory) if workers.is_first else Silence() as reporter:
         saved = workers.of_first(lambda: saved_run(directory, recipe))
         if workers.of_first((directory / FINISHED).is_file):
-            shutil.rmtree(directory / VALIDATED, ignore_errors=True)  # where the last call was killed at its very end
+            if workers.is_first:  # where the last call was killed at its very end
+                shutil.rmtree(directory / VALIDATED, ignore_errors=True)
             reporter.say(_nothing_to_do(directory))
             return directory
         with _reading():
@@ -110,7 +113,8 @@ def train_as(workers: Workers, recipe: Recipe, voice: Callable[[Path], Reporter]
             reporter,
             workers,
         )
-        best = trainer.run()
+        with termination_interrupts(workers.size == 1):
+            best = trainer.run()
         if workers.is_first:
             _finish(recipe, trainer, best, len(examples))
         reporter.say(f"the best model, {_origin(trainer, best)}, is in {directory}; see its report.html")
@@ -176,9 +180,9 @@ def _check_same(workers: Workers, rows: Mapping[str, Sequence[Row]]) -> None:
 def _encoded_by(workers: Workers, directory: Path, codec: Codec, rows: Sequence[Row]) -> Sequence[Example]:
     """The first worker writes the file, then the others read it; one that cannot see it encodes for itself."""
     examples = _encoded(directory, codec, rows) if workers.is_first else None
-    workers.wait()
+    source = workers.of_first(lambda: checkpoint.sha256(directory / RUN))
     if examples is None:
-        examples = Encoded.load(directory / ENCODED, checkpoint.sha256(directory / RUN))
+        examples = Encoded.load(directory / ENCODED, source)
     return codec.encode(rows) if examples is None else examples
 
 
@@ -222,10 +226,7 @@ def _introduce(
 
 def _overlap(recipe: Recipe) -> str | None:
     """A warning where what the run begins from may have been trained on rows that this one validates or tests on."""
-    try:
-        saved = read_run(recipe.init_from) if recipe.init_from is not None else None
-    except CheckpointError:  # of another version, say; the model itself can be read all the same
-        saved = None
+    saved = readable_run(recipe.init_from) if recipe.init_from is not None else None
     if saved is None:
         return None
     theirs, ours = saved.recipe["data"], recipe.data.model_dump(mode="json")

@@ -82,11 +82,6 @@ class Workers:
         distributed.broadcast_object_list(made, src=0)
         return made[0]  # type: ignore[return-value]
 
-    def wait(self) -> None:
-        """For the slowest."""
-        if self.size > 1:
-            distributed.barrier()
-
     def gather(self, mine: T) -> list[T]:
         """What each worker has, by rank."""
         if self.size == 1:

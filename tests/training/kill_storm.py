@@ -34,7 +34,8 @@ from tests.training import together
 PHASES = ("start-up", "step", "validation", "save")  # of a run under way
 FINISH = "finish"
 SYSTEM_CALLS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
-CALLS = {"save": 60, FINISH: 37}  # about, of two saves and of a finish: more as there is more to remove
+CALLS_OF_TWO_SAVES = 60  # about: more as there is more to remove
+FINISHING, FINISHED = 36, 60  # about: the calls of a finish up to when it is one, and with what it removes then
 TIMEOUT_S = 120.0
 Shared = mmap.mmap  # byte 0: the phase, by its place in ENTERED; byte 1: how often it was entered, modulo 256
 ENTERED = (*PHASES, FINISH)
@@ -165,17 +166,18 @@ def storm(kills: int, seed: int = 1, workers: int = 1) -> Counter[str]:
             limit = min(kills, under_way() + -(-kills // 4))
             while under_way() < limit:
                 rarest = min(PHASES, key=lambda phase: (hits[phase], source.random()))
-                call = hits["save"] % CALLS["save"] + 1 if rarest == "save" else 0
+                call = hits["save"] % CALLS_OF_TWO_SAVES + 1 if rarest == "save" else 0
                 hit = _kill_in(rarest, recipe_fields(number, stormy, workers), source, call)
                 if hit is None:  # it was done before we struck
                     break
                 hits[hit] += 1
-            for _ in range(max(2, kills // 40)):
-                call = hits[FINISH] % CALLS[FINISH] + 1
+            for left in reversed(range(max(2, kills // 40))):  # the last where the run may be finished already
+                call = hits[FINISH] % FINISHING + 1 if left else source.randint(FINISHING, FINISHED)
                 if _kill_in(FINISH, recipe_fields(number, stormy, workers), source, call) is None:
                     break
                 hits[FINISH] += 1
             assert _finish(recipe_fields(number, stormy, workers)), "the run did not get over its last kill"
+            assert not (stormy / "validated").exists()
             difference = {k for k, v in outcome(alone).items() if v != outcome(stormy)[k]}
             assert not difference, f"after {sum(hits.values())} kills these differ: {', '.join(sorted(difference))}"
             number += 1

@@ -77,6 +77,12 @@ def test_norm_first_then_value() -> None:
     assert gradients[0].tolist() == [3.0, 3.5]
 
 
+def test_gradients_are_unscaled_before_they_are_clipped() -> None:
+    gradients = [torch.tensor([12.0, 16.0])]
+    assert unscale_and_clip(gradients, 0.5, 10.0, max_norm=5.0, max_value=None)  # to (6, 8), of length 10, to (3, 4)
+    assert gradients[0].tolist() == [3.0, 4.0]
+
+
 def test_the_update_itself_is_bounded() -> None:
     model, section = Slope(), FREE.model_copy(update={"max_grad_norm": 1.0})
     done = run(model, slope_batch((30.0, 40.0)), section=section)

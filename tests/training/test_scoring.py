@@ -54,7 +54,7 @@ def test_scores_are_told_where_they_cannot_be_kept(
 
     monkeypatch.setattr("training.checkpoint.write_whole", refuse)
     capsys.readouterr()
-    assert main(["evaluate", str(directory), "--split", "validation"]) == 0
+    assert main(["evaluate", str(directory), "--split", "validation"]) == 2
     told = capsys.readouterr()
     assert "accuracy" in told.out
-    assert told.err == f"{directory / 'evaluation-validation.json'} is not written: Read-only file system\n"
+    assert f"{directory / 'evaluation-validation.json'} could not be written: Read-only file system" in told.err

@@ -27,11 +27,10 @@ def cut_rows(
         wanted = round(size * len(train)) if size < 1 else int(size)
         # A group that is larger than the split goes nowhere but to train, if there are others.
         fitting = [group for group in groups if len(group) <= wanted] or sorted(groups, key=len)[:1]
-        taken: list[list[int]] = []
-        while fitting and sum(map(len, taken)) < wanted:
-            taken.append(fitting.pop())
-        cut[role] = [index for group in taken for index in group]
-        gone = {group[0] for group in taken}
+        cut[role], gone = [], set()
+        while fitting and len(cut[role]) < wanted:
+            cut[role] += (group := fitting.pop())
+            gone.add(group[0])
         groups = [group for group in groups if group[0] not in gone]
     rest = sorted(index for group in groups for index in group)
     if not rest or not all(cut.values()):
