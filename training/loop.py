@@ -297,8 +297,8 @@ class Trainer:
         progress, plateau = copy.deepcopy(self.progress), self.recipe.optim
         candidate = self.candidates.place(progress.step)
         self._save_model(candidate)
-        checkpoint.flush_tree(candidate)  # before a checkpoint that names it
         scores = self._scores(candidate)
+        checkpoint.flush_tree(candidate)  # before a checkpoint that names it
         progress.validated_step = progress.step
         better = self.candidates.take(progress, scores)
         if better:

@@ -21,6 +21,8 @@ from seqmodels.tokenizer import UNK
 from tests.seqmodels.builders import UNFUSED
 from tests.training.conftest import TrainUntil
 from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TAGGER, TEXT_ENCODER, WORDS, fields, recipe
+from training import checkpoint
+from training.checkpoint import Progress
 from training.directory import locked
 from training.loop import MAX_SKIPPED_IN_A_ROW, Trainer
 from training.optim import DivergedError, Precision, Update, update
@@ -380,6 +382,34 @@ def test_snapshots_are_the_models_at_the_ends_of_cycles(tmp_path: Path) -> None:
     best = load_pretrained(tmp_path)
     assert best.revision in {snapshot.revision for snapshot in snapshots.values()}
     assert len({snapshot.revision for snapshot in snapshots.values()}) == 3
+    again = recipe(directory=tmp_path / "snapshots" / "cycle-2", run={"max_steps": 50})
+    with pytest.raises(CheckpointError, match="begun with"):
+        train(again)  # finished: not to be trained over
+
+
+def test_models_are_on_the_disk_before_a_checkpoint_says_that_they_were_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best so far, and the snapshots, which a run that goes on behind them does not make again."""
+    flushed: set[Path] = set()
+    flush, save = checkpoint.flush, checkpoint.save
+    missing: list[Path] = []
+
+    def noted(path: Path) -> None:
+        flush(path)
+        flushed.add(path)
+
+    def checked(directory: Path, progress: Progress, tensors: dict[str, torch.Tensor]) -> None:
+        made = [path for name in ("validated", "snapshots") for path in (tmp_path / name).rglob("*")]
+        assert made
+        missing.extend(path for path in made if path not in flushed)
+        save(directory, progress, tensors)
+
+    monkeypatch.setattr(checkpoint, "flush", noted)
+    monkeypatch.setattr(checkpoint, "save", checked)
+    optim = {"lr_scheduler_type": "cosine_with_restarts", "num_cycles": 2}
+    train(recipe(directory=tmp_path, optim=optim, run={"max_steps": 4, "eval_steps": 2, "keep_snapshots": True}))
+    assert not missing
 
 
 def test_the_average_is_what_is_validated_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -309,6 +309,17 @@ def test_nothing_is_calibrated_on_rows_that_may_have_been_trained_on(
     assert main(["calibrate", str(directory)]) == 0
 
 
+def test_a_model_whose_run_cannot_be_read_is_used_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of another version of this project, say: what its run.json holds is not what the model is."""
+    directory = train(recipe(directory=tmp_path / "run"))
+    (directory / "run.json").write_text('{"of": "another version"}', encoding="utf-8")
+    for command in ("evaluate", "calibrate"):
+        assert main([command, str(directory), *(["--split", "validation"] if command == "evaluate" else [])]) == 0
+        assert "nothing tells whether the validation split was trained on" in capsys.readouterr().out
+
+
 def test_the_calibration_error_by_hand() -> None:
     """Of four answers with 0.8 three are right, of two with 0.6 none: 4/6 * |0.8 - 0.75| + 2/6 * |0.6 - 0|."""
     sure, unsure = [math.log(0.8), math.log(0.2)], [math.log(0.6), math.log(0.4)]

@@ -59,9 +59,10 @@ def of_workers(task: str, directory: Path, workers: int) -> dict[str, Any]:
 
 
 def lossy(folder: Path) -> dict[str, Any]:
-    """The language model of two workers, with dropout."""
+    """The language model of two workers, with dropout, and with word vectors, which the first alone reads."""
     made = of_workers("generate", folder / "lossy-2", 2)
-    return {**made, "model": {**LANGUAGE_MODEL, "decoder": {**DECODER, "dropout": 0.3}}}
+    data = {**made["data"], "target_vectors": str(folder / "vectors.txt")}
+    return {**made, "data": data, "model": {**LANGUAGE_MODEL, "decoder": {**DECODER, "dropout": 0.3}}}
 
 
 def numbers(value: Any) -> list[float]:
@@ -77,6 +78,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("together")
     for name in ("numbers-en-fr", "language-model"):
         write_rows(folder / f"{name}.csv", generate(name)["train"][:200])
+    (folder / "vectors.txt").write_text("the" + DECODER["embedding_size"] * " 0.5" + "\n", encoding="utf-8")
     sizes = {"translate": (1, 2, 3), "generate": (1, 2)}
     runs = [of_workers(task, folder / f"{task}-{n}", n) for task, all_n in sizes.items() for n in all_n]
     together.start(*runs, lossy(folder))
@@ -95,7 +97,7 @@ def test_workers_train_what_one_would(trained: Path, task: str, size: int) -> No
         assert numbers(one) == pytest.approx(numbers(other), rel=1e-3)
 
 
-@pytest.mark.parametrize(("task", "size"), [("translate", 2), ("translate", 3), ("generate", 2)])
+@pytest.mark.parametrize(("task", "size"), [("translate", 2), ("translate", 3), ("generate", 2), ("lossy", 2)])
 def test_all_workers_end_with_the_same_weights(trained: Path, task: str, size: int) -> None:
     digests = {path.read_text(encoding="ascii") for path in (trained / f"{task}-{size}").glob("weights-*")}
     assert len(list((trained / f"{task}-{size}").glob("weights-*"))) == size and len(digests) == 1
