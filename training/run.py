@@ -18,7 +18,7 @@ from training import checkpoint
 from training.candidates import VALIDATED
 from training.card import model_card
 from training.config import Recipe, RunSection, some
-from training.data.batches import Batches, Buckets
+from training.data.batches import Batches, Buckets, lengths_of
 from training.data.encoded import ENCODED, Encoded, is_encodable
 from training.data.examples import Codec, Example
 from training.data.pictures import preprocessor_for
@@ -216,6 +216,9 @@ def _introduce(
         reporter.say(warning)
     if left_out:
         reporter.say(f"{left_out} examples are left out, being longer than data.max_input_length or max_target_length")
+    longest = codec.config.max_source_length
+    if recipe.task == "classify" and (full := int((lengths_of(examples)[0] >= longest).sum())):
+        reporter.say(f"{full} inputs fill data.max_input_length={longest}: of a longer one its beginning is read")
     if codec.config.labels and codec.config.problem_type != "regression":
         unseen = {label for row in rows["validation"] for label in row.references} - set(codec.config.labels)
         if unseen:

@@ -23,6 +23,7 @@ from tests.training.conftest import TrainUntil
 from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TAGGER, TEXT_ENCODER, WORDS, fields, recipe
 from training import checkpoint
 from training.checkpoint import Progress
+from training.data.sources import load_rows
 from training.directory import locked
 from training.loop import MAX_SKIPPED_IN_A_ROW, Trainer
 from training.optim import DivergedError, Precision, Update, update
@@ -190,6 +191,17 @@ def test_a_model_that_an_older_checkpoint_names_is_kept(
     train(recipe(directory=tmp_path, run={**run, "max_minutes": 1e-6}))
     finished = json.loads((tmp_path / "finished.json").read_text())
     assert finished["step"] == 1 and finished["validation"]["accuracy"] == 0.1
+
+
+def test_a_run_says_how_many_inputs_are_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lengths = [len(str(row.input).split()) for row in load_rows(recipe())["train"]]
+    longest = max(lengths)
+    for limit in (longest - 1, longest + 1):
+        data = {"generated": "sentiment", "tokenizer": WORDS, "max_input_length": limit}
+        train(recipe(directory=tmp_path / str(limit), data=data, run={"max_steps": 1}))
+        full = sum(length >= limit for length in lengths)
+        assert (f"{full} inputs fill data.max_input_length={limit}" in capsys.readouterr().out) == (limit < longest)
+    assert 0 < sum(length >= longest - 1 for length in lengths) < len(lengths)
 
 
 def test_a_plateau_lowers_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

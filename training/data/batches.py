@@ -56,7 +56,7 @@ class Buckets:
             writes = codec.config.architecture == "generator"
             raise DataError(f"no row fits; raise data.max_input_length{' or data.max_target_length' if writes else ''}")
         self._examples, self._codec, self._seed = examples, codec, seed
-        self._lengths = _lengths(examples)
+        self._lengths = lengths_of(examples)
         self._inputs, self._targets = (lengths.copy() for lengths in self._lengths)
         if codec.config.input == "image":
             # Captions of one length show pictures of one kind, and batch normalisation must see all kinds together.
@@ -111,7 +111,7 @@ def collate(examples: Sequence[Example], codec: Codec) -> Batch:
     return batch
 
 
-def _lengths(examples: Sequence[Example]) -> tuple[Lengths, Lengths]:
+def lengths_of(examples: Sequence[Example]) -> tuple[Lengths, Lengths]:
     """Of the inputs and of the targets, (E,) each."""
     if isinstance(examples, Encoded):
         return examples.lengths
