@@ -11,6 +11,8 @@ two are kept: if the newest is damaged, the one before it serves.
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -136,13 +138,20 @@ def flush_tree(directory: Path) -> None:
     flush(directory.parent)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is never seen half written."""
+@contextmanager
+def writing_whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that is never seen half written: it gets its name when it is on the disk."""
     temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
+    yield temporary
     flush(temporary)
     temporary.replace(path)
     flush(path.parent)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text that is never seen half written."""
+    with writing_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def sha256(path: Path) -> str:

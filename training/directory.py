@@ -146,9 +146,8 @@ def write_run(directory: Path, recipe: Recipe, codec: Codec, data: str) -> None:
     tokenizers = (codec.source_tokenizer, codec.target_tokenizer)
     for name, tokenizer in zip(tokenizer_names(codec.config), tokenizers, strict=True):
         if name and tokenizer:
-            tokenizer.save(directory / f".{name}.writing")
-            checkpoint.flush(directory / f".{name}.writing")
-            (directory / f".{name}.writing").replace(directory / name)
+            with checkpoint.writing_whole(directory / name) as temporary:
+                tokenizer.save(temporary)
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     checkpoint.write_whole(directory / RECIPE, text)
     file = RunFile(

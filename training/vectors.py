@@ -72,10 +72,8 @@ def save_vectors(vectors: Mapping[str, Tensor], directory: Path) -> None:
     """Keep them for the run that begins here, and no others."""
     (directory / FILE).unlink(missing_ok=True)
     if vectors:
-        temporary = directory / f".{FILE}.writing"
-        save_file(dict(vectors), temporary)
-        checkpoint.flush(temporary)
-        temporary.replace(directory / FILE)
+        with checkpoint.writing_whole(directory / FILE) as temporary:
+            save_file(dict(vectors), temporary)
 
 
 def begin_with_vectors(model: nn.Module, data: DataSection, directory: Path) -> None:

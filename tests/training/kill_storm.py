@@ -181,6 +181,7 @@ def storm(kills: int, seed: int = 1, workers: int = 1) -> Counter[str]:
             difference = {k for k, v in outcome(alone).items() if v != outcome(stormy)[k]}
             assert not difference, f"after {sum(hits.values())} kills these differ: {', '.join(sorted(difference))}"
             number += 1
+            print(f"{number} runs, {hits.total()} kills: each run ended as the one left alone", file=sys.stderr)
     return hits
 
 

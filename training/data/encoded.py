@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from seqmodels.config import ModelConfig
-from training.checkpoint import flush
+from training.checkpoint import writing_whole
 from training.data.examples import Example
 
 ENCODED = "encoded.safetensors"
@@ -64,11 +64,8 @@ class Encoded(Sequence[Example]):
 
     def save(self, path: Path, source: str) -> None:
         """Write the file; it is whole or absent."""
-        temporary = path.with_name(f".{path.name}.writing")
-        save_file(self._arrays, temporary, {"source": source, "sha256": _sha256(self._arrays)})
-        flush(temporary)
-        temporary.replace(path)
-        flush(path.parent)
+        with writing_whole(path) as temporary:
+            save_file(self._arrays, temporary, {"source": source, "sha256": _sha256(self._arrays)})
 
     @classmethod
     def load(cls, path: Path, source: str) -> "Encoded | None":
