@@ -2,12 +2,14 @@
 
 Knows text and token ids; knows no model. Five kinds, all trained from data: `bpe` and `unigram` on bytes, `word` on
 single spaces, `character`, `byte`. The byte-based ones round-trip every text; `word` and `character` round-trip what
-they have seen, and write <unk> for the rest. A word of the data that is spelt like a special token is no part of what
-`word` has seen: <unk>, as corpora with a fixed vocabulary hold it, and <pad>, <bos> and <eos> are all unknown words.
+they have seen, and write <unk> for the rest. To `word` the end of a line is a word, and spaces beside it are lost. A
+word of the data that is spelt like a special token is no part of what `word` has seen: <unk>, as corpora with a fixed
+vocabulary hold it, and <pad>, <bos> and <eos> are all unknown words.
 """
 
 import hashlib
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -35,7 +37,9 @@ class Tokenizer:
         self._backend.encode_special_tokens = True  # a user who types "<eos>" means the five characters
         # Pieces spell a word's leading space; a text that begins with one lets its first word look like the same
         # word elsewhere. `decode` takes it away again.
-        self._leading_space = json.loads(self._text)["pre_tokenizer"].get("use_regex", False)
+        fields = json.loads(self._text)
+        self._leading_space = fields["pre_tokenizer"].get("use_regex", False)
+        self._holds_words = fields["decoder"] is None  # which are joined with spaces
 
     @classmethod
     def train(
@@ -119,6 +123,8 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens are left out, and so are bytes that form no character."""
         text = str(self._backend.decode(list(ids), skip_special_tokens=True))
+        if self._holds_words:
+            return re.sub(" ?\n ?", "\n", text)
         return text.removeprefix(" ") if self._leading_space else text
 
     def token(self, token_id: int) -> str:
@@ -128,7 +134,7 @@ class Tokenizer:
     def word_edges(self) -> tuple[list[bool], list[bool]]:
         """For each token: whether its text begins within a word, and whether it ends within one, so that neighbours
         may join. What writes nothing, such as <unk>, and a part of a character count as letters; EOS ends a word."""
-        if json.loads(self._text)["decoder"] is None:  # pieces are words, joined with spaces
+        if self._holds_words:
             return [False] * self.vocab_size, [False] * self.vocab_size
         texts = [str(self._backend.decode([i], skip_special_tokens=True)) for i in range(self.vocab_size)]
         return [_within_word(text[:1], i) for i, text in enumerate(texts)], [
@@ -152,7 +158,7 @@ def _without_special_words(texts: Iterable[str], normalizer: normalizers.Normali
     """Texts for the library's word trainer, which gives a word that is spelt like a special token an id of its own,
     and leaves the special one without any."""
     for text in texts:
-        words = (normalizer.normalize_str(text) if normalizer else text).split(" ")
+        words = re.split(" |(?=\n)|(?<=\n)", normalizer.normalize_str(text) if normalizer else text)
         yield " ".join(word for word in words if word not in SPECIAL_TOKENS)
 
 
@@ -184,7 +190,8 @@ def _untrained(kind: Kind) -> tokenizers.Tokenizer:
     else:
         backend = tokenizers.Tokenizer(models.WordLevel(unk_token=SPECIAL_TOKENS[UNK]))
     if kind == "word":
-        backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+        lines = pre_tokenizers.Split("\n", "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([lines, pre_tokenizers.Split(" ", "removed")])
     elif kind == "character":
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         backend.decoder = decoders.Fuse()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import ValidationError
 
-from seqmodels.config import Average, Weights, explain
+from seqmodels.config import Average, ModelConfig, Weights, explain
 from seqmodels.errors import CheckpointError, ConfigError, SeqModelsError
 from training.config import Recipe
 from training.parsing import differences, load_recipe, read_yaml
@@ -295,7 +295,9 @@ def _average(options: argparse.Namespace) -> None:
     from training.average import average_directories
 
     average_directories(options.directories, options.output)
-    print(f"wrote {options.output}, the mean of {len(options.directories)} models")
+    calibrated = any(ModelConfig.load(path / "config.json").temperature != 1.0 for path in options.directories)
+    again = "; they were calibrated, each for itself, and the mean is not: calibrate it" if calibrated else ""
+    print(f"wrote {options.output}, the mean of {len(options.directories)} models{again}")
 
 
 def _calibrate(options: argparse.Namespace) -> None:
@@ -304,8 +306,6 @@ def _calibrate(options: argparse.Namespace) -> None:
 
     done = calibrate(options.directory, recipe)
     print(f"temperature {done.temperature:.4f}, in {options.directory / 'config.json'}")
-    if done.is_at_bound:
-        print("that is as far as it may go: the model's probabilities say little, or are always right; train it longer")
     for name, (before, after) in (("nll", done.nll), ("calibration error", done.error)):
         print(f"validation {name} {before:.4f} before, {after:.4f} with it")
 

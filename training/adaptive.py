@@ -6,6 +6,7 @@ makes words likelier that came when it stood as it does now.
 """
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Self
@@ -62,6 +63,11 @@ class Adaptive:
         self._model, self._adaptation = copy.deepcopy(model), adaptation
         self._learner = _Learner(self._model, adaptation, train) if adaptation.dynamic_rate else None
         self._cache = _Cache(adaptation) if adaptation.cache_weight else None
+
+    @property
+    def nll_of_a_guess(self) -> float:
+        """Where every token is as likely as any other."""
+        return math.log(self._model.decoder.embedding.num_embeddings)
 
     def __call__(self, labels: Tensor, label_lengths: Tensor, state: State | None = None) -> Output:
         assert len(labels) == 1, "a text is learned from in its order"

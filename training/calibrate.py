@@ -31,17 +31,12 @@ class Calibration:
     nll: tuple[float, float]
     error: tuple[float, float]
 
-    @property
-    def is_at_bound(self) -> bool:
-        """Whether only the bounds kept it from going on."""
-        return not 1.01 * COLDEST < self.temperature < 0.99 * HOTTEST
-
 
 def calibrate(directory: Path, recipe: Recipe) -> Calibration:
     """Fit the temperature on the validation split and write it into the model directory.
 
     Raises ConfigError for a model that gives no probabilities of labels, DataError where the split may hold rows that
-    it was trained on, ModelDirectoryError.
+    it was trained on or no temperature fits, ModelDirectoryError.
     """
     saved = load_pretrained(directory, recipe.run.device)
     if saved.config.architecture == "generator" or saved.config.problem_type == "regression":
@@ -51,6 +46,12 @@ def calibrate(directory: Path, recipe: Recipe) -> Calibration:
     rows = rows_to_score(directory, recipe, "validation")["validation"]
     logits, labels = _validation_logits(saved.model, Codec.of(saved, recipe.data), rows, recipe.run.device)
     temperature = fit_temperature(logits, labels)
+    if not fits(temperature):
+        raise DataError(
+            f"the temperature would be {temperature:.4f}, as far as it may go: on the validation split the model is "
+            f"always right, or guesses; {directory} is left as it was; give rows of which it gets some wrong, or train "
+            "it longer"
+        )
     saved.model.config = config.model_copy(update={"temperature": temperature})
     card = (directory / CARD).read_text(encoding="utf-8") if (directory / CARD).is_file() else ""
     saved.save(directory, card)
@@ -84,6 +85,11 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         expected = ((middle * logits).softmax(1) * logits).sum(1)
         low, high = (low, middle) if float((expected - right).mean()) > 0 else (middle, high)
     return 2 / (low + high)
+
+
+def fits(temperature: float) -> bool:
+    """Whether it is the best of all, and not only as far as the bounds let it go."""
+    return 1.01 * COLDEST < temperature < 0.99 * HOTTEST
 
 
 def _quality(logits: Tensor, labels: Tensor) -> tuple[float, float]:

@@ -265,7 +265,9 @@ class Recipe(Strict):
     def _check_what_does_nothing(self) -> None:
         data = self.data
         if "init_from" in self.model and data.tokenizer != TokenizerSection():
-            raise ValueError("model.init_from brings the saved model's tokenizer; remove data.tokenizer")
+            raise ValueError(
+                "model.init_from brings the saved model's tokenizer; remove data.tokenizer, or set it to {}"
+            )
         if self.task != "generate" and data.chunk_length != DataSection.model_fields["chunk_length"].default:
             raise ValueError(f"data.chunk_length is for language models, but task is {self.task!r}; remove it")
         if self.task != "generate" and data.vary_chunk_length:

@@ -145,7 +145,16 @@ def _check_vectors(recipe: Recipe, config: ModelConfig) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-3 as a number, as everybody who writes it expects."""
+    """YAML that reads 1e-3 as a number, as everybody who writes it expects, and takes no key twice."""
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if lines.setdefault(key.value, line) != line:
+                raise yaml.YAMLError(f"{key.value!r} stands twice, in lines {lines[key.value]} and {line}; keep one")
+        return node
 
 
 _Loader.add_implicit_resolver(

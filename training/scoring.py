@@ -20,6 +20,7 @@ from seqmodels.state import State
 from seqmodels.tokenizer import BOS
 from training import metrics
 from training.adaptive import SEGMENT_LENGTH, Adaptation, Adaptive
+from training.config import some
 from training.data.batches import Buckets
 from training.data.examples import Codec
 from training.data.rows import Row
@@ -240,7 +241,10 @@ def _mean_nll(model: Model | Averaged, rows: Sequence[Row], codec: Codec, device
         total += float(out.nll) * int(out.num_targets)
         count += int(out.num_targets)
     if not count:
-        raise DataError(f"no row to evaluate on has a label that the model knows ({', '.join(codec.config.labels)})")
+        raise DataError(
+            f"no row to evaluate on has a label that the model knows ({some(codec.config.labels)}); name the column of "
+            "labels with data.columns.target, or, where they are numbers, set model.problem_type=regression"
+        )
     return total / count
 
 
@@ -275,6 +279,11 @@ def _score_language_model(
         state = State(out.state.values)
         total += float(out.nll) * int(out.num_targets)
         count += int(out.num_targets) - int((batch["labels"][:, 1:] == BOS).sum())
+    if isinstance(model, Adaptive) and not total / count < model.nll_of_a_guess:
+        raise ConfigError(
+            f"with --dynamic-rate the nll is {total / count:.4g}, worse than a guess: what was learned on the way has "
+            "diverged; lower it"
+        )
     characters = sum(len(text) for row in rows for text in row.references)
     return {
         "nll": total / count,

@@ -86,6 +86,17 @@ def test_saved_and_loaded_is_the_same(kind: Kind, tmp_path: Path) -> None:
         assert loaded.encode_words(text.split()) == tokenizer.encode_words(text.split())
 
 
+def test_the_end_of_a_line_is_a_word_and_glues_none() -> None:
+    text = "the end\nof a line \n of\n\nthe <unk>\nend"
+    tokenizer = Tokenizer.train([text], "word")
+    found = [tokenizer.token(i) for i in range(4, tokenizer.vocab_size)]
+    assert sorted(found) == ["\n", "a", "end", "line", "of", "the"]
+    assert tokenizer.decode(tokenizer.encode(text)) == "the end\nof a line\nof\n\nthe\nend"
+    ids = tokenizer.encode("the\nend\n")
+    written = [tokenizer.decode(ids[:length]) for length in range(len(ids) + 1)]
+    assert written == ["", "the", "the\n", "the\nend", "the\nend\n"], "each begins with the one before: it is streamed"
+
+
 def test_lowercase_is_part_of_the_tokenizer() -> None:
     tokenizer = Tokenizer.train(TEXTS, "bpe", vocab_size=300, lowercase=True)
     assert tokenizer.decode(tokenizer.encode("A DOG")) == "a dog"

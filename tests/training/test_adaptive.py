@@ -52,8 +52,9 @@ def test_without_a_step_it_is_the_model_itself() -> None:
     assert scored(Adaptation(dynamic_rate=1e-12)) == pytest.approx(segments(plain()), abs=1e-5)
 
 
-def test_dynamic_evaluation_is_that_of_the_paper() -> None:
-    rate, decay = 0.01, 0.05
+@pytest.mark.parametrize("decay", [0.05, 0.9])  # the second draws some weights back all the way
+def test_dynamic_evaluation_is_that_of_the_paper(decay: float) -> None:
+    rate = 0.01
     one = model()
     names = [name for name, _ in one.named_parameters()]
     # Usual sizes of gradients, from 100 rows of the training text side by side, as `Streams` lays them, in three
@@ -74,6 +75,8 @@ def test_dynamic_evaluation_is_that_of_the_paper() -> None:
             found[name] += value.grad**2
     sizes = {name: (square / 3).sqrt() for name, square in found.items()}
     mean = torch.cat([size.flatten() for size in sizes.values()]).mean()
+    beyond = [bool((decay * size / mean > 1.0).any()) for size in sizes.values()]
+    assert any(beyond) == (decay == 0.9)
     first = {name: value.detach().clone() for name, value in one.named_parameters()}
     nlls, state = [], None
     for start in range(0, len(TEXT) - 1, SEGMENT):
@@ -152,6 +155,7 @@ def test_the_command_scores_with_both_and_leaves_the_model(tmp_path: Path, capsy
         (["--cache-weight", "1.5"], "--cache-weight"),
         (["--dynamic-rate", "1e30"], "--dynamic-rate: Input should be less than or equal to 10 "),
         ([str(directory), "--cache-weight", "0.1"], "one language model"),
+        (["--dynamic-rate", "10"], "worse than a guess: what was learned on the way has diverged; lower it"),
     ):
         assert main(["evaluate", str(directory), *wrong]) == 2
         assert word in capsys.readouterr().err

@@ -114,6 +114,12 @@ def test_the_command_averages_snapshots_and_the_mean_is_evaluated_like_a_run(
     weights = [load_pretrained(path).model.state_dict() for path in (first, second, tmp_path / "mean")]
     for name, value in weights[2].items():
         assert torch.equal(value, ((weights[0][name].double() + weights[1][name].double()) / 2).float())
+    assert "calibrate" not in capsys.readouterr().out
+    config = load_pretrained(Path(first)).config.model_copy(update={"temperature": 1.5})
+    config.save(Path(first) / "config.json")
+    assert main(["average", first, second, "--output", str(tmp_path / "again")]) == 0
+    assert "and the mean is not: calibrate it" in capsys.readouterr().out
+    assert load_pretrained(tmp_path / "again").config.temperature == 1.0
     assert main(["evaluate", str(tmp_path / "mean"), "--split", "validation"]) == 0
     assert main(["evaluate", first, "--split", "validation"]) == 0
     capsys.readouterr()

@@ -16,7 +16,7 @@ from seqmodels.pretrained import load_pretrained
 from tests.training.recipes import CLASSIFIER, WORDS, recipe
 from training import metrics
 from training.__main__ import main
-from training.calibrate import COLDEST, Calibration, _quality, fit_temperature
+from training.calibrate import COLDEST, _quality, fit_temperature, fits
 from training.data.generated import generate
 from training.run import train
 
@@ -119,7 +119,10 @@ def test_labels_as_one_sequence(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert scores["span_f1"] > 0.98
     page = (directory / "report.html").read_text(encoding="utf-8")
     assert "Each kind of span" in page and "<td>THING</td>" in page and "red/B-THING  cars/" in page
-    assert main(["calibrate", str(directory)]) == 0
+    for row in rows[::5]:  # else it is always right, and no temperature is cold enough
+        row["tags"] = ["O"] * len(row["words"])
+    other = write(tmp_path / "other.jsonl", rows)
+    assert main(["calibrate", str(directory), f"data.path={other}", "data.splits.validation=train"]) == 0
     capsys.readouterr()
     assert main(["evaluate", str(directory), str(directory), "--split", "validation"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["scores"]["span_f1"] == pytest.approx(scores["span_f1"])
@@ -202,8 +205,7 @@ def test_a_planted_temperature_is_found_and_is_the_best_of_a_grid() -> None:
     assert nll(found) <= min(nll(found + step) for step in (-0.3, -0.01, 0.01, 0.3))
     coldest = fit_temperature(logits, logits.argmax(1))
     assert coldest == pytest.approx(COLDEST), "all right: as cold as it may be"
-    assert Calibration(coldest, (1.0, 1.0), (0.0, 0.0)).is_at_bound
-    assert not Calibration(found, (1.0, 1.0), (0.0, 0.0)).is_at_bound
+    assert fits(found) and not fits(coldest)
 
 
 def test_calibrate_changes_probabilities_and_no_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,6 +236,20 @@ def test_calibrate_changes_probabilities_and_no_label(tmp_path: Path, capsys: py
     further = train(recipe(directory=tmp_path / "further", data={"generated": "sentiment"},
                            model={"init_from": str(directory)}))  # fmt: skip
     assert load_pretrained(further).config.temperature == 1.0
+
+
+def test_a_temperature_at_its_bound_is_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where every answer is right, none is cold enough; one wrong answer would then cost without end."""
+    rows = [{"text": f"a {word} film {n}", "label": word} for n in range(60) for word in ("good", "bad")]
+    columns = {"input": "text", "target": "label"}
+    data = {"path": str(write(tmp_path / "rows.jsonl", rows)), "columns": columns, "cut": {"validation": 20}}
+    optim, run = {"learning_rate": 0.02}, {"max_steps": 60}
+    directory = train(recipe(directory=tmp_path / "run", data={**data, "tokenizer": WORDS}, optim=optim, run=run))
+    before = (directory / "config.json").read_bytes()
+    assert main(["calibrate", str(directory)]) == 2
+    error = capsys.readouterr().err
+    assert "temperature would be 0.0500" in error and "is left as it was" in error
+    assert (directory / "config.json").read_bytes() == before
 
 
 def test_only_what_has_labels_is_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -301,7 +317,8 @@ def test_nothing_is_calibrated_on_rows_that_may_have_been_trained_on(
     reviews = [{"text": row.input, "verdict": row.target} for row in generate("sentiment")["train"][:200]]
     columns = {"input": "text", "target": "verdict"}
     data = {"path": str(write(tmp_path / "rows.jsonl", reviews)), "columns": columns, "cut": {"validation": 50}}
-    directory = train(recipe(directory=tmp_path / "run", data={**data, "tokenizer": WORDS}))
+    run = {"max_steps": 30}
+    directory = train(recipe(directory=tmp_path / "run", data={**data, "tokenizer": WORDS}, run=run))
     before = (directory / "config.json").read_bytes()
     assert main(["calibrate", str(directory), "data.cut.seed=2"]) == 2
     assert "cut from other data than" in capsys.readouterr().err
@@ -313,7 +330,7 @@ def test_a_model_whose_run_cannot_be_read_is_used_all_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One of another version of this project, say: what its run.json holds is not what the model is."""
-    directory = train(recipe(directory=tmp_path / "run"))
+    directory = train(recipe(directory=tmp_path / "run", run={"max_steps": 30}))
     (directory / "run.json").write_text('{"of": "another version"}', encoding="utf-8")
     for command in ("evaluate", "calibrate"):
         assert main([command, str(directory), *(["--split", "validation"] if command == "evaluate" else [])]) == 0

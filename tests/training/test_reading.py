@@ -158,7 +158,8 @@ def test_bad_features_are_named(steps: Any, words: list[str]) -> None:
         ({"text": ["a", "b"]}, ["column 'text' holds ['a', 'b'], which is no text"]),
         ({"text": {"a": 1}}, ["column 'text' holds {'a': 1}, which is no text"]),
         ({"text": b"a"}, ["column 'text' holds b'a', which is no text"]),
-        ({"label": ["a"]}, ["column 'label' holds ['a'], which is no text"]),
+        ({"label": ["a"]}, ["column 'label' holds ['a']", "model.problem_type=multi_label_classification"]),
+        ({"label": {"a": 1}}, ["column 'label' holds {'a': 1}, which is no text"]),
         ({"label": None}, ["column 'label' holds None, so it is unlabelled"]),
     ],
 )
@@ -252,6 +253,17 @@ def test_what_is_wrong_with_data_is_named_with_its_fix(
     with pytest.raises(DataError) as error:
         load_rows(csv_recipe(path, **data))
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_cut_of_a_split_that_the_data_has_is_said_to_be_unused(tmp_path: Path) -> None:
+    for name in ("train", "validation"):
+        write_csv(tmp_path / f"{name}.csv", [(f"{name} {n}", n % 2) for n in range(10)])
+    said: list[str] = []
+    rows = load_rows(
+        csv_recipe(tmp_path, cut={"validation": 2, "test": 2}), ("train", "validation", "test"), said.append
+    )
+    assert [len(split) for split in rows.values()] == [8, 10, 2]
+    assert said == ["split validation: the data has one, so data.cut.validation is not used"]
 
 
 def test_a_text_beside_tables_is_no_data(tmp_path: Path) -> None:

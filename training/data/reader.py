@@ -208,6 +208,10 @@ class RowReader:
                 where,
                 f"holds {value!r}, so it is unlabelled; {LABEL_IT}",
             )
+        if isinstance(value, list) and self.task == "classify" and self.problem_type == "single_label_classification":
+            self._refuse(
+                where, f"holds {_short(value)}; for several labels, model.problem_type=multi_label_classification"
+            )
         label = self._text(where, value)
         if not self.class_names or (isinstance(value, str) and value in self.class_names):
             return label

@@ -26,7 +26,9 @@ class Splits:
         self._tables = {} if data.generated is not None else read_tables(data, recipe.task)
         self._found = {role: self._tables[name] for role, name in data.splits if name in self._tables}
         cuts = {"validation": data.cut.validation, "test": data.cut.test}
-        self._cuts = {role: size for role, size in cuts.items() if size is not None and role not in self._found}
+        wanted = {role: size for role, size in cuts.items() if size is not None}
+        self._cuts = {role: size for role, size in wanted.items() if role not in self._found}
+        self._unused_cuts = wanted.keys() - self._cuts.keys()
 
     def has(self, role: str) -> bool:
         """Whether there is such a split, or one is cut."""
@@ -53,6 +55,8 @@ class Splits:
         read = {
             role: table for role, table in self._found.items() if role in wanted or (from_train and role == "train")
         }
+        for role in self._unused_cuts & read.keys():
+            say(f"split {role}: the data has one, so data.cut.{role} is not used")
         reader = RowReader(self._recipe, class_names(self._recipe, next(iter(read.values()))))
         rows = {role: reader.rows(role, table, say) for role, table in read.items()}
         if from_train:
