@@ -5,7 +5,8 @@
                              /SHA256SUMS          of both, as `sha256sum --check` reads it
 
 A checkpoint is written under a temporary name, flushed to the disk, and renamed, so it is whole or absent. The last
-two are kept: if the newest is damaged, the one before it serves.
+two are kept: if the newest is damaged, the one before it serves. One of after the step's validation has a name of its
+own, `step-00000200-validated`: a whole checkpoint never has to go before the next one is there.
 """
 
 import hashlib
@@ -27,6 +28,7 @@ from seqmodels.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints"  # where a run keeps them
 TENSORS, PROGRESS, SUMS = "state.safetensors", "progress.json", "SHA256SUMS"
+VALIDATED = "-validated"
 KEPT = 2
 
 
@@ -66,8 +68,9 @@ Found = tuple[Progress, dict[str, Tensor], list[str]]  # a checkpoint, and a war
 
 
 def save(directory: Path, progress: Progress, tensors: dict[str, Tensor]) -> None:
-    """Write one checkpoint, then remove those that are no longer needed."""
-    final = directory / _name(progress.step)
+    """Write one checkpoint, then remove those that are no longer needed: all but the last two, and what is of later
+    steps than this one, which can only be damaged."""
+    final = directory / _name(progress)
     temporary = directory / f".{final.name}.writing"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -77,12 +80,15 @@ def save(directory: Path, progress: Progress, tensors: dict[str, Tensor]) -> Non
     for name in (TENSORS, PROGRESS, SUMS):
         flush(temporary / name)
     flush(temporary)
-    if final.exists():  # of the same step, but damaged, or from before its validation
+    if final.exists():  # damaged, or the run would not have come to it again
         shutil.rmtree(final)
     temporary.rename(final)
     flush(directory)
-    for old in saved_checkpoints(directory)[:-KEPT]:
-        shutil.rmtree(old)
+    flush(directory.parent)
+    found = saved_checkpoints(directory)
+    after = found.index(final) + 1
+    for needless in found[: max(0, after - KEPT)] + found[after:]:
+        shutil.rmtree(needless)
 
 
 def load_newest(directory: Path) -> Found | None:
@@ -131,11 +137,9 @@ def flush(path: Path) -> None:
 
 
 def flush_tree(directory: Path) -> None:
-    """`flush` a folder with all that is in it."""
-    for path in directory.rglob("*"):
+    """`flush` a folder with all that is in it, and the two that it stands in."""
+    for path in (*directory.rglob("*"), directory, *directory.parents[:2]):
         flush(path)
-    flush(directory)
-    flush(directory.parent)
 
 
 @contextmanager
@@ -199,7 +203,7 @@ def _load(path: Path) -> tuple[Progress, dict[str, Tensor]]:
         if (path / SUMS).read_bytes() != _sums(path).encode("ascii"):
             raise CheckpointError("its files do not match their checksums")
         progress = _PROGRESS.validate_json((path / PROGRESS).read_bytes())
-        if path.name != _name(progress.step):
+        if path.name.removesuffix(VALIDATED) != _name(progress).removesuffix(VALIDATED):
             raise CheckpointError(f"it is of step {progress.step}")
         return progress, load_file(path / TENSORS)
     except OSError as error:
@@ -208,8 +212,8 @@ def _load(path: Path) -> tuple[Progress, dict[str, Tensor]]:
         raise CheckpointError("a file is malformed") from None
 
 
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
+def _name(progress: Progress) -> str:
+    return f"step-{progress.step:08d}{VALIDATED if progress.validated_step == progress.step else ''}"
 
 
 def _sums(path: Path) -> str:

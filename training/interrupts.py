@@ -25,27 +25,22 @@ def interrupts_wait(alone: bool = True) -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         came.set()
 
-    if not alone or threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-    with _handled(note, SIGNALS):
+    with _handled(note, SIGNALS if alone else ()):
         yield came
 
 
 @contextmanager
 def termination_interrupts(alone: bool = True) -> Iterator[None]:
     """Within it SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does. alone: see `interrupts_wait`."""
-    if not alone or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    with _handled(signal.default_int_handler, TERMINATION):
+    with _handled(signal.default_int_handler, TERMINATION if alone else ()):
         yield
 
 
 @contextmanager
 def _handled(handler: Callable[[int, FrameType | None], Any], numbers: Iterable[signal.Signals]) -> Iterator[None]:
     """Signals that are ignored, as a shell arranges for what runs in the background, stay ignored."""
-    before = {number: signal.getsignal(number) for number in numbers}
+    may = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in numbers if may}
     ours = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
     for number in ours:
         signal.signal(number, handler)

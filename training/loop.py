@@ -38,6 +38,7 @@ from training.optim import (
     cycles_done,
     freeze,
     learning_rate,
+    still_statistics,
     too_late,
     update,
 )
@@ -132,6 +133,7 @@ class Trainer:
         step, run = self.progress.step, self.recipe.run
         rate = learning_rate(self.recipe.optim, step, self.total_steps, self.progress.plateau_scale)
         self.model.train()
+        still_statistics(self.model, self.recipe.optim.unfreeze_steps, step)
         if isinstance(self.model, SequenceGenerator):
             self.model.share_done = step / self.total_steps
         done = update(
@@ -279,7 +281,7 @@ class Trainer:
         return (
             progress.step >= self.total_steps
             or (patience is not None and progress.validations_without_better >= patience)
-            or (run.max_minutes is not None and self.workers.of_first(self._seconds) >= 60 * run.max_minutes)
+            or (run.max_minutes is not None and progress.step > 0 and self._minutes() >= run.max_minutes)
         )
 
     def _validate_or_save(self) -> None:
@@ -294,7 +296,7 @@ class Trainer:
     def _validate(self) -> Progress:
         """Score the model as it would be served; keep it if it is the best so far. Returns where the run now stands,
         and changes nothing before."""
-        progress, plateau = copy.deepcopy(self.progress), self.recipe.optim
+        progress, optim = copy.deepcopy(self.progress), self.recipe.optim
         candidate = self.candidates.place(progress.step)
         self._save_model(candidate)
         scores = self._scores(candidate)
@@ -306,8 +308,8 @@ class Trainer:
         else:
             progress.validations_without_better += 1
             progress.plateau_wait += 1
-            if plateau.lr_scheduler_type == "plateau" and progress.plateau_wait >= plateau.plateau_patience:
-                progress.plateau_scale *= plateau.plateau_factor
+            if optim.lr_scheduler_type == "plateau" and progress.plateau_wait >= optim.plateau_patience:
+                progress.plateau_scale *= optim.plateau_factor
                 progress.plateau_wait = 0
         progress.log_bytes = self.reporter.log({"step": progress.step, "validation": scores, "best": better})
         return progress
@@ -342,6 +344,9 @@ class Trainer:
 
     def _seconds(self) -> float:
         return time.monotonic() - self.started
+
+    def _minutes(self) -> float:
+        return self.workers.of_first(self._seconds) / 60
 
     # Stopping and going on
 

@@ -36,9 +36,9 @@ class Update:
     num_tokens: int  # real positions read and written; the measure of speed
     norm: float
     clipped: bool
-    skipped: bool  # loss or gradient was not finite; nothing changed
+    skipped: bool  # loss or gradient was not finite; no weight changed
     ratio: float | None  # length of the weights' change over length of the weights, where it was asked for
-    state: State | None  # where the last micro-batch ended
+    state: State | None  # where the last micro-batch ended; None of one that was skipped, whose states are not finite
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ def _groups(section: OptimSection, model: nn.Module) -> list[dict[str, Any]]:
     """Parameters by what their learning rate is multiplied by, each group with its `factor`."""
     factors = dict.fromkeys(model.parameters(), 1.0)
     for pattern, factor in reversed(section.learning_rate_factors.items()):  # so that the first match counts
-        factors |= {parameter: factor for _, parameter in matching(model, pattern, "optim.learning_rate_factors")}
+        factors |= dict.fromkeys(_learning(model, pattern, "optim.learning_rate_factors"), factor)
     for pattern in section.unfreeze_steps:
-        matching(model, pattern, "optim.unfreeze_steps")
+        _learning(model, pattern, "optim.unfreeze_steps")
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter, factor in factors.items():
         if parameter.requires_grad:
@@ -109,12 +109,34 @@ def _groups(section: OptimSection, model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": parameters, "factor": factor} for factor, parameters in groups.items()]
 
 
+def _learning(model: nn.Module, pattern: str, field: str) -> list[nn.Parameter]:
+    """The parameters whose names match. Raises ConfigError where none does, or all that do are frozen."""
+    found = [parameter for _, parameter in matching(model, pattern, field)]
+    if not any(parameter.requires_grad for parameter in found):
+        raise ConfigError(
+            f"{field} holds {pattern!r}, but optim.freeze has frozen all that it names; remove one of them"
+        )
+    return found
+
+
 def hold(model: nn.Module, unfreeze_steps: Mapping[str, int], step: int) -> None:
     """Drop the gradients of parameters whose turn has not come: the optimizer then leaves them alone."""
-    for pattern, first in unfreeze_steps.items():
-        if step < first:
-            for _, parameter in matching(model, pattern, "optim.unfreeze_steps"):
-                parameter.grad = None
+    for parameter in _held(model, unfreeze_steps, step):
+        parameter.grad = None
+
+
+def _held(model: nn.Module, unfreeze_steps: Mapping[str, int], step: int) -> set[nn.Parameter]:
+    waiting = [pattern for pattern, first in unfreeze_steps.items() if step < first]
+    return {parameter for pattern in waiting for _, parameter in matching(model, pattern, "optim.unfreeze_steps")}
+
+
+def still_statistics(model: nn.Module, unfreeze_steps: Mapping[str, int], step: int) -> None:
+    """Put batch normalisation that does not learn, frozen or held, into evaluation mode: its running statistics would
+    move all the same, and with them all that follows it."""
+    held = _held(model, unfreeze_steps, step)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train(any(value.requires_grad and value not in held for value in module.parameters()))
 
 
 def learning_rate(section: OptimSection, step: int, total_steps: int, plateau_scale: float = 1.0) -> float:
@@ -236,9 +258,9 @@ def unscale_and_clip(
     """Multiply all gradients, in place, by `scale`; bring their common norm, which is `norm` then, down to `max_norm`
     (Pascanu et al. 2013); bound each number by `max_value`. Returns whether anything was cut.
     """
-    clipped = max_norm is not None and norm > max_norm
+    clipped = False
     if max_norm is not None and norm > max_norm:
-        scale *= max_norm / norm
+        clipped, scale = True, scale * max_norm / norm
     if scale != 1 and gradients:
         torch._foreach_mul_(gradients, scale)
     if max_value is not None and gradients:

@@ -4,6 +4,7 @@ metrics.jsonl holds what must be equal however often a run was interrupted; timi
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -116,11 +117,11 @@ class Reporter:
         self._board = SummaryWriter(str(self._directory / "tensorboard"), purge_step=step + 1)
 
     def _rewind_timings(self, step: int) -> None:
-        """Keep what is of steps up to this one; a kill may have left half a line."""
+        """Keep what is of steps up to this one; a kill may have left half a line, and a loss of power worse."""
         path = self._directory / "timings.jsonl"
         self._timings.close()
-        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-        kept = [line for line in whole.splitlines() if json.loads(line)["step"] <= step]
+        whole, _, _ = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
+        kept = [line for line in whole.splitlines() if _step_of(line) <= step]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._timings = path.open("a", encoding="utf-8")
 
@@ -236,3 +237,11 @@ def _piece(tokenizer: Tokenizer, token: int) -> str:
         return spelt
     space = "▁" if spelt.startswith("Ġ") else ""  # the library's sign for a leading space
     return space + text.strip(" ").replace("\n", "⏎") or "▁"
+
+
+def _step_of(line: str) -> float:
+    """Of a line of timings; infinite where it cannot be read, since it says nothing that a result depends on."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError):
+        return math.inf

@@ -73,10 +73,12 @@ def train(recipe: Recipe) -> Path:
 
 def _begin_on_gpu() -> None:
     """Raises ConfigError where there is none. cuDNN's recurrences sum in an order that varies from run to run unless
-    cuBLAS has fixed workspaces, as torch's documentation of `nn.LSTM` says; it reads this when it is first used."""
+    cuBLAS has fixed workspaces, as torch's documentation of `nn.LSTM` says; it reads this when it is first used. Its
+    convolutions are told as well."""
     if not torch.cuda.is_available():
         raise ConfigError("run.device is 'cuda', but torch finds no CUDA device; set run.device=cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
+    torch.backends.cudnn.deterministic = True
 
 
 def train_as(workers: Workers, recipe: Recipe, voice: Callable[[Path], Reporter] = Reporter) -> Path:

@@ -69,6 +69,13 @@ def test_a_locked_mask_is_the_same_at_all_steps_and_another_for_each_row(where: 
     assert float((factors == 0).float().mean()) == pytest.approx(0.5, abs=0.12)
 
 
+def test_each_gap_between_layers_has_a_mask_of_its_own() -> None:
+    """One for all would leave half of what comes out, two a quarter, four a sixteenth."""
+    recurrent = {"dropout": 0.5, "num_layers": 5}
+    factors = factors_of_decoder({"recurrent": recurrent, "locked_dropout": True})
+    assert float((factors > 0).float().mean()) == pytest.approx(1 / 16, abs=0.06)
+
+
 @pytest.mark.parametrize("factors_of", [factors_of_encoder, factors_of_decoder])
 @pytest.mark.parametrize("where", WHERE)
 def test_a_plain_mask_differs_from_step_to_step(where: str, factors_of: Any) -> None:

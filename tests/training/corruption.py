@@ -71,7 +71,7 @@ def corrupt(count: int, seed: int = 1) -> Counter[str]:
             if contents(newest) == whole:  # zeros where there were zeros
                 continue
             found = checkpoint.load_newest(newest.parent)
-            assert found is not None and found[0].step == int(before.name.removeprefix("step-")), damage.__name__
+            assert found is not None and found[0].step == int(before.name[5:13]), damage.__name__
             assert len(found[2]) == 1 and newest.name in found[2][0], found[2]
             done[damage.__name__] += 1
             for name, data in whole.items():

@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent, and a damaged one falls back to the one before it."""
 
+import contextlib
 import errno
 import json
 import os
@@ -81,6 +82,56 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
     assert found is not None and found[0].step == 4
 
 
+def test_a_step_that_is_saved_again_is_never_without_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Ctrl-C in the first validation saves; the same step, validated, is saved when the run goes on. Killed before
+    each call of that second save that changes the disk, there is always something to go on from."""
+    cut = 0
+    for call in range(40):
+        directory, made = tmp_path / str(call), 0
+        checkpoint.save(directory, Progress(step=3), {"x": torch.ones(1)})
+
+        def counted(original: Any, call: int = call) -> Any:
+            def before(*given: Any, **options: Any) -> Any:
+                nonlocal made, cut
+                made += 1
+                if made == call:
+                    cut += 1
+                    raise KeyboardInterrupt
+                return original(*given, **options)
+
+            return before
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            for module, name in ((checkpoint, "flush"), (checkpoint, "save_file"), (Path, "rename"), (Path, "mkdir")):
+                patch.setattr(module, name, counted(getattr(module, name)))
+            for name in ("remove", "unlink", "rmdir"):
+                patch.setattr(os, name, counted(getattr(os, name)))
+            checkpoint.save(directory, Progress(step=3, validated_step=3), {"x": torch.ones(1)})
+        found = checkpoint.load_newest(directory)
+        assert found is not None and found[0].step == 3 and not found[2]
+    assert cut >= 8
+    assert found[0].validated_step == 3, "the last was not killed"
+
+
+@pytest.mark.parametrize("damaged", [[4], [4, 5], [5, 6]])
+def test_checkpoints_of_later_steps_are_damaged_and_keep_none_from_being_kept(
+    tmp_path: Path, damaged: list[int]
+) -> None:
+    """Three may be there after a kill before the oldest is removed. The run falls back, and is saved before it comes
+    to where the damaged ones are."""
+    for step in (2, *damaged):
+        checkpoint.save(tmp_path / str(step), Progress(step=step), {"x": torch.ones(1)})
+        (tmp_path / str(step) / f"step-{step:08d}").rename(tmp_path / f"step-{step:08d}")
+    for step in damaged:
+        (tmp_path / f"step-{step:08d}" / checkpoint.TENSORS).write_bytes(b"damaged")
+    found = checkpoint.load_newest(tmp_path)
+    assert found is not None and found[0].step == 2
+    checkpoint.save(tmp_path, Progress(step=3), {"x": torch.ones(1)})
+    assert [path.name for path in checkpoint.saved_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+
+
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "rmsprop", "adagrad"])
 def test_an_optimizer_survives_the_trip(tmp_path: Path, name: str) -> None:
     section = OptimSection.model_validate({"optimizer": name, "momentum": 0.9 if name in ("sgd", "rmsprop") else 0.0})
@@ -120,12 +171,12 @@ def test_going_on_from_a_damaged_newest_ends_with_the_same_bits(tmp_path: Path) 
     assert outcome(mended) == outcome(alone)
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(6))
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
 def test_a_full_or_read_only_disk_ends_a_run_that_can_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
-    """At each of the five flushes of the third save: nothing is lost of what was saved before."""
+    """At each of the six flushes of the third save: nothing is lost of what was saved before."""
     alone, refused = tmp_path / "alone", tmp_path / "refused"
     train(parse_recipe(recipe_fields(1, alone)))
     saves, flushes = 0, 0

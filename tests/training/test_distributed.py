@@ -63,7 +63,7 @@ def strike(directory: Path, step: int, blow: Callable[[], None]) -> threading.Th
     def wait() -> None:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
-            if any(int(path.name[5:]) >= step for path in saved_checkpoints(directory / "checkpoints")):
+            if any(int(path.name[5:13]) >= step for path in saved_checkpoints(directory / "checkpoints")):
                 blow()
                 return
             time.sleep(0.005)

@@ -76,7 +76,7 @@ def test_going_on_gives_what_a_run_left_alone_gives(task: str, tmp_path: Path, t
     settings: dict[str, Any] = {"device": "cuda", "bf16": True, "ema_decay": 0.9, "dropout": 0.3}
     train(make_recipe(task, tmp_path / "whole", **settings))
     train_until(make_recipe(task, tmp_path / "cut", **settings), 7)
-    assert sorted(path.name for path in (tmp_path / "cut" / CHECKPOINTS).iterdir())[-1].endswith("6")
+    assert sorted(path.name for path in (tmp_path / "cut" / CHECKPOINTS).iterdir())[-1].endswith("6-validated")
     train(make_recipe(task, tmp_path / "cut", **settings))
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from training import checkpoint
 from training.checkpoint import Progress
 from training.data.sources import load_rows
 from training.directory import locked
-from training.loop import MAX_SKIPPED_IN_A_ROW, Trainer
+from training.loop import MAX_LOSS_SCALE, MAX_SKIPPED_IN_A_ROW, MIN_LOSS_SCALE, Trainer
 from training.optim import DivergedError, Precision, Update, update
 from training.reporter import Reporter
 from training.run import _begin_on_gpu, train
@@ -211,6 +212,16 @@ def test_a_plateau_lowers_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [line["learning_rate"] for line in log_of(tmp_path) if "loss" in line] == [0.1] * 6 + [0.025] * 2
 
 
+def without_16_bits(precisions: list[Precision]) -> Callable[..., Update]:
+    """`update` in float32, which notes the precisions that were asked for."""
+
+    def noted(*given: Any, precision: Precision, **others: Any) -> Update:
+        precisions.append(precision)
+        return update(*given, **others)
+
+    return noted
+
+
 class PlantedLoss:
     """Makes the loss of the given steps infinite."""
 
@@ -232,6 +243,80 @@ class PlantedLoss:
 
 def _infinite(out: Any) -> Any:
     return type(out)(out.loss * math.inf, out.nll, out.num_targets, out.logits, out.state)
+
+
+def test_what_is_scattered_does_not_end_a_run_and_averages_know_only_good_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[int] = []
+    move = Trainer._move_average
+
+    def noted(trainer: Trainer) -> None:
+        moved.append(trainer.progress.step)
+        move(trainer)
+
+    monkeypatch.setattr(Trainer, "_move_average", noted)
+    PlantedLoss(monkeypatch, {1, 3, 5, 7, 9})
+    train(recipe(directory=tmp_path, run={"max_steps": 11, "ema_decay": 0.9}))
+    assert moved == [1, 3, 5, 7, 9, 11], "steps done so far: the bad ones are the second, the fourth ..."
+
+
+def test_a_loss_scale_has_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the lower one, what is not finite is the loss's own fault, and ends the run."""
+    monkeypatch.setattr(training.loop, "update", without_16_bits([]))
+    monkeypatch.setattr(training.loop, "STEPS_OF_A_SCALE", 1)
+    monkeypatch.setattr(training.loop, "FIRST_LOSS_SCALE", MAX_LOSS_SCALE / 2)
+    fp16 = {"fp16": True}
+    made = recipe(directory=tmp_path / "high", run={"max_steps": 4, "save_steps": 4})
+    train(made.model_copy(update={"run": made.run.model_copy(update=fp16)}))
+    found = checkpoint.load_newest(tmp_path / "high" / "checkpoints")
+    assert found is not None and found[0].loss_scale == MAX_LOSS_SCALE
+    monkeypatch.setattr(training.loop, "FIRST_LOSS_SCALE", MIN_LOSS_SCALE)
+    PlantedLoss(monkeypatch, set(range(MAX_SKIPPED_IN_A_ROW)))
+    made = recipe(directory=tmp_path / "low", run={"max_steps": 20})
+    with pytest.raises(DivergedError, match="5 steps in a row"):
+        train(made.model_copy(update={"run": made.run.model_copy(update=fp16)}))
+
+
+def test_scheduled_sampling_is_told_how_much_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+    step = Trainer._step
+
+    def noted(trainer: Trainer) -> Update:
+        done = step(trainer)
+        shares.append(trainer.model.share_done)  # type: ignore[arg-type]
+        return done
+
+    monkeypatch.setattr(Trainer, "_step", noted)
+    data = {"generated": "language-model", "tokenizer": WORDS}
+    train(recipe("generate", tmp_path, data=data, model=LANGUAGE_MODEL, run={"max_steps": 4, "max_eval_samples": 4}))
+    assert shares == [0.0, 0.25, 0.5, 0.75]
+
+
+def test_the_statistics_of_a_frozen_backbone_stay_as_they_were(tmp_path: Path) -> None:
+    backbone = {"channels": [4]}
+    encoder = {"input": "frames", "backbone": backbone, "recurrent": {"hidden_size": 4}}
+    model = {"architecture": "tagger", "encoder": encoder}
+    optim, run = {"freeze": ["*backbone*"]}, {"max_eval_samples": 4, "rows_per_batch": 4}
+    train(recipe("tag", tmp_path, data={"generated": "frames"}, model=model, optim=optim, run=run))
+    saved = load_pretrained(tmp_path).model.state_dict()
+    means = [value for name, value in saved.items() if name.endswith("running_mean")]
+    assert means and not any(value.any() for value in means)
+
+
+def test_no_clock_ends_a_run_before_its_first_step(tmp_path: Path) -> None:
+    train(recipe(directory=tmp_path, run={"max_minutes": 1e-7}))
+    assert json.loads((tmp_path / "finished.json").read_text())["step"] == 1
+
+
+def test_timings_that_cannot_be_read_are_left_out(tmp_path: Path, train_until: TrainUntil) -> None:
+    run = {"max_steps": 4, "logging_steps": 1, "save_steps": 2}
+    train_until(recipe(directory=tmp_path, run=run), 3)
+    timings = tmp_path / "timings.jsonl"
+    timings.write_bytes(b"\0\0\n[1]\n\xff\n" + timings.read_bytes())
+    train(recipe(directory=tmp_path, run=run))
+    steps = [json.loads(line)["step"] for line in timings.read_text(encoding="utf-8").splitlines()]
+    assert steps == [1, 2, 3, 4, 4], "the last with its validation"
 
 
 def test_a_planted_infinite_loss_is_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,12 +343,7 @@ def test_a_loss_scale_falls_where_it_overflows_and_rises_after_long_without(
     """float16 needs a GPU; its scale is a rule about skipped steps, which another cause of skipping shows as well."""
     monkeypatch.setattr(training.loop, "STEPS_OF_A_SCALE", 4)
     precisions: list[Precision] = []
-
-    def without_16_bits(*given: Any, precision: Precision, **others: Any) -> Update:
-        precisions.append(precision)
-        return update(*given, **others)
-
-    monkeypatch.setattr(training.loop, "update", without_16_bits)
+    monkeypatch.setattr(training.loop, "update", without_16_bits(precisions))
     PlantedLoss(monkeypatch, {0, 1, 2, 3, 4, 5, 6})  # more than MAX_SKIPPED_IN_A_ROW
     made = recipe(directory=tmp_path, run={"max_steps": 17})
     train(made.model_copy(update={"run": made.run.model_copy(update={"fp16": True})}))
@@ -447,7 +527,7 @@ def test_validation_does_not_move_the_random_numbers(tmp_path: Path) -> None:
         train(recipe(directory=tmp_path / name, model=model, run={"max_steps": 6, "eval_steps": steps}))
     losses = [[line for line in log_of(tmp_path / name) if "loss" in line] for name in ("often", "seldom")]
     assert losses[0] == losses[1]
-    states = [next((tmp_path / name / "checkpoints").glob("step-00000006")) for name in ("often", "seldom")]
+    states = [next((tmp_path / name / "checkpoints").glob("step-00000006-validated")) for name in ("often", "seldom")]
     assert (states[0] / "state.safetensors").read_bytes() == (states[1] / "state.safetensors").read_bytes()
 
 

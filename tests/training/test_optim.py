@@ -11,6 +11,7 @@ from seqmodels.errors import ConfigError
 from seqmodels.losses import Output
 from seqmodels.models import build_model
 from seqmodels.state import State
+from tests.seqmodels.builders import make_model
 from tests.training.recipes import LANGUAGE_MODEL, WORDS, recipe
 from training.config import OptimSection
 from training.data.batches import Batch, Buckets
@@ -27,6 +28,7 @@ from training.optim import (
     freeze,
     gradient_norm,
     learning_rate,
+    still_statistics,
     unscale_and_clip,
     update,
 )
@@ -302,8 +304,26 @@ def test_frozen_parameters_stay_and_a_pattern_must_match() -> None:
     assert changed == {"head.weight", "head.bias"}
     with pytest.raises(ConfigError, match="encodre"):
         freeze(model, ["encodre.*"])
+    for field, value in (("unfreeze_steps", {"encoder.*": 3}), ("learning_rate_factors", {"encoder.*": 0.5})):
+        section = OptimSection.model_validate({field: value})
+        with pytest.raises(ConfigError, match=rf"{field} holds 'encoder\.\*', but optim\.freeze has frozen all"):
+            build_optimizer(section, model)
     with pytest.raises(ConfigError, match="nothing to train"):
         freeze(model, ["*"])
+
+
+def test_statistics_of_what_is_frozen_or_held_stand_still() -> None:
+    backbone = {"channels": [4, 6], "blocks_per_stage": 1}
+    fields = {"architecture": "tagger", "encoder": {"input": "frames", "backbone": backbone}, "labels": ["a", "b"]}
+    model = make_model(**fields)
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    first, second = ({name for name in norms if f"stages.{stage}" in name} for stage in (0, 1))
+    assert first and second and len(norms) > len(first | second)
+    freeze(model, ["*backbone.stages.0.*"])
+    for step, still in ((0, first | second), (2, first)):
+        model.train()
+        still_statistics(model, {"*backbone.stages.1.*": 2}, step)
+        assert {name for name, module in norms.items() if not module.training} == still
 
 
 @pytest.mark.parametrize(("max_value", "weights"), [(None, [0.7, 1.6]), (0.7, [0.7, 1.65])])

@@ -119,7 +119,7 @@ def test_going_on_gives_each_worker_its_own_back(trained: Path, tmp_path: Path) 
     for name in ("finished.json", "model.safetensors", "config.json"):
         (again / name).unlink()
     newest, before = saved_checkpoints(again / "checkpoints")[::-1]
-    assert (newest.name, before.name) == ("step-00000012", "step-00000006")
+    assert (newest.name, before.name) == ("step-00000012-validated", "step-00000006-validated")
     shutil.rmtree(newest)
     together.start({**lossy(trained), "run": {**lossy(trained)["run"], "output_dir": str(again)}})
     assert outcome(again) == outcome(alone)
