@@ -40,8 +40,8 @@ class Attention(nn.Module):
     def forward(self, queries: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         assert memory.keys is not None and memory.bias is not None, "call Attention.prepare before a memory's first use"
         if self.kind == "additive":
-            # A few queries at a time: all at once, (B, T, S, H) would take gigabytes for long texts. Training keeps them
-            # all the same, for its gradients.
+            # A few queries at a time: all at once, (B, T, S, H) would take gigabytes for long texts, which training
+            # needs all the same, for its gradients.
             energies = [self._energies(some, memory.keys) for some in torch.split(queries, QUERIES_AT_ONCE, 1)]
             scores = torch.cat(energies, 1) + memory.bias
         else:
