@@ -323,11 +323,12 @@ def explain(error: ValidationError, root: type[BaseModel] | None = None) -> str:
     first = error.errors(include_url=False)[0]
     if root is not None and first["type"] == "extra_forbidden":
         return _explain_unknown([str(part) for part in first["loc"]], root)
+    if first["type"] == "union_tag_not_found":  # of an encoder, whose kind decides what else it may hold
+        field = ".".join(_fields_of(first["loc"]))
+        return f"{field}.input is missing; set it to one of {', '.join(ENCODERS)}, or leave {field} out"
     faults: dict[tuple[str, str], list[str]] = {}  # by field and value: each member of a union finds a fault of its own
     for fault in error.errors(include_url=False):
         field = ".".join(_fields_of(fault["loc"]))
-        if fault["type"] == "union_tag_not_found":  # of an encoder, whose kind decides what else it may hold
-            return f"{field}.input is missing; set it to one of {', '.join(ENCODERS)}, or leave {field} out"
         value = fault.get("input")
         shown = f" (got {value!r})" if field and isinstance(value, str | int | float | bool | None) else ""
         messages = faults.setdefault((field, shown), [])

@@ -40,6 +40,7 @@ class Tokenizer:
         fields = json.loads(self._text)
         self._leading_space = fields["pre_tokenizer"].get("use_regex", False)
         self._holds_words = fields["decoder"] is None  # which are joined with spaces
+        self._reads_lines = self._holds_words and fields["pre_tokenizer"]["type"] == "Sequence"  # since version 0.1.0
 
     @classmethod
     def train(
@@ -123,7 +124,7 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens are left out, and so are bytes that form no character."""
         text = str(self._backend.decode(list(ids), skip_special_tokens=True))
-        if self._holds_words:
+        if self._reads_lines:
             return re.sub(" ?\n ?", "\n", text)
         return text.removeprefix(" ") if self._leading_space else text
 
@@ -158,7 +159,7 @@ def _without_special_words(texts: Iterable[str], normalizer: normalizers.Normali
     """Texts for the library's word trainer, which gives a word that is spelt like a special token an id of its own,
     and leaves the special one without any."""
     for text in texts:
-        words = re.split(" |(?=\n)|(?<=\n)", normalizer.normalize_str(text) if normalizer else text)
+        words = (normalizer.normalize_str(text) if normalizer else text).replace("\n", " \n ").split(" ")
         yield " ".join(word for word in words if word not in SPECIAL_TOKENS)
 
 

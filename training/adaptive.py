@@ -65,6 +65,10 @@ class Adaptive:
         self._cache = _Cache(adaptation) if adaptation.cache_weight else None
 
     @property
+    def learns(self) -> bool:
+        return self._learner is not None
+
+    @property
     def nll_of_a_guess(self) -> float:
         """Where every token is as likely as any other."""
         return math.log(self._model.decoder.embedding.num_embeddings)

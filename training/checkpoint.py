@@ -28,7 +28,7 @@ from seqmodels.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints"  # where a run keeps them
 TENSORS, PROGRESS, SUMS = "state.safetensors", "progress.json", "SHA256SUMS"
-VALIDATED = "-validated"
+AFTER_VALIDATION = "-validated"
 KEPT = 2
 
 
@@ -68,10 +68,8 @@ Found = tuple[Progress, dict[str, Tensor], list[str]]  # a checkpoint, and a war
 
 
 def save(directory: Path, progress: Progress, tensors: dict[str, Tensor]) -> None:
-    """Write one checkpoint, then remove those that are no longer needed: all but the last two, and what is of later
-    steps than this one, which can only be damaged."""
-    final = directory / _name(progress)
-    temporary = directory / f".{final.name}.writing"
+    """Write one checkpoint, then remove those that are no longer needed."""
+    final, temporary = directory / _name(progress), directory / ".writing"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
@@ -80,15 +78,19 @@ def save(directory: Path, progress: Progress, tensors: dict[str, Tensor]) -> Non
     for name in (TENSORS, PROGRESS, SUMS):
         flush(temporary / name)
     flush(temporary)
-    if final.exists():  # damaged, or the run would not have come to it again
-        shutil.rmtree(final)
     temporary.rename(final)
     flush(directory)
     flush(directory.parent)
-    found = saved_checkpoints(directory)
-    after = found.index(final) + 1
-    for needless in found[: max(0, after - KEPT)] + found[after:]:
-        shutil.rmtree(needless)
+    for old in saved_checkpoints(directory)[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def forget_later(directory: Path, progress: Progress) -> None:
+    """Remove the damaged checkpoints that were passed over on the way back to this one: they would count among those
+    that are kept, and stand where the run is to be saved."""
+    for path in saved_checkpoints(directory):
+        if path.name > _name(progress):
+            shutil.rmtree(path)
 
 
 def load_newest(directory: Path) -> Found | None:
@@ -203,7 +205,7 @@ def _load(path: Path) -> tuple[Progress, dict[str, Tensor]]:
         if (path / SUMS).read_bytes() != _sums(path).encode("ascii"):
             raise CheckpointError("its files do not match their checksums")
         progress = _PROGRESS.validate_json((path / PROGRESS).read_bytes())
-        if path.name.removesuffix(VALIDATED) != _name(progress).removesuffix(VALIDATED):
+        if path.name.removesuffix(AFTER_VALIDATION) != f"step-{progress.step:08d}":  # earlier versions had no suffix
             raise CheckpointError(f"it is of step {progress.step}")
         return progress, load_file(path / TENSORS)
     except OSError as error:
@@ -213,7 +215,7 @@ def _load(path: Path) -> tuple[Progress, dict[str, Tensor]]:
 
 
 def _name(progress: Progress) -> str:
-    return f"step-{progress.step:08d}{VALIDATED if progress.validated_step == progress.step else ''}"
+    return f"step-{progress.step:08d}{AFTER_VALIDATION if progress.validated_step == progress.step else ''}"
 
 
 def _sums(path: Path) -> str:

@@ -123,6 +123,8 @@ class DataSection(Strict):
     def _check(self) -> Self:
         if self.generated is not None and (self.id or self.path or self.columns):
             raise ValueError("data.generated brings its own rows; remove data.id, data.path and data.columns")
+        if self.generated is not None and (self.cut.validation is not None or self.cut.test is not None):
+            raise ValueError("data.generated brings its own splits; remove data.cut")
         if not (self.generated or self.id or self.path):
             raise ValueError("data names no source; set data.id, data.path or data.generated")
         if not self.generated and self.columns is None:

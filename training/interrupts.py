@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-TERMINATION = signal.SIGTERM, signal.SIGHUP  # of whatever stops a container, and of a terminal that is closed
-SIGNALS = signal.SIGINT, *TERMINATION
+SIGNALS = signal.SIGINT, signal.SIGTERM  # of a terminal, and of whatever stops a container
 
 
 @contextmanager
 def interrupts_wait(alone: bool = True) -> Iterator[threading.Event]:
-    """Within it a first Ctrl-C, SIGTERM or SIGHUP only sets the event; a second one raises KeyboardInterrupt at once.
+    """Within it a first Ctrl-C or SIGTERM only sets the event; a second one raises KeyboardInterrupt at once.
 
     alone: False for one of several processes that save together, which nobody may leave by himself: nothing is changed
     there, nor in threads other than the main one, which get no signals.
@@ -31,8 +30,8 @@ def interrupts_wait(alone: bool = True) -> Iterator[threading.Event]:
 
 @contextmanager
 def termination_interrupts(alone: bool = True) -> Iterator[None]:
-    """Within it SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does. alone: see `interrupts_wait`."""
-    with _handled(signal.default_int_handler, TERMINATION if alone else ()):
+    """Within it SIGTERM raises KeyboardInterrupt, as Ctrl-C does. alone: see `interrupts_wait`."""
+    with _handled(signal.default_int_handler, (signal.SIGTERM,) if alone else ()):
         yield
 
 

@@ -278,10 +278,11 @@ class Trainer:
     def _is_over(self) -> bool:
         progress, run = self.progress, self.recipe.run
         patience = run.early_stopping_patience
+        minutes = self.workers.of_first(self._seconds) / 60 if run.max_minutes is not None else 0.0
         return (
             progress.step >= self.total_steps
             or (patience is not None and progress.validations_without_better >= patience)
-            or (run.max_minutes is not None and progress.step > 0 and self._minutes() >= run.max_minutes)
+            or (run.max_minutes is not None and progress.step > 0 and minutes >= run.max_minutes)
         )
 
     def _validate_or_save(self) -> None:
@@ -345,9 +346,6 @@ class Trainer:
     def _seconds(self) -> float:
         return time.monotonic() - self.started
 
-    def _minutes(self) -> float:
-        return self.workers.of_first(self._seconds) / 60
-
     # Stopping and going on
 
     def _save(self) -> None:
@@ -378,6 +376,8 @@ class Trainer:
             self.saved = (self.progress.step, self.progress.validated_step)
             for warning in warnings:
                 self.reporter.say(warning)
+            if self.workers.is_first:
+                checkpoint.forget_later(self.directory / checkpoint.CHECKPOINTS, self.progress)
             self.model.load_state_dict(_part(tensors, "model."))
             if self.moving is not None:
                 self.moving.load_state_dict(_part(tensors, "average."))

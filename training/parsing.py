@@ -151,9 +151,10 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            line = key.start_mark.line + 1
-            if lines.setdefault(key.value, line) != line:
-                raise yaml.YAMLError(f"{key.value!r} stands twice, in lines {lines[key.value]} and {line}; keep one")
+            if key.value in lines:
+                both = f"lines {lines[key.value]} and {key.start_mark.line + 1}"
+                raise yaml.YAMLError(f"{key.value!r} stands twice, in {both}; keep one")
+            lines[key.value] = key.start_mark.line + 1
         return node
 
 
@@ -169,8 +170,10 @@ def _apply(fields: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r} is no override; write key=value, such as run.seed=2")
     try:
         value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except (yaml.MarkedYAMLError, ValueError, RecursionError):
         raise ConfigError(f"override {key}: {text!r} is not YAML; quote it") from None
+    except yaml.YAMLError as error:  # our own
+        raise ConfigError(f"override {key}: {' '.join(str(error).split())}") from None
     *parents, last = key.split(".")
     for parent in parents:
         inner = fields.setdefault(parent, {})

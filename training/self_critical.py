@@ -64,11 +64,12 @@ class SelfCritical:
     @torch.no_grad()
     def _write(self, inputs: Tensor, lengths: Tensor | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Drawn and greedy tokens as labels (B, T+1) with their lengths (B,), without dropout."""
-        training = self._model.training
+        modes = [(module, module.training) for module in self._model.modules()]  # what is frozen is in evaluation
         self._model.eval()
         rows = torch.arange(len(inputs), device=inputs.device)
         labels, counts = self._walk(self._model.encode(inputs, lengths).select(rows.repeat(2)))
-        self._model.train(training)
+        for module, training in modes:
+            module.training = training
         (drawn, greedy), (drawn_counts, greedy_counts) = labels.chunk(2), counts.chunk(2)
         return (drawn, drawn_counts), (greedy, greedy_counts)
 

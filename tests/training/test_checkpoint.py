@@ -74,7 +74,7 @@ def test_all_damaged_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
 
 def test_a_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
     save_three(tmp_path)
-    (tmp_path / ".step-00000004.writing").mkdir()
+    (tmp_path / ".writing" / "state.safetensors").mkdir(parents=True)
     found = checkpoint.load_newest(tmp_path)
     assert found is not None and found[0].step == 3
     checkpoint.save(tmp_path, Progress(step=4), {"x": torch.zeros(1)})  # and is in nobody's way
@@ -116,20 +116,21 @@ def test_a_step_that_is_saved_again_is_never_without_a_checkpoint(
 
 
 @pytest.mark.parametrize("damaged", [[4], [4, 5], [5, 6]])
-def test_checkpoints_of_later_steps_are_damaged_and_keep_none_from_being_kept(
-    tmp_path: Path, damaged: list[int]
-) -> None:
-    """Three may be there after a kill before the oldest is removed. The run falls back, and is saved before it comes
-    to where the damaged ones are."""
+def test_damaged_checkpoints_are_not_counted_among_those_that_are_kept(tmp_path: Path, damaged: list[int]) -> None:
+    """Three may be there after a kill before the oldest is removed."""
     for step in (2, *damaged):
         checkpoint.save(tmp_path / str(step), Progress(step=step), {"x": torch.ones(1)})
         (tmp_path / str(step) / f"step-{step:08d}").rename(tmp_path / f"step-{step:08d}")
     for step in damaged:
         (tmp_path / f"step-{step:08d}" / checkpoint.TENSORS).write_bytes(b"damaged")
     found = checkpoint.load_newest(tmp_path)
-    assert found is not None and found[0].step == 2
-    checkpoint.save(tmp_path, Progress(step=3), {"x": torch.ones(1)})
-    assert [path.name for path in checkpoint.saved_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+    assert found is not None and found[0].step == 2 and len(found[2]) == len(damaged)
+    checkpoint.forget_later(tmp_path, found[0])
+    checkpoint.save(tmp_path, Progress(step=4, validated_step=4), {"x": torch.ones(1)})
+    assert [path.name for path in checkpoint.saved_checkpoints(tmp_path)] == [
+        "step-00000002",
+        "step-00000004-validated",
+    ]
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "rmsprop", "adagrad"])

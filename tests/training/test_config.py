@@ -95,6 +95,7 @@ def test_overrides_go_before_the_file_and_are_read_as_yaml() -> None:
         ("data.max_target_length=9", ["data.max_target_length", "classify"]),
         ("data=&a [*a]", ["no plain data", "Circular"]),
         ("model.encoder={recurrent: {cell: lstm}}", ["model.encoder.input is missing; set it to one of text, image"]),
+        ("run={seed: 1, seed: 2}", ["override run: 'seed' stands twice"]),
         ("run.seed=2024-13-45", ["run.seed", "not YAML"]),
     ],
 )
@@ -177,6 +178,7 @@ def test_regularisation_that_does_nothing_is_refused(options: dict[str, Any], da
         (b"task: 2024-11-25\n", "no plain data"),
         (b"[" * 1500, "is not YAML"),
         (b"run: {seed: 1}\ntask: tag\nrun: {seed: 2}\n", "is not YAML: 'run' stands twice, in lines 1 and 3; keep one"),
+        (b"run: {seed: 1, bf16: true, seed: 2}\n", "'seed' stands twice, in lines 1 and 1"),
         (b"run:\n  seed: 1\n  bf16: true\n  seed: 2\n", "'seed' stands twice, in lines 2 and 4"),
     ],
 )

@@ -16,7 +16,7 @@ from training.run import train
 RUN = {"max_steps": 6, "eval_steps": 3, "logging_steps": 2}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", [2, 3, 5])  # after which it is to be validated, to be nothing, and to end
 def test_what_is_interrupted_is_saved_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, step: int

@@ -194,7 +194,7 @@ def test_a_model_that_an_older_checkpoint_names_is_kept(
     assert finished["step"] == 1 and finished["validation"]["accuracy"] == 0.1
 
 
-def test_a_run_says_how_many_inputs_are_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_says_how_many_inputs_fill_what_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lengths = [len(str(row.input).split()) for row in load_rows(recipe())["train"]]
     longest = max(lengths)
     for limit in (longest - 1, longest + 1):

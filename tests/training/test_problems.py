@@ -16,7 +16,7 @@ from seqmodels.pretrained import load_pretrained
 from tests.training.recipes import CLASSIFIER, WORDS, recipe
 from training import metrics
 from training.__main__ import main
-from training.calibrate import COLDEST, _quality, fit_temperature, fits
+from training.calibrate import COLDEST, HOTTEST, _quality, fit_temperature, fits
 from training.data.generated import generate
 from training.run import train
 
@@ -205,7 +205,7 @@ def test_a_planted_temperature_is_found_and_is_the_best_of_a_grid() -> None:
     assert nll(found) <= min(nll(found + step) for step in (-0.3, -0.01, 0.01, 0.3))
     coldest = fit_temperature(logits, logits.argmax(1))
     assert coldest == pytest.approx(COLDEST), "all right: as cold as it may be"
-    assert fits(found) and not fits(coldest)
+    assert fits(found) and not fits(coldest) and not fits(HOTTEST)
 
 
 def test_calibrate_changes_probabilities_and_no_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

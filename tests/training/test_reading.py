@@ -263,7 +263,7 @@ def test_a_cut_of_a_split_that_the_data_has_is_said_to_be_unused(tmp_path: Path)
         csv_recipe(tmp_path, cut={"validation": 2, "test": 2}), ("train", "validation", "test"), said.append
     )
     assert [len(split) for split in rows.values()] == [8, 10, 2]
-    assert said == ["split validation: the data has one, so data.cut.validation is not used"]
+    assert said == ["the data has a validation split of its own, so data.cut.validation is not used"]
 
 
 def test_a_text_beside_tables_is_no_data(tmp_path: Path) -> None:

@@ -143,6 +143,16 @@ def test_what_it_writes_is_drawn_from_the_model_and_greedy_without_dropout(token
         assert written[-1] == EOS or length == 6
 
 
+def test_what_is_in_evaluation_stays_there(tokenizer: Tokenizer) -> None:
+    """As batch normalisation that is frozen."""
+    model = a_model().train()
+    assert model.encoder is not None
+    model.encoder.eval()
+    before = [module.training for module in model.modules()]
+    SelfCritical(model, tokenizer, planted, 0.5, STEPS)(**batch_of(2))
+    assert [module.training for module in model.modules()] == before and {*before} == {True, False}
+
+
 @pytest.mark.parametrize(
     ("name", "texts", "expected"),
     [

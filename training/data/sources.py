@@ -28,7 +28,7 @@ class Splits:
         cuts = {"validation": data.cut.validation, "test": data.cut.test}
         wanted = {role: size for role, size in cuts.items() if size is not None}
         self._cuts = {role: size for role, size in wanted.items() if role not in self._found}
-        self._unused_cuts = wanted.keys() - self._cuts.keys()
+        self._unused_cuts = sorted(wanted.keys() - self._cuts.keys())
 
     def has(self, role: str) -> bool:
         """Whether there is such a split, or one is cut."""
@@ -55,8 +55,9 @@ class Splits:
         read = {
             role: table for role, table in self._found.items() if role in wanted or (from_train and role == "train")
         }
-        for role in self._unused_cuts & read.keys():
-            say(f"split {role}: the data has one, so data.cut.{role} is not used")
+        if "train" in wanted:
+            for role in self._unused_cuts:
+                say(f"the data has a {role} split of its own, so data.cut.{role} is not used")
         reader = RowReader(self._recipe, class_names(self._recipe, next(iter(read.values()))))
         rows = {role: reader.rows(role, table, say) for role, table in read.items()}
         if from_train:
