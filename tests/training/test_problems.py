@@ -317,7 +317,7 @@ def test_nothing_is_calibrated_on_rows_that_may_have_been_trained_on(
     reviews = [{"text": row.input, "verdict": row.target} for row in generate("sentiment")["train"][:200]]
     columns = {"input": "text", "target": "verdict"}
     data = {"path": str(write(tmp_path / "rows.jsonl", reviews)), "columns": columns, "cut": {"validation": 50}}
-    run = {"max_steps": 30}
+    run = {"max_steps": 80}
     directory = train(recipe(directory=tmp_path / "run", data={**data, "tokenizer": WORDS}, run=run))
     before = (directory / "config.json").read_bytes()
     assert main(["calibrate", str(directory), "data.cut.seed=2"]) == 2
@@ -330,7 +330,7 @@ def test_a_model_whose_run_cannot_be_read_is_used_all_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One of another version of this project, say: what its run.json holds is not what the model is."""
-    directory = train(recipe(directory=tmp_path / "run", run={"max_steps": 30}))
+    directory = train(recipe(directory=tmp_path / "run", run={"max_steps": 80}))
     (directory / "run.json").write_text('{"of": "another version"}', encoding="utf-8")
     for command in ("evaluate", "calibrate"):
         assert main([command, str(directory), *(["--split", "validation"] if command == "evaluate" else [])]) == 0

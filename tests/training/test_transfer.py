@@ -147,7 +147,7 @@ def test_a_finished_model_no_longer_needs_what_it_began_from(
 ) -> None:
     base = train(recipe(directory=tmp_path / "base"))
     begun = {"data": {"generated": "sentiment"}, "model": {"init_from": str(base)}}
-    run = train(recipe(directory=tmp_path / "run", **begun))
+    run = train(recipe(directory=tmp_path / "run", run={"max_steps": 40}, **begun))
     base.rename(tmp_path / "gone")
     for command in ("evaluate", "calibrate"):
         assert main([command, str(run)]) == 0, capsys.readouterr().err
