@@ -2,6 +2,7 @@
 
     python -m serving MODEL_DIR [NAME=MODEL_DIR ...] [--port 8000]
     python -m serving service.yaml
+    python -m serving swap NAME=MODEL_DIR ...    # change the models of one that runs; see swap --help
 
 It says where it listens and stays up until Ctrl-C. For a cluster see deploy/serve.yaml.
 """
@@ -15,9 +16,9 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from seqmodels.errors import ConfigError, SeqModelsError
+from serving import swap
 from serving.auth import ENVIRONMENT_VARIABLE, MIN_LENGTH, load_key_hashes
 from serving.config import ServeConfig, named_models
 
@@ -25,8 +26,9 @@ from serving.config import ServeConfig, named_models
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
-APPLICATION = "seqmodels"
 HELP = """\
+`python -m serving swap --help` tells how to change the models of a service that runs.
+
 A YAML file says the same and more; options given here win over it:
 
   models:                      # the name that clients use: model directory
@@ -41,8 +43,12 @@ serving/config.py lists every field with its default; deploy/service.yaml is a w
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 after Ctrl-C, 2 for a mistake of the user, told in one line."""
+    """Returns the exit status: 0 after Ctrl-C, 1 where a swap was refused, 2 for a mistake of the user, told in one
+    line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if arguments and arguments[0] == "swap":
+            return swap.main(arguments[1:])
         config = read_config(arguments)
         _check(config)
         _serve(config)
@@ -52,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_config(arguments: Sequence[str] | None) -> ServeConfig:
+def read_config(arguments: Sequence[str]) -> ServeConfig:
     """The command line as a ServeConfig; options given there win over the file. Raises ConfigError."""
     parser = argparse.ArgumentParser(
         "python -m serving",
@@ -123,14 +129,17 @@ def _check(config: ServeConfig) -> None:
 
 def _serve(config: ServeConfig) -> None:
     """Until the first SIGINT or SIGTERM; running requests may finish."""
+    from serving import cluster  # imports Ray
+
     stop = threading.Event()
     try:
         _start_ray(config)
         # After `ray.init`, which puts a handler in place that exits in the middle of whatever Ray is doing, and
-        # before the first request can be answered. A signal while the models load is heeded when they are loaded.
+        # before the first request can be answered.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
-        _start_service(config)
+        cluster.quiet()
+        cluster.deploy(config, stop.is_set)
         if not stop.is_set():
             _say_where(config)
         stop.wait()
@@ -140,7 +149,7 @@ def _serve(config: ServeConfig) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):  # an impatient second one would leave Ray's processes behind
             signal.signal(number, signal.SIG_IGN)
         print("stopping; running requests may finish", flush=True)
-        shut_down()
+        cluster.shut_down()
 
 
 def _start_ray(config: ServeConfig) -> None:
@@ -149,32 +158,6 @@ def _start_ray(config: ServeConfig) -> None:
     replicas = config.autoscaling.max_replicas if config.autoscaling else config.replicas
     num_cpus = max(os.cpu_count() or 1, replicas * config.num_threads)  # room for what was asked, even on few cores
     ray.init(num_cpus=num_cpus, include_dashboard=False, logging_level=logging.ERROR)
-
-
-def _start_service(config: ServeConfig) -> None:
-    from ray import serve
-
-    from serving.deployments import build
-
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    http: dict[str, Any] = {
-        "host": config.host,
-        "port": config.port,
-        "request_timeout_s": config.limits.timeout_s + 10.0,  # a backstop: the app expires requests itself
-    }
-    logging_config = {"log_level": "WARNING", "enable_access_log": False}
-    serve.start(proxy_location="HeadOnly", http_options=http, logging_config=logging_config)
-    serve.run(build(config), name=APPLICATION, logging_config=logging_config)
-
-
-def shut_down() -> None:
-    """Stop the service, letting what runs finish, then every process of Ray's that was begun."""
-    import ray
-    from ray import serve
-
-    if ray.is_initialized():
-        serve.delete(APPLICATION)
-        ray.shutdown()
 
 
 def _say_where(config: ServeConfig) -> None:

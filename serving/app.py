@@ -4,10 +4,9 @@ Bodies are read with a bound and parsed by pydantic straight from bytes, in a po
 too deep, not UTF-8, or holds NaN or half a surrogate pair never reaches anything that could stumble over it.
 """
 
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from fastapi import FastAPI, Request
@@ -19,15 +18,12 @@ from starlette.responses import JSONResponse, Response
 
 from serving import schema
 from serving.completions import CompletionRequest, CompletionResponse
-from serving.config import ServeConfig
+from serving.config import Settings
 from serving.errors import HttpError
 from serving.front import Front, is_image
 from serving.http import Guard, Observe, error_response
-from serving.runner import Runner
+from serving.models import Models, ServedModel
 from serving.service import Service
-
-if TYPE_CHECKING:
-    from seqmodels.pipeline import Pipeline
 
 REFERENCE = "#/components/schemas/{model}"
 REQUESTS: tuple[type[BaseModel], ...] = (
@@ -57,31 +53,31 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def build_app(
-    runner: "Runner[Pipeline]",
-    config: ServeConfig,
+    models: Models,
+    settings: Settings,
     *,
     key_hashes: Sequence[str] = (),
     observe: Observe = lambda route, status, seconds: None,
 ) -> FastAPI:
-    """The service as an ASGI app, which starts the runner with its lifespan and drains it at the end.
+    """The service as an ASGI app, which starts the models' runner with its lifespan and drains it at the end.
 
     observe: called once per answer.
     """
+    runner = models.runner
     service = Service(runner)
-    created = int(time.time())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
         yield
-        await service.stop(config.drain_s)
+        await service.stop(settings.drain_s)
 
     summary = "Recurrent sequence models over HTTP"
     # Its page loads nothing from elsewhere: the service is also for machines without a way out.
     app = FastAPIOffline(title="seqmodels", summary=summary, redoc_url=None, lifespan=lifespan)
     app.add_middleware(Guard, key_hashes=key_hashes, observe=observe)
     app.add_exception_handler(HTTPException, _router_error)
-    front = Front(service, config.limits)
+    front = Front(service, models, settings.limits)
 
     @app.post("/v1/classify", **_documented(schema.ClassifyRequest, schema.ClassifyResponse))
     async def classify(request: Request) -> Response:
@@ -122,22 +118,31 @@ def build_app(
         return await front.complete(request)
 
     @app.get("/v1/models", response_model=schema.ModelList, responses=ERRORS)
-    async def models() -> Response:
-        """The models served here."""
-        return JSONResponse({"object": "list", "data": [card(name) for name in service.pipelines]})
+    async def list_models() -> Response:
+        """The models served here, and what was wanted in their place and could not be served."""
+        cards = [card(model) for model in models.served.values()]
+        return JSONResponse({"object": "list", "data": cards, "refused": list(models.refused)})
 
     @app.get("/v1/models/{name}", response_model=schema.ModelCard, responses=ERRORS)
-    async def model(name: str) -> Response:
-        """One of the models served here."""
-        if name not in service.pipelines:
-            message = f"no model of that name is served here; models: {', '.join(service.pipelines)}"
+    async def one_model(name: str) -> Response:
+        """One of the models served here, by its name or an alias."""
+        model = models.served.get(models.aliases.get(name, name))
+        if model is None:
+            message = f"no model of that name is served here; models: {', '.join(models.served)}"
             raise HttpError(404, message, "model_not_found", "model")
-        return JSONResponse(card(name))
+        return JSONResponse(card(model))
 
-    def card(name: str) -> dict[str, Any]:
-        pipeline = service.pipelines[name]
-        about = {"task": pipeline.task, "input": pipeline.config.input, "revision": pipeline.revision}
-        return {"id": name, "object": "model", "created": created, "owned_by": "local", **about}
+    def card(model: ServedModel) -> dict[str, Any]:
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": model.created,
+            "owned_by": "local",
+            "task": model.task,
+            "input": model.pipeline.config.input,
+            "revision": model.revision,
+            "aliases": [alias for alias, name in models.aliases.items() if name == model.name],
+        }
 
     @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz")
@@ -155,9 +160,13 @@ def build_app(
             "broken_models": runner.broken_models,
             "requests": runner.num_open,
             "num_threads": torch.get_num_threads(),
-            "models": {name: {**runner.loads[name], **one.facts} for name, one in service.pipelines.items()},
+            "models": {name: readiness(model) for name, model in models.served.items()},
+            "refused": list(models.refused),
         }
         return JSONResponse(report, 200 if report["ready"] else 503)
+
+    def readiness(model: ServedModel) -> dict[str, Any]:
+        return {"revision": model.revision, **model.load, **model.pipeline.facts}
 
     _document_requests(app)
     return app

@@ -10,13 +10,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from seqmodels.config import Strict, Weights, explain
 from seqmodels.errors import ConfigError
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def _checked_name(name: str) -> str:
+    if not MODEL_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} cannot name a model; use letters, digits, '.', '_' and '-' (at most 100)")
+    return name
 
 
 class Limits(Strict):
@@ -52,11 +58,54 @@ class Autoscaling(Strict):
         return self
 
 
-class ServeConfig(Strict):
-    """One service: its models, where it listens, what it may use and what it allows."""
+Name = Annotated[str, AfterValidator(_checked_name)]
+
+
+class Parsed(Strict):
+    """Base of what is built from a file's plain data."""
+
+    @classmethod
+    def parse(cls, fields: dict[str, Any]) -> Self:
+        """Build from plain data; raises ConfigError that names the field, its value and what is allowed."""
+        try:
+            return cls.model_validate_json(json.dumps(fields))
+        except ValidationError as error:
+            raise ConfigError(explain(error, cls)) from None
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(f"a value is not plain data: {error}") from None
+
+
+class ModelSet(Parsed):
+    """The part of a service that may change while it runs: Ray Serve's `user_config`, which reaches every replica."""
 
     # Name that clients use -> model directory, or a list of those whose models answer as one.
-    models: dict[str, str | Annotated[list[str], Field(min_length=1)]] = Field(min_length=1)
+    models: dict[Name, str | Annotated[list[str], Field(min_length=1)]] = Field(min_length=1)
+    aliases: dict[Name, str] = Field(default={})  # another name that clients may use -> a name in models
+    # Name -> the revision that the directory must hold, so that all replicas serve the same. Where it is left out any
+    # is taken; a change loads the directory again.
+    revisions: dict[str, str] = Field(default={})
+
+    @model_validator(mode="after")
+    def _check_references(self) -> Self:
+        for alias, name in self.aliases.items():
+            if alias in self.models:
+                raise ValueError(f"aliases has {alias!r}, which is also a name in models; rename one of them")
+            if name not in self.models:
+                raise ValueError(f"aliases.{alias} is {name!r}, which is no name in models: {', '.join(self.models)}")
+        for name in self.revisions:
+            if name not in self.models:
+                raise ValueError(f"revisions has {name!r}, which is no name in models: {', '.join(self.models)}")
+        return self
+
+    @property
+    def directories(self) -> dict[str, list[str]]:
+        """Of each model: one, or those of an ensemble's members."""
+        return {name: [given] if isinstance(given, str) else given for name, given in self.models.items()}
+
+
+class Settings(Parsed):
+    """The rest: where a service listens, what it may use and what it allows, from its start to its end."""
+
     host: str = "127.0.0.1"  # loopback unless told otherwise
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPU when there is one, CPU otherwise
@@ -79,14 +128,6 @@ class ServeConfig(Strict):
     drain_s: PositiveFloat = 20.0  # on shutdown, the time that running requests get to finish
     limits: Limits = Limits()
 
-    @field_validator("models")
-    @classmethod
-    def _check_names(cls, models: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
-        for name in models:
-            if not MODEL_NAME.fullmatch(name):
-                raise ValueError(f"{name!r} cannot name a model; use letters, digits, '.', '_' and '-' (at most 100)")
-        return models
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.limits.inputs > self.max_requests:
@@ -106,11 +147,6 @@ class ServeConfig(Strict):
         return self
 
     @property
-    def directories(self) -> dict[str, list[str]]:
-        """Of each model: one, or those of an ensemble's members."""
-        return {name: [given] if isinstance(given, str) else given for name, given in self.models.items()}
-
-    @property
     def is_loopback(self) -> bool:
         return self.host in LOOPBACK
 
@@ -119,19 +155,22 @@ class ServeConfig(Strict):
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
 
-    @classmethod
-    def parse(cls, fields: dict[str, Any]) -> Self:
-        """Build from plain data; raises ConfigError that names the field, its value and what is allowed."""
-        try:
-            return cls.model_validate_json(json.dumps(fields))
-        except ValidationError as error:
-            raise ConfigError(explain(error, cls)) from None
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ConfigError(f"a value is not plain data: {error}") from None
+
+class ServeConfig(ModelSet, Settings):
+    """One service, whole."""
+
+    @property
+    def model_set(self) -> ModelSet:
+        return ModelSet.model_validate(self.model_dump(include=set(ModelSet.model_fields)))
+
+    @property
+    def settings(self) -> Settings:
+        return Settings.model_validate(self.model_dump(exclude=set(ModelSet.model_fields)))
 
     @classmethod
     def load(cls, path: Path, **overrides: Any) -> Self:
-        """Read a YAML file; `overrides` replace its top-level fields. Raises ConfigError that names the file."""
+        """Read a YAML file; `overrides` replace its top-level fields. Its directories are taken from where the program
+        was started, and become absolute, for replicas work elsewhere. Raises ConfigError that names the file."""
         try:
             fields = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -141,9 +180,11 @@ class ServeConfig(Strict):
         if not isinstance(fields, dict):
             raise ConfigError(f"{path} holds no fields; it needs at least `models`")
         try:
-            return cls.parse({**fields, **overrides})
+            config = cls.parse({**fields, **overrides})
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
+        absolute = {name: [str(Path(one).resolve()) for one in given] for name, given in config.directories.items()}
+        return config.model_copy(update={"models": absolute})
 
 
 def named_models(arguments: Sequence[str]) -> dict[str, str]:

@@ -1,9 +1,12 @@
 """The Ray Serve side: one deployment that is its own HTTP ingress, and the builder that `serve run` calls.
 
-A replica loads every model, proves itself warm, and only then takes requests. Counting, bounding and expiring
+A replica loads every model, proves itself warm, and only then takes requests; which models these are is Serve's
+`user_config`, so that all replicas, present and future, change them together. Counting, bounding and expiring
 requests is the app's own work; the limits given to Serve here are a backstop, set a little wider.
 """
 
+import asyncio
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,95 +14,107 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
+from seqmodels.errors import ConfigError
 from seqmodels.pipeline import Pipeline
 from seqmodels.shortlist import has_shortlist
 from serving.app import build_app
 from serving.auth import load_key_hashes
-from serving.config import ServeConfig
+from serving.cluster import DEPLOYMENT
+from serving.config import ModelSet, Settings
 from serving.metrics import Metrics
+from serving.models import Models, ServedModel
 from serving.runner import Runner
 
-NAME = "ModelServer"
 HEALTH_CHECK_PERIOD_S = 5.0
 
 
 class ModelServer:
-    """One replica: its pipelines, the runner that turns them, and the app in front."""
+    """One replica: its models, the runner that turns them, and the app in front."""
 
-    def __init__(self, fields: dict[str, Any], key_hashes: tuple[str, ...]) -> None:
-        self.config = config = ServeConfig.parse(fields)
+    def __init__(self, settings: dict[str, Any], key_hashes: tuple[str, ...]) -> None:
+        self.settings = Settings.parse(settings)
         self.key_hashes = key_hashes
-        torch.set_num_threads(config.num_threads)  # Ray has set OMP_NUM_THREADS to its own idea
-        self.pipelines = load_pipelines(config)
-        self.runner = Runner(self.pipelines, max_requests=config.max_requests, stall_after_s=config.stall_after_s)
+        torch.set_num_threads(self.settings.num_threads)  # Ray has set OMP_NUM_THREADS to its own idea
+        self.runner: Runner[ServedModel] = Runner(
+            max_requests=self.settings.max_requests, stall_after_s=self.settings.stall_after_s
+        )
+        self.models = Models(self.runner, partial(load_pipeline, self.settings))
         self.metrics = Metrics()
+
+    async def reconfigure(self, models: dict[str, Any]) -> None:
+        """Called by Serve with `user_config`: after the constructor, before the replica takes requests, and whenever
+        it changes. Only the first call may fail; what fails later leaves what is served as it is."""
+        try:
+            wanted = ModelSet.parse(models)
+        except ConfigError as error:
+            self.models.refuse(error)
+        else:
+            await asyncio.to_thread(self.models.apply, wanted)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the replica, after the constructor."""
-        return build_app(
-            self.runner,
-            self.config,
-            key_hashes=self.key_hashes,
-            observe=self.metrics.answered,
-        )
+        return build_app(self.models, self.settings, key_hashes=self.key_hashes, observe=self.metrics.answered)
 
     def check_health(self) -> None:
         """Called by Serve every few seconds; a replica that fails it is replaced. The gauges are set here too."""
+        if not self.models.served:
+            raise RuntimeError("no model is served; the deployment's user_config must name at least one")
         if not self.runner.is_turning:
-            raise RuntimeError(f"the engine has not turned for {self.config.stall_after_s} s")
+            raise RuntimeError(f"the engine has not turned for {self.settings.stall_after_s} s")
         if self.runner.broken_models:
             raise RuntimeError(f"every step fails: {', '.join(self.runner.broken_models)}")
-        self.metrics.loaded(self.runner.loads)
+        self.metrics.loaded({name: model.load for name, model in self.models.served.items()})
+
+    def report(self) -> dict[str, Any]:
+        """What this replica serves, for `python -m serving swap`, which asks every one."""
+        return self.models.report()
 
 
-def load_pipelines(config: ServeConfig) -> dict[str, Pipeline]:
-    """Every model of the service by name. Raises ModelDirectoryError."""
-    device = config.device
+def load_pipeline(settings: Settings, directories: list[str]) -> Pipeline:
+    """One model. Raises ModelDirectoryError, and ConfigError where those of an ensemble do not fit together."""
+    device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {
-        name: Pipeline.from_pretrained(
-            directories,
-            device,
-            config.max_rows,
-            config.decoder_weights,
-            config.shortlist and any(map(has_shortlist, directories)),
-            config.prefix_cache_states,
-        )
-        for name, directories in config.directories.items()
-    }
+    return Pipeline.from_pretrained(
+        directories,
+        device,
+        settings.max_rows,
+        settings.decoder_weights,
+        settings.shortlist and any(map(has_shortlist, directories)),
+        settings.prefix_cache_states,
+    )
 
 
-def build(args: ServeConfig) -> Application:
-    """The application, for `python -m serving`, `serve run serving.deployments:build` or a Serve config file.
+def build(args: Settings) -> Application:
+    """The application, called by Serve for a configuration that names `serving.deployments:build`.
 
-    Keys are read here, once, and travel to the replicas as hashes.
+    Keys are read here, once, and travel to the replicas as hashes. Which models are served is no part of it, but the
+    deployment's `user_config` in that configuration (a `ModelSet`): so that they can change and all else go on.
     """
-    options = deployment_options(args)
-    server = serve.deployment(serve.ingress()(ModelServer), name=NAME, **options)
+    server = serve.deployment(serve.ingress()(ModelServer), name=DEPLOYMENT, **deployment_options(args))
     return server.bind(args.model_dump(mode="json"), load_key_hashes(args.api_keys_file))
 
 
-def deployment_options(config: ServeConfig) -> dict[str, Any]:
+def deployment_options(settings: Settings) -> dict[str, Any]:
     """Everything that Ray Serve is told, in its own names."""
-    num_gpus = config.num_gpus
+    num_gpus = settings.num_gpus
     if num_gpus is None:
-        wants_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+        wants_gpu = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
         num_gpus = 1.0 if wants_gpu else 0.0
     options: dict[str, Any] = {
-        "max_ongoing_requests": 2 * config.max_requests,  # so that our own 429 comes first
-        "max_queued_requests": config.max_requests,
+        "max_ongoing_requests": 2 * settings.max_requests,  # so that our own 429 comes first
+        "max_queued_requests": settings.max_requests,
         "backpressure_config": {"status_code": 429, "retry_after_s": 1},
-        "ray_actor_options": {"num_cpus": config.num_threads, "num_gpus": num_gpus},
+        "ray_actor_options": {"num_cpus": settings.num_threads, "num_gpus": num_gpus},
         "health_check_period_s": HEALTH_CHECK_PERIOD_S,
         "health_check_timeout_s": 10.0,
-        "graceful_shutdown_timeout_s": config.drain_s + 10.0,
+        "graceful_shutdown_timeout_s": settings.drain_s + 10.0,
         "graceful_shutdown_wait_loop_s": 0.5,
         "max_constructor_retry_count": 3,  # a model that does not load will not load the twentieth time
         "max_surge_percent": 25,  # the new replica stands before the old one goes
     }
-    if config.autoscaling:
-        options["autoscaling_config"] = config.autoscaling.model_dump()
+    if settings.autoscaling:
+        options["autoscaling_config"] = settings.autoscaling.model_dump()
     else:
-        options["num_replicas"] = config.replicas
+        options["num_replicas"] = settings.replicas
     return options

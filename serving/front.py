@@ -21,6 +21,7 @@ from serving.completions import CompletionRequest, CompletionWriter
 from serving.config import Limits
 from serving.errors import HttpError, http_error, invalid_request
 from serving.http import EventStream, read_body, seconds_allowed, server_sent_event, unless_client_leaves
+from serving.models import Models
 from serving.service import Answer, Call, Delta, Service, Work, ending_at
 
 if TYPE_CHECKING:
@@ -40,8 +41,9 @@ DONE = b"data: [DONE]\n\n"
 class Front:
     """The way of every kind of endpoint through the service."""
 
-    def __init__(self, service: Service, limits: Limits) -> None:
+    def __init__(self, service: Service, models: Models, limits: Limits) -> None:
         self.service = service
+        self.models = models
         self.limits = limits
 
     async def answer(self, request: Request, shape: type[intake.TaskRequest], task: str) -> Response:
@@ -65,7 +67,7 @@ class Front:
         """Text in OpenAI's words, from any model that writes text."""
         read = partial(_parse_json, CompletionRequest, _content_type(request))
         body, work = await self._prepare(request, read, GENERATORS, intake.prepare_completion)
-        writer = CompletionWriter(work.model, self.service.pipelines[work.model].revision, body.n or 1)
+        writer = CompletionWriter(work.model.name, work.model.revision, body.n or 1)
         call = self.service.call(work)
         if body.stream:
             return EventStream(_completion_events(call, writer, body.wants_usage), call.close)
@@ -91,9 +93,8 @@ class Front:
 
         def in_pool(data: bytes) -> tuple[Body, Work]:
             body = read(data)
-            name = self.service.find_model(body.model, tasks)
-            jobs = prepare(self.service.pipelines[name], body, self.limits, deadline)
-            return body, Work(name, jobs, deadline)
+            model = self.models.find(body.model, tasks)
+            return body, Work(model, prepare(model.pipeline, body, self.limits, deadline), deadline)
 
         with self.service.runner.place():
             async with ending_at(deadline):

@@ -1,18 +1,19 @@
 """Runner: one thread that turns the engines of every model.
 
 In: a bounded, thread-safe queue, drained once each turn. Out: one call of `deliver` per turn, with every event of
-that turn. Knows requests by their id and pipelines by name; knows no HTTP, no event loop and no text.
+that turn. Knows requests by their id and the models that serve them; knows no HTTP, no event loop and no text.
 
-A turn is: take in what has arrived, let every pipeline with work take one step, deliver. Deadlines are the pipelines'.
-Each request that was accepted gets exactly one Finished or Failed, unless it is cancelled.
+A turn is: take in what has arrived, let every model with work take one step, deliver. Deadlines are the pipelines'.
+Each request that was accepted gets exactly one Finished or Failed, unless it is cancelled. Models come and go while
+others are turned; one that is replaced answers what it was asked and then is let go.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -42,11 +43,34 @@ class Engine(Protocol):
     def load(self) -> dict[str, int]: ...
 
 
+Deliver = Callable[[list[Event]], None]
+
+
+@dataclass(eq=False)
+class Model:
+    """A pipeline under the name that clients use. What else is here belongs to the runner."""
+
+    name: str
+    pipeline: Engine
+    failures: int = 0  # failed steps since the last good one
+    load: dict[str, int] = field(init=False)  # its gauges, as of the last turn
+
+    def __post_init__(self) -> None:
+        self.load = self.pipeline.load()
+
+    @property
+    def is_broken(self) -> bool:
+        return self.failures >= FAILURES_IN_A_ROW
+
+
+M = TypeVar("M", bound=Model)
+
+
 @dataclass(frozen=True)
-class Order:
+class Order(Generic[M]):
     """One prepared request on its way to one model."""
 
-    model: str
+    model: M
     job: Prepared
 
 
@@ -55,27 +79,27 @@ class _Cancel:
     request_id: str
 
 
-Deliver = Callable[[list[Event]], None]
+@dataclass(frozen=True)
+class _Leave(Generic[M]):
+    model: M
 
 
-E = TypeVar("E", bound=Engine)
+class Runner(Generic[M]):
+    """Turns `models` in a thread of its own, from `start` to `stop`. Other methods may be called by any thread."""
 
-
-class Runner(Generic[E]):
-    """Turns `pipelines` in a thread of its own, from `start` to `stop`. Other methods may be called by any thread."""
-
-    def __init__(self, pipelines: Mapping[str, E], *, max_requests: int = 1024, stall_after_s: float = 30.0) -> None:
-        self.pipelines = pipelines
+    def __init__(self, models: Iterable[M] = (), *, max_requests: int = 1024, stall_after_s: float = 30.0) -> None:
+        self.models = {
+            model.name: model for model in models
+        }  # never changed, only replaced: read it as often as needed
         self.max_requests = max_requests
         self.stall_after_s = stall_after_s
         self._deliver: Deliver = _nobody
-        self._inbox: SimpleQueue[Order | _Cancel | None] = SimpleQueue()
+        self._inbox: SimpleQueue[Order[M] | _Cancel | _Leave[M] | None] = SimpleQueue()
         self._lock = threading.Lock()
-        self._open: dict[str, Order] = {}  # accepted and not yet ended; changed under the lock
+        self._open: dict[str, Order[M]] = {}  # accepted and not yet ended; changed under the lock
         self._num_reserved = 0  # places of calls that are not requests yet; changed under the lock
-        self._running: dict[str, Order] = {}  # given to a pipeline and not yet ended; of the thread alone
-        self._failures = dict.fromkeys(pipelines, 0)
-        self._loads: dict[str, dict[str, int]] = {name: pipeline.load() for name, pipeline in pipelines.items()}
+        self._running: dict[str, Order[M]] = {}  # given to a pipeline and not yet ended; of the thread alone
+        self._leaving: list[M] = []  # no longer in `models`, and still at work; of the thread alone
         self._closing = False
         self._stop_at = float("inf")
         self._last_turn = time.monotonic()
@@ -89,6 +113,21 @@ class Runner(Generic[E]):
         self._last_turn = time.monotonic()
         self._thread.start()
 
+    def serve(self, model: M) -> None:
+        """Turn a model from now on. One of the same name is let go once it has answered what it was asked."""
+        with self._lock:
+            replaced = self.models.get(model.name)
+            self.models = {**self.models, model.name: model}
+        if replaced:
+            self._inbox.put(_Leave(replaced))
+
+    def let_go(self, name: str) -> None:
+        """No longer turn the model of that name, once it has answered what it was asked."""
+        with self._lock:
+            leaving = self.models[name]
+            self.models = {other: model for other, model in self.models.items() if other != name}
+        self._inbox.put(_Leave(leaving))
+
     @contextmanager
     def place(self) -> Iterator[None]:
         """Hold one place for a call while its body is read and prepared. Raises QueueFullError or ClosingError."""
@@ -101,7 +140,7 @@ class Runner(Generic[E]):
             with self._lock:
                 self._num_reserved -= 1
 
-    def submit(self, orders: Sequence[Order]) -> None:
+    def submit(self, orders: Sequence[Order[M]]) -> None:
         """Accept all the orders or, raising QueueFullError or ClosingError, none."""
         with self._lock:
             self._check_room(len(orders))
@@ -131,17 +170,12 @@ class Runner(Generic[E]):
     @property
     def broken_models(self) -> list[str]:
         """Models whose every recent step failed."""
-        return [name for name, count in self._failures.items() if count >= FAILURES_IN_A_ROW]
+        return [model.name for model in self.models.values() if model.is_broken]
 
     @property
     def num_open(self) -> int:
         """Places taken: requests accepted and not yet ended, and calls in preparation."""
         return len(self._open) + self._num_reserved
-
-    @property
-    def loads(self) -> dict[str, dict[str, int]]:
-        """The gauges of each pipeline, as of the last turn."""
-        return self._loads
 
     def _check_room(self, count: int) -> None:
         if self._closing:
@@ -171,15 +205,16 @@ class Runner(Generic[E]):
     def turn(self, wait_s: float = 0.0) -> list[Event]:
         """One turn; if there is nothing to do, wait so long for something to arrive."""
         events = self._take_in(wait_s)
-        for name, pipeline in self.pipelines.items():
-            if pipeline.has_work:
-                events += self._step(name, pipeline)
-            self._loads[name] = pipeline.load()
+        for model in (*self.models.values(), *self._leaving):
+            if model.pipeline.has_work:
+                events += self._step(model)
+            model.load = model.pipeline.load()
+        self._leaving = [model for model in self._leaving if model.pipeline.has_work and not model.is_broken]
         return events
 
     def _take_in(self, wait_s: float) -> list[Event]:
         events: list[Event] = []
-        busy = any(pipeline.has_work for pipeline in self.pipelines.values())
+        busy = any(model.pipeline.has_work for model in (*self.models.values(), *self._leaving))
         try:
             message = self._inbox.get(block=not busy and wait_s > 0, timeout=wait_s)
             while True:
@@ -187,29 +222,37 @@ class Runner(Generic[E]):
                     events += self._begin(message)
                 elif isinstance(message, _Cancel):
                     self._drop(message.request_id)
+                elif isinstance(message, _Leave):
+                    self._turn_until_done(message.model)
                 message = self._inbox.get_nowait()
         except Empty:
             return events
 
-    def _begin(self, order: Order) -> list[Event]:
+    def _begin(self, order: Order[M]) -> list[Event]:
         try:
-            self.pipelines[order.model].submit(order.job)
+            order.model.pipeline.submit(order.job)
         except SeqModelsError as error:
             return self._fail([order.job.id], error)
         except Exception:
-            logger.exception("submit failed: model %s", order.model)
+            logger.exception("submit failed: model %s", order.model.name)
             return self._fail([order.job.id], EngineError())
         self._running[order.job.id] = order
+        if self.models.get(order.model.name) is not order.model:  # replaced while this request was being prepared
+            self._turn_until_done(order.model)
         return []
 
-    def _step(self, name: str, pipeline: E) -> list[Event]:
+    def _turn_until_done(self, model: M) -> None:
+        if model not in self._leaving:
+            self._leaving.append(model)
+
+    def _step(self, model: M) -> list[Event]:
         try:
-            events = pipeline.step()
+            events = model.pipeline.step()
         except Exception:
-            logger.exception("step failed: model %s", name)
-            self._failures[name] += 1
-            return self._fail([id for id, order in self._running.items() if order.model == name], EngineError())
-        self._failures[name] = 0
+            logger.exception("step failed: model %s", model.name)
+            model.failures += 1
+            return self._fail([id for id, order in self._running.items() if order.model is model], EngineError())
+        model.failures = 0
         return [event for event in events if self._passes_on(event)]
 
     def _passes_on(self, event: Event) -> bool:
@@ -230,11 +273,11 @@ class Runner(Generic[E]):
         if order is None:
             return
         try:
-            self.pipelines[order.model].cancel(request_id)
+            order.model.pipeline.cancel(request_id)
         except Exception:  # a pipeline that just failed may fail at this too
-            logger.exception("cancel failed: model %s", order.model)
+            logger.exception("cancel failed: model %s", order.model.name)
 
-    def _close(self, request_id: str) -> Order | None:
+    def _close(self, request_id: str) -> Order[M] | None:
         """Forget a request; its order, if a pipeline was working on it."""
         with self._lock:
             self._open.pop(request_id, None)

@@ -283,11 +283,15 @@ class ModelCard(Strict):
     task: str
     input: str
     revision: str
+    aliases: list[str]
 
 
 class ModelList(Strict):
+    """refused: names under which another model was wanted that could not be served; what had the name goes on."""
+
     object: Literal["list"] = "list"
     data: list[ModelCard]
+    refused: list[str]
 
 
 class ErrorDetail(Strict):

@@ -1,8 +1,7 @@
 """Service: the asynchronous side of a Runner. From a request body to an answer, or to a stream of pieces.
 
-Knows models, pools and deadlines; knows no HTTP. Slow pure work runs in a small pool of threads, engine work in the
-runner's thread, and the event loop only passes things on. Whoever closes a `Call`
-early frees what it held.
+Knows pools and deadlines; knows no HTTP. Slow pure work runs in a small pool of threads, engine work in the runner's
+thread, and the event loop only passes things on. Whoever closes a `Call` early frees what it held.
 """
 
 import asyncio
@@ -16,12 +15,12 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from seqmodels.decoding.request import Event, Failed, Finished, Progress
 from seqmodels.errors import DeadlineError
-from serving.errors import HttpError
+from serving.models import ServedModel
 from serving.runner import Order, Runner
 
 if TYPE_CHECKING:
     from seqmodels.decoding.search import Hypothesis
-    from seqmodels.pipeline import Job, Pipeline
+    from seqmodels.pipeline import Job
 
 POOL_THREADS = 4
 # After a deadline the pipeline has so long to say so itself. Short, for a slow step must not hold the answer back until
@@ -36,7 +35,7 @@ R = TypeVar("R")
 class Work:
     """The jobs of one call, for one model. deadline: in `time.monotonic` seconds."""
 
-    model: str
+    model: ServedModel
     jobs: "Sequence[Job]"
     deadline: float
 
@@ -74,11 +73,10 @@ async def ending_at(deadline: float) -> AsyncIterator[None]:
 
 
 class Service:
-    """Finds models, prepares work in a pool, and connects calls with the runner."""
+    """Prepares work in a pool, and connects calls with the runner."""
 
-    def __init__(self, runner: "Runner[Pipeline]") -> None:
+    def __init__(self, runner: Runner[ServedModel]) -> None:
         self.runner = runner
-        self.pipelines = runner.pipelines
         self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="prepare")
         self._free_threads = asyncio.Semaphore(POOL_THREADS)
         self._calls: dict[str, Call] = {}  # by request id; of the event loop alone
@@ -92,23 +90,6 @@ class Service:
     async def stop(self, drain_s: float) -> None:
         await asyncio.to_thread(self.runner.stop, drain_s)
         self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def find_model(self, name: str | None, tasks: Sequence[str]) -> str:
-        """The model of that name or, without a name, the only one with such a task. Raises HttpError."""
-        fitting = [known for known, pipeline in self.pipelines.items() if pipeline.task in tasks]
-        if name is None and len(fitting) == 1:
-            return fitting[0]
-        if name in fitting:
-            return name
-        choices = ", ".join(fitting) or "none"
-        if name is None:
-            message = f"model is missing; models that this endpoint can use here: {choices}"
-            raise HttpError(400 if fitting else 404, message, "model_required" if fitting else "no_model", "model")
-        if name in self.pipelines:
-            message = f"that model has another task, {self.pipelines[name].task}; models for this endpoint: {choices}"
-            raise HttpError(400, message, "wrong_task", "model")
-        message = f"no model of that name is served here; models for this endpoint: {choices}"
-        raise HttpError(404, message, "model_not_found", "model")
 
     async def in_pool(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run a slow pure function off the event loop.
@@ -160,7 +141,7 @@ class Call:
     def __init__(self, service: Service, work: Work) -> None:
         self._service = service
         self._work = work
-        self._pipeline = service.pipelines[work.model]
+        self._pipeline = work.model.pipeline
         self._position = {job.id: index for index, job in enumerate(work.jobs)}
         self._unfinished = set(self._position)
         self._results: dict[int, Any] = {}
@@ -213,7 +194,7 @@ class Call:
         work, pipeline = self._work, self._pipeline
         finished = [(job, self._results[index]) for index, job in enumerate(work.jobs)]
         return Answer(
-            model=work.model,
+            model=work.model.name,
             revision=pipeline.revision,
             results=[pipeline.render(job, result) for job, result in finished],
             usage={

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from serving.app import build_app
 from serving.config import ServeConfig
+from serving.models import Models, ServedModel
 from serving.runner import Runner
 
 from .fakes import FakePipeline, all_fakes, png
@@ -33,14 +34,19 @@ TEXTS = [path for path in INPUTS if path not in ("/v1/classify", "/v1/tag")]
 class InProcess:
     """An app that runs, and a client that speaks to it without a socket."""
 
-    def __init__(self, app: FastAPI, runner: Runner[Any]) -> None:
+    def __init__(self, app: FastAPI, models: Models) -> None:
         self.app = app
-        self.runner = runner
-        self.pipelines: Mapping[str, Any] = runner.pipelines
+        self.models = models
+        self.runner = models.runner
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
         self.headers: dict[str, str] = {}
+
+    @property
+    def pipelines(self) -> dict[str, Any]:
+        """Those that are served now."""
+        return {name: model.pipeline for name, model in self.models.served.items()}
 
     def wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
@@ -81,11 +87,13 @@ def in_process(
     pipelines: Mapping[str, Any] | None = None, key_hashes: tuple[str, ...] = (), **fields: Any
 ) -> Iterator[InProcess]:
     """An app over these pipelines, or over fakes; fields: of its ServeConfig."""
-    pipelines = pipelines or all_fakes()
-    config = ServeConfig.parse({"models": dict.fromkeys(pipelines, "unused"), "drain_s": 1.0, **fields})
-    runner: Runner[Any] = Runner(pipelines, max_requests=config.max_requests, stall_after_s=config.stall_after_s)
-    app = build_app(runner, config, key_hashes=key_hashes)
-    with InProcess(app, runner).running() as server:
+    wanted = dict(pipelines or all_fakes())
+    config = ServeConfig.parse({"models": {name: name for name in wanted}, "drain_s": 1.0, **fields})
+    runner: Runner[ServedModel] = Runner(max_requests=config.max_requests, stall_after_s=config.stall_after_s)
+    models = Models(runner, lambda directories: wanted[directories[0]])
+    models.apply(config.model_set)
+    app = build_app(models, config.settings, key_hashes=key_hashes)
+    with InProcess(app, models).running() as server:
         yield server
 
 

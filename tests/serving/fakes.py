@@ -10,12 +10,14 @@ import math
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from PIL import Image
 
 from seqmodels.decoding.request import Event, Failed, Finished, Progress
 from seqmodels.errors import DeadlineError, InputError, TooLongError, UnsupportedError
+from serving.runner import Model
 
 MAX_WORDS = 30
 _numbers = itertools.count()
@@ -76,6 +78,11 @@ class FakePipeline:
         self.config = FakeConfig(
             {"translate": "text", "caption": "image", "generate": "nothing"}.get(self.task, "text")
         )
+
+    @cached_property
+    def model(self) -> Model:
+        """As the runner knows it."""
+        return Model(self.name, self)
 
     def prepare(
         self,

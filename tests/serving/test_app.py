@@ -1,14 +1,14 @@
 """Every endpoint over fake pipelines: its right answer, streams that say the same, keys and counts."""
 
 import re
-from typing import Any
 
 import pytest
 
 from seqmodels.pipeline import Pipeline
 from serving.app import build_app
 from serving.auth import hash_key
-from serving.config import ServeConfig
+from serving.config import ModelSet, Settings
+from serving.models import Models
 from serving.runner import Runner
 
 from .conftest import INPUTS, PNG, TEXTS, InProcess, error_of, events_of, in_process
@@ -119,7 +119,8 @@ def test_health(server: InProcess) -> None:
     assert head.status_code == 200 and head.content == b""
     report = server.get("/readyz")
     assert report.status_code == 200 and report.json()["ready"] and report.json()["num_threads"] >= 1
-    assert report.json()["models"]["mood"] == {"rows_live": 0, "rows_total": 256, "waiting": 0, "batch_invariant": True}
+    load = {"rows_live": 0, "rows_total": 256, "waiting": 0, "batch_invariant": True}
+    assert report.json()["models"]["mood"] == {"revision": "0123456789ab", **load} and report.json()["refused"] == []
     assert server.get("/docs").status_code == 200
 
 
@@ -212,10 +213,10 @@ def test_every_route_but_health_needs_the_key() -> None:
 
 def test_every_answer_is_counted_by_route_and_status() -> None:
     seen: list[tuple[str, int]] = []
-    config = ServeConfig.parse({"models": {"mood": "unused"}})
-    runner: Runner[Any] = Runner({"mood": FakePipeline("classify", "mood")})
-    app = build_app(runner, config, observe=lambda route, status, seconds: seen.append((route, status)))
-    with InProcess(app, runner).running() as server:
+    models = Models(Runner(), lambda directories: FakePipeline("classify"))  # type: ignore[arg-type, return-value]
+    models.apply(ModelSet(models={"mood": "unused"}))
+    app = build_app(models, Settings(), observe=lambda route, status, seconds: seen.append((route, status)))
+    with InProcess(app, models).running() as server:
         server.post("/v1/classify", {"inputs": "x"})
         server.post("/v1/classify", {})
         server.get("/v1/made/up")

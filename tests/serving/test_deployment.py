@@ -1,5 +1,6 @@
 """What Ray Serve is told, the shipped examples, and a replica's own parts without a cluster."""
 
+import asyncio
 import time
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,18 @@ from ray.serve import Application
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
+from seqmodels.errors import ConfigError
 from serving import deployments
-from serving.config import ServeConfig
+from serving.cluster import DEPLOYMENT
+from serving.config import ModelSet, ServeConfig, Settings
 from serving.deployments import ModelServer, build, deployment_options
 from serving.runner import Order
 
 EXAMPLES = Path(__file__).parents[2] / "deploy"
 
 
-def config(**fields: Any) -> ServeConfig:
-    return ServeConfig.parse({"models": {"a": "models/a"}, **fields})
+def settings(**fields: Any) -> Settings:
+    return Settings.parse(fields)
 
 
 def test_the_cluster_example_is_what_ray_expects(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,6 +33,8 @@ def test_the_cluster_example_is_what_ray_expects(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(deployments, "load_key_hashes", lambda path: ())  # its key file is not on this machine
     built = call_user_app_builder_with_args_if_necessary(build, application.args)  # as `serve deploy` does
     assert isinstance(built, Application)
+    (server,) = application.deployments
+    assert server.name == DEPLOYMENT and ModelSet.parse(server.user_config or {}).aliases
     unknown = set(fields) - set(ServeDeploySchema.model_fields) | set(fields["applications"][0]) - set(
         type(application).model_fields
     )
@@ -41,18 +46,18 @@ def test_the_example_for_one_machine_is_a_config() -> None:
 
 
 def test_options_in_rays_own_names() -> None:
-    options = deployment_options(config(replicas=3, num_threads=2, num_gpus=0.25, max_requests=500))
+    options = deployment_options(settings(replicas=3, num_threads=2, num_gpus=0.25, max_requests=500))
     assert options["num_replicas"] == 3
     assert options["ray_actor_options"] == {"num_cpus": 2, "num_gpus": 0.25}
     assert options["max_ongoing_requests"] > 500
     assert options["backpressure_config"]["status_code"] == 429
-    assert options["graceful_shutdown_timeout_s"] > config().drain_s
+    assert options["graceful_shutdown_timeout_s"] > settings().drain_s
 
 
 def test_autoscaling_takes_the_place_of_a_number() -> None:
-    options = deployment_options(config(autoscaling={"max_replicas": 5}))
+    options = deployment_options(settings(autoscaling={"max_replicas": 5}))
     assert "num_replicas" not in options and options["autoscaling_config"]["max_replicas"] == 5
-    assert isinstance(build(config(autoscaling={"max_replicas": 5})), Application)
+    assert isinstance(build(settings(autoscaling={"max_replicas": 5})), Application)
 
 
 @pytest.mark.parametrize(
@@ -62,20 +67,36 @@ def test_a_gpu_is_asked_for_when_there_is_one(
     monkeypatch: pytest.MonkeyPatch, device: str, has_gpu: bool, expected: int
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
-    assert deployment_options(config(device=device))["ray_actor_options"]["num_gpus"] == expected
+    assert deployment_options(settings(device=device))["ray_actor_options"]["num_gpus"] == expected
 
 
 def test_health_check_fails_when_the_engine_stands_still(models: dict[str, str]) -> None:
-    fields = config(models={"mood": models["mood"]}, stall_after_s=0.8).model_dump(mode="json")
-    server = ModelServer(fields, ())
+    server = ModelServer(settings(stall_after_s=0.8).model_dump(mode="json"), ())
+    with pytest.raises(RuntimeError, match="no model is served"):
+        server.check_health()
+    asyncio.run(server.reconfigure({"models": {"mood": models["mood"]}}))
     with pytest.raises(RuntimeError, match="has not turned"):
         server.check_health()  # not started
     server.runner.start(lambda events: None)
     server.check_health()
-    pipeline: Any = server.pipelines["mood"]
-    pipeline.step = lambda: [time.sleep(1.5)][:0]  # type: ignore[func-returns-value]
-    server.runner.submit([Order("mood", pipeline.prepare("good"))])
+    model = server.models.served["mood"]
+    model.pipeline.step = lambda: [time.sleep(1.5)][:0]  # type: ignore[method-assign, func-returns-value]
+    server.runner.submit([Order(model, model.pipeline.prepare("good"))])
     time.sleep(1.2)
     with pytest.raises(RuntimeError, match="has not turned"):
         server.check_health()
+    server.runner.stop()
+
+
+def test_only_the_first_models_may_stop_a_replica(models: dict[str, str]) -> None:
+    """Later ones that cannot be served are kept out, and so is a user_config that is none."""
+    server = ModelServer(settings().model_dump(mode="json"), ())
+    with pytest.raises(ConfigError, match="models"):
+        asyncio.run(server.reconfigure({"models": {}}))
+    asyncio.run(server.reconfigure({"models": {"mood": models["mood"]}}))
+    before = server.report()["revisions"]
+    asyncio.run(server.reconfigure({"modles": {}}))
+    assert "modles" in server.report()["refused"]["user_config"] and server.report()["revisions"] == before
+    asyncio.run(server.reconfigure({"models": {"mood": models["names"], "names": "nowhere"}}))
+    assert list(server.report()["refused"]) == ["names"] and server.report()["revisions"] != before
     server.runner.stop()

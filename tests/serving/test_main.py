@@ -12,7 +12,7 @@ from seqmodels.pretrained import load_pretrained, save_pretrained
 from seqmodels.shortlist import FILE, NONE, Shortlist
 from seqmodels.tokenizer import EOS
 from serving.__main__ import _check, main, read_config
-from serving.deployments import load_pipelines
+from serving.deployments import load_pipeline
 from tests.serving.model_directories import save_all
 
 
@@ -98,7 +98,7 @@ def test_a_shortlist_is_used(with_shortlist: Path) -> None:
         port = free.getsockname()[1]
     config = read_config([str(with_shortlist), "--device", "cpu", "--port", str(port)])
     _check(config)
-    pipelines = load_pipelines(config)
+    pipelines = {name: load_pipeline(config, directories) for name, directories in config.directories.items()}
     (answer,) = pipelines["tr"](["Some text."], max_new_tokens=6, min_new_tokens=3)
     assert set(answer["sequences"][0]["text"]) == {"x"}
     assert pipelines["mood"](["Some text."])[0]["label"] in ("bad", "good")
@@ -116,14 +116,15 @@ def test_a_list_of_directories_answers_as_one(
     save_pretrained(pretrained.model, Path(other), source_tokenizer=pretrained.source_tokenizer)
     service = tmp_path / "s.yaml"
     service.write_text(f"models: {{both: [{models['mood']}, {other}], tr: {models['en-de']}}}\n")
-    pipelines = load_pipelines(read_config([str(service), "--device", "cpu"]))
+    config = read_config([str(service), "--device", "cpu"])
+    both = load_pipeline(config, config.directories["both"])
     scores = [
         pipeline(["Some text."])[0]["scores"]
-        for pipeline in (Pipeline.from_pretrained(models["mood"]), Pipeline.from_pretrained(other), pipelines["both"])
+        for pipeline in (Pipeline.from_pretrained(models["mood"]), Pipeline.from_pretrained(other), both)
     ]
     for label, score in scores[2].items():
         assert score == pytest.approx((scores[0][label] + scores[1][label]) / 2)
-    assert pipelines["both"].facts["members"] == [load_pretrained(path).revision for path in (models["mood"], other)]
+    assert both.facts["members"] == [load_pretrained(path).revision for path in (models["mood"], other)]
     service.write_text(f"models: {{both: [{models['mood']}, {models['en-de']}]}}\n")
     assert "cannot answer as one: their tasks differ" in one_line_error(capsys, str(service), "--device", "cpu")
     service.write_text("models: {both: []}\n")

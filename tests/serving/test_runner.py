@@ -10,13 +10,13 @@ import pytest
 from seqmodels.decoding.request import Event, Failed, Finished, Progress
 from seqmodels.errors import InputError, QueueFullError
 from serving.errors import ClosingError, EngineError
-from serving.runner import FAILURES_IN_A_ROW, Order, Runner
+from serving.runner import FAILURES_IN_A_ROW, Model, Order, Runner
 
 from .fakes import FakePipeline
 
 
-def order(pipeline: FakePipeline, text: str = "one two three") -> Order:
-    return Order(pipeline.name, pipeline.prepare(text, {}))
+def order(pipeline: FakePipeline, text: str = "one two three") -> Order[Model]:
+    return Order(pipeline.model, pipeline.prepare(text, {}))
 
 
 class Outbox:
@@ -28,10 +28,10 @@ class Outbox:
     def __call__(self, events: list[Event]) -> None:
         self.calls.append(events)
 
-    def of(self, wanted: Order) -> list[Event]:
+    def of(self, wanted: Order[Model]) -> list[Event]:
         return [event for call in list(self.calls) for event in call if event.request_id == wanted.job.id]
 
-    def end_of(self, wanted: Order) -> Finished | Failed:
+    def end_of(self, wanted: Order[Model]) -> Finished | Failed:
         def find() -> list[Event]:
             return [event for event in self.of(wanted) if isinstance(event, Finished | Failed)]
 
@@ -51,9 +51,9 @@ def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 @contextmanager
 def turning(
     *pipelines: FakePipeline, max_requests: int = 100, stall_after_s: float = 5.0
-) -> Iterator[tuple[Runner[FakePipeline], Outbox]]:
+) -> Iterator[tuple[Runner[Model], Outbox]]:
     outbox = Outbox()
-    runner = Runner({p.name: p for p in pipelines}, max_requests=max_requests, stall_after_s=stall_after_s)
+    runner = Runner([p.model for p in pipelines], max_requests=max_requests, stall_after_s=stall_after_s)
     runner.start(outbox)
     try:
         yield runner, outbox
@@ -78,7 +78,7 @@ def test_every_request_ends_once_and_in_order_of_its_own_events() -> None:
 
 def test_one_delivery_per_turn_carries_all_events() -> None:
     pipelines = [FakePipeline("translate", "a"), FakePipeline("translate", "b")]
-    runner: Runner[FakePipeline] = Runner({p.name: p for p in pipelines})
+    runner: Runner[Model] = Runner([p.model for p in pipelines])
     jobs = [order(pipelines[i % 2]) for i in range(6)]
     runner.submit(jobs)
     assert {event.request_id for event in runner.turn()} == {one.job.id for one in jobs}
@@ -119,7 +119,7 @@ def test_cancel_frees_rows_at_the_next_turn_without_an_event() -> None:
 
 def test_cancel_of_what_has_not_begun() -> None:
     pipeline = FakePipeline("translate")
-    runner: Runner[FakePipeline] = Runner({pipeline.name: pipeline})
+    runner: Runner[Model] = Runner([pipeline.model])
     one = order(pipeline)
     runner.submit([one])
     runner.cancel([one.job.id])
@@ -206,7 +206,7 @@ def test_a_stalled_engine_is_noticed_and_a_resting_one_is_not() -> None:
 def test_many_threads_submit_and_cancel() -> None:
     pipeline = FakePipeline("translate")
     with turning(pipeline, max_requests=10**6) as (runner, outbox):
-        kept: list[Order] = []
+        kept: list[Order[Model]] = []
 
         def client(number: int) -> None:
             for i in range(100):
@@ -243,3 +243,47 @@ def test_nothing_follows_an_end() -> None:
         assert isinstance(outbox.end_of(failed), Failed)
         until(lambda: pipeline.steps == 22 and not pipeline.live)
         assert len(outbox.of(failed)) == 1
+
+
+def test_a_model_that_is_replaced_answers_what_it_was_asked() -> None:
+    old, new = FakePipeline("translate", "a"), FakePipeline("translate", "a")
+    old.gate.clear()
+    with turning(old) as (runner, outbox):
+        running, waiting = order(old), order(old)
+        runner.submit([running])
+        until(lambda: bool(old.live))
+        runner.submit([waiting])
+        runner.serve(new.model)
+        late, fresh = order(old), order(new)  # the first was prepared before the change
+        runner.submit([late, fresh])
+        old.gate.set()
+        assert all(isinstance(outbox.end_of(one), Finished) for one in (running, waiting, late, fresh))
+        assert [len(old.submitted), len(new.submitted)] == [3, 1]
+        until(lambda: not runner._leaving)
+        steps = old.steps
+        runner.submit([again := order(new)])
+        assert isinstance(outbox.end_of(again), Finished) and old.steps == steps
+
+
+def test_a_model_that_is_let_go_answers_what_it_was_asked() -> None:
+    gone, kept = FakePipeline("translate", "gone", step_s=0.01), FakePipeline("translate", "kept")
+    with turning(gone, kept) as (runner, outbox):
+        runner.submit([one := order(gone)])
+        runner.let_go("gone")
+        assert list(runner.models) == ["kept"]
+        assert isinstance(outbox.end_of(one), Finished)
+        until(lambda: not runner._leaving)
+
+
+class NeverDone(LateAnswers):
+    @property
+    def has_work(self) -> bool:
+        return True
+
+
+def test_a_replaced_model_that_is_broken_is_not_turned_for_ever() -> None:
+    bad = NeverDone("translate", "a", failing_steps=10**6)
+    with turning(bad) as (runner, _):
+        runner.serve(FakePipeline("translate", "a").model)
+        until(lambda: bad.steps >= FAILURES_IN_A_ROW and not runner._leaving)
+        assert runner.broken_models == []

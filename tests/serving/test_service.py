@@ -4,12 +4,16 @@ What is served must be what the pipeline answers offline, to the last bit.
 """
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +37,16 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+# Where the service's Ray keeps its files and its address, apart from other tests' Ray; the path must be short.
+RAY_HOME = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+ENVIRONMENT = {**os.environ, "SEQMODELS_API_KEYS": KEY, "RAY_TMPDIR": RAY_HOME}
+
+
 def begin(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
     with log.open("w") as out:
         return subprocess.Popen(
             [sys.executable, "-m", "serving", *arguments],
-            cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "SEQMODELS_API_KEYS": KEY},
+            cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=ENVIRONMENT,
         )  # fmt: skip
 
 
@@ -71,6 +80,7 @@ def address(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
         yield f"http://127.0.0.1:{port}"
     finally:
         end(service, log, signal.SIGINT)
+        shutil.rmtree(RAY_HOME, ignore_errors=True)
     with pytest.raises(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
         pass
 
@@ -163,6 +173,40 @@ def test_deadline(address: str) -> None:
     body = {"max_new_tokens": 4000, "min_new_tokens": 4000}
     response = httpx.post(f"{address}/v1/generate", json=body, headers=headers)
     assert response.status_code == 408 and response.json()["error"]["code"] == "deadline_passed"
+
+
+def swap(*arguments: str) -> str:
+    command = [sys.executable, "-m", "serving", "swap", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_model_changes_under_load_without_a_lost_answer(
+    client: Client, address: str, models: dict[str, str], offline: dict[str, Pipeline]
+) -> None:
+    """Every answer is that of the model it names, before, after and in between."""
+    labels = {offline[name].revision: offline[name](["a good day"])[0] for name in ("mood", "topics")}
+    seen: list[str] = []
+    over = threading.Event()
+
+    def go_on() -> None:
+        with Client(address, api_key=KEY) as own:
+            while not over.is_set():
+                answer = own.classify("a good day", model="mood")
+                assert answer.model == "mood" and plain(answer) == [labels[answer.revision]]
+                seen.append(answer.revision)
+
+    with ThreadPoolExecutor() as pool:
+        asking = [pool.submit(go_on) for _ in range(2)]
+        told = swap(f"mood={models['topics']}", "--alias", "feelings=mood")
+        assert f"1 replica serves mood at {offline['topics'].revision}" in told
+        assert client.classify("x", model="feelings").revision == offline["topics"].revision
+        swap(f"mood={models['mood']}")
+        over.set()
+        for one in asking:
+            one.result()
+    assert seen[0] == seen[-1] == offline["mood"].revision and offline["topics"].revision in seen
 
 
 @pytest.mark.parametrize("moment", ["as soon as it is ready", "while the models load"])

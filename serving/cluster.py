@@ -1,0 +1,151 @@
+"""The service as an application of a Ray cluster: begun, told to serve other models, asked, ended.
+
+The application is data, in the form of Ray Serve's own configuration files (deploy/serve.yaml is one), so that a
+service begun here and one deployed from a file are the same and change in the same way: its models are the
+deployment's `user_config`. Only this file speaks to Serve's controller.
+"""
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus, ServeApplicationSchema, ServeDeploySchema
+
+from seqmodels.errors import ConfigError, SeqModelsError
+from serving.config import ModelSet, ServeConfig
+
+APPLICATION = "seqmodels"
+DEPLOYMENT = "ModelServer"
+LOGGING = {"log_level": "WARNING", "enable_access_log": False}
+POLL_S = 0.1
+
+
+class DeploymentError(SeqModelsError):
+    """Ray Serve could not bring the application up, or it is not there."""
+
+
+def application(config: ServeConfig) -> ServeApplicationSchema:
+    """The service as one application of a Serve configuration."""
+    return ServeApplicationSchema.model_validate(
+        {
+            "name": APPLICATION,
+            "route_prefix": "/",
+            "import_path": "serving.deployments:build",
+            "args": config.settings.model_dump(mode="json"),
+            "deployments": [{"name": DEPLOYMENT, "user_config": config.model_set.model_dump(mode="json")}],
+            "logging_config": LOGGING,
+        }
+    )
+
+
+def deploy(config: ServeConfig, is_stopped: Callable[[], bool]) -> None:
+    """Begin the service on the cluster that this process is connected to, and wait until it answers or `is_stopped`.
+
+    Raises DeploymentError with what Ray says.
+    """
+    http_options = {
+        "host": config.host,
+        "port": config.port,
+        "request_timeout_s": config.limits.timeout_s + 10.0,  # a backstop: the app expires requests itself
+    }
+    serve.start(proxy_location="HeadOnly", http_options=http_options, logging_config=LOGGING)
+    _apply(application(config))
+    _wait_until_running(is_stopped)
+    if not is_stopped():
+        _get_global_client().wait_for_proxies_serving(wait_for_applications_running=True)
+
+
+def connect(address: str) -> None:
+    """Join the cluster there; "auto" finds the one on this machine. Raises DeploymentError where there is none."""
+    try:
+        if address != "auto":
+            _knock(address)  # Ray itself would try for minutes, and then end the process
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError):
+        message = (
+            f"no Ray cluster can be reached at {address!r}; start it, or give the --address of its head, HOST:PORT"
+        )
+        raise DeploymentError(message) from None
+    quiet()
+
+
+def _knock(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=5):
+        pass
+
+
+def quiet() -> None:
+    """Serve's client tells of its own inner life otherwise."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
+def model_set() -> ModelSet:
+    """The models that the running service is to serve. Raises DeploymentError where none runs."""
+    for deployment in _ours().deployments:
+        if deployment.name == DEPLOYMENT and deployment.user_config:
+            return ModelSet.parse(deployment.user_config)
+    raise ConfigError(f"the application's configuration has no user_config for {DEPLOYMENT}; see deploy/serve.yaml")
+
+
+def change_models(wanted: ModelSet) -> list[dict[str, Any]]:
+    """Have every replica, present and future, serve these models, and wait until all have tried: their reports."""
+    schema = _ours().model_dump(exclude_unset=True)
+    for deployment in schema["deployments"]:
+        if deployment["name"] == DEPLOYMENT:
+            deployment["user_config"] = wanted.model_dump(mode="json")
+    _apply(ServeApplicationSchema.model_validate(schema))
+    _wait_until_running(lambda: False)
+    return reports()
+
+
+def reports() -> list[dict[str, Any]]:
+    """What each replica serves."""
+    return list(serve.get_app_handle(APPLICATION).broadcast("report").results())
+
+
+def shut_down() -> None:
+    """Stop the service, letting what runs finish, then every process of Ray's that was begun."""
+    if ray.is_initialized():
+        if APPLICATION in serve.status().applications:
+            serve.delete(APPLICATION)
+        ray.shutdown()
+
+
+def _ours() -> ServeApplicationSchema:
+    deployed = _deployed()
+    if APPLICATION not in deployed:
+        raise DeploymentError(f"no application {APPLICATION!r} runs on this cluster; start it with python -m serving")
+    return deployed[APPLICATION]
+
+
+def _deployed() -> dict[str, ServeApplicationSchema]:
+    """The configurations of all applications, as they were last given."""
+    try:
+        applications = _get_global_client().get_serve_details()["applications"]
+    except RayServeException:  # Serve has not been started
+        return {}
+    given = {name: about["deployed_app_config"] for name, about in applications.items()}
+    return {name: ServeApplicationSchema.model_validate(config) for name, config in given.items() if config}
+
+
+def _apply(application: ServeApplicationSchema) -> None:
+    """Serve drops applications that a configuration does not name, so the others go with it."""
+    others = [config for name, config in _deployed().items() if name != APPLICATION]
+    _get_global_client().deploy_apps(ServeDeploySchema(applications=[*others, application]))
+
+
+def _wait_until_running(is_stopped: Callable[[], bool]) -> None:
+    while not is_stopped():
+        about = serve.status().applications[APPLICATION]
+        if about.status == ApplicationStatus.RUNNING:
+            return
+        if about.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            raise DeploymentError(f"Ray Serve could not bring the service up: {about.message.strip()[-2000:]}")
+        time.sleep(POLL_S)

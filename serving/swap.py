@@ -1,0 +1,95 @@
+"""Change the models of a service that runs, without a lost answer:
+
+    python -m serving swap mood=models/mood-2 [NAME=MODEL_DIR ...] [--unload NAME] [--alias OTHER=NAME]
+    python -m serving swap service.yaml          # its models and aliases, and no others
+
+Every replica loads what is new beside what it serves, and answers from it once it is warm. This waits until all agree.
+Where one refuses a model (it lies damaged on its machine, or there is no memory for it), all go back to what they
+served, and the exit status is 1. Run it on a machine of the cluster, where the directories are.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from seqmodels.errors import ConfigError
+from serving.config import ModelSet, ServeConfig, named_models
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit status: 1 where a replica refused a model. Raises SeqModelsError for a mistake of the user."""
+    from serving import cluster  # imports Ray
+
+    options = _parse(arguments)
+    given = None if _is_file(options.targets) else named_models(options.targets)  # a mistake is told before Ray starts
+    cluster.connect(options.address)
+    before = cluster.model_set()
+    after = pinned(
+        ServeConfig.load(Path(options.targets[0])).model_set if given is None else changed(before, given, options)
+    )
+    reports = cluster.change_models(after)
+    refused = {name: reason for report in reports for name, reason in report["refused"].items()}
+    if refused:
+        cluster.change_models(before)
+        for name, reason in refused.items():
+            print(f"refused: {name}: {reason}", file=sys.stderr)
+        print("nothing has changed: every replica serves what it served before", file=sys.stderr)
+        return 1
+    _say(reports)
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m serving swap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "targets", nargs="*", metavar="NAME=MODEL_DIR", help="or one YAML file, as for python -m serving"
+    )
+    parser.add_argument("--unload", action="append", default=[], metavar="NAME", help="no longer serve this model")
+    parser.add_argument("--alias", action="append", default=[], metavar="OTHER=NAME", help="a further name for a model")
+    parser.add_argument("--address", default="auto", help="of the Ray cluster (default: the one on this machine)")
+    options = parser.parse_args(arguments)
+    if not (options.targets or options.unload or options.alias):
+        parser.error("name a model to swap, --unload or --alias")
+    if _is_file(options.targets) and (options.unload or options.alias):
+        parser.error("a YAML file says all that is to be served; write --unload and --alias there")
+    return options
+
+
+def _is_file(targets: Sequence[str]) -> bool:
+    return len(targets) == 1 and targets[0].endswith((".yaml", ".yml"))
+
+
+def changed(before: ModelSet, given: dict[str, str], options: Any) -> ModelSet:
+    """Models given, unloaded and called by other names, over what is served. Raises ConfigError."""
+    models = {**before.models, **given}
+    revisions = {name: revision for name, revision in before.revisions.items() if name not in given}
+    for name in options.unload:
+        if models.pop(name, None) is None:
+            raise ConfigError(f"--unload {name}: no such model; there are {', '.join(models)}")
+        revisions.pop(name, None)
+    aliases = {alias: name for alias, name in before.aliases.items() if name in models}
+    for alias in options.alias:
+        other, separator, name = alias.partition("=")
+        if not separator:
+            raise ConfigError(f"--alias {alias}: write OTHER=NAME")
+        aliases[other] = name
+    return ModelSet.parse({"models": models, "aliases": aliases, "revisions": revisions})
+
+
+def pinned(wanted: ModelSet) -> ModelSet:
+    """With the revision of each model as it lies here, so that all replicas serve these very weights, also where the
+    name of the directory is the one that they know. Raises what `load_members` raises."""
+    from seqmodels.ensemble import load_members, revision_of
+
+    found = {name: revision_of(load_members(given), "probability") for name, given in wanted.directories.items()}
+    return ModelSet.parse({**wanted.model_dump(mode="json"), "revisions": {**found, **wanted.revisions}})
+
+
+def _say(reports: Sequence[dict[str, Any]]) -> None:
+    replicas = "1 replica serves" if len(reports) == 1 else f"{len(reports)} replicas serve"
+    served = ", ".join(f"{name} at {revision}" for name, revision in reports[0]["revisions"].items())
+    print(f"{replicas} {served}")
