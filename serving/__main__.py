@@ -3,6 +3,7 @@
     python -m serving MODEL_DIR [NAME=MODEL_DIR ...] [--port 8000]
     python -m serving service.yaml
     python -m serving swap NAME=MODEL_DIR ...    # change the models of one that runs; see swap --help
+    python -m serving key --name CLIENT          # make an API key; see key --help
 
 It says where it listens and stays up until Ctrl-C. For a cluster see deploy/serve.yaml.
 """
@@ -18,16 +19,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from seqmodels.errors import ConfigError, SeqModelsError
-from serving import swap
-from serving.auth import ENVIRONMENT_VARIABLE, MIN_LENGTH, load_key_hashes
+from serving import auth, swap
+from serving.auth import ENVIRONMENT_VARIABLE, MIN_LENGTH, load_keys
 from serving.config import ServeConfig, named_models
 
 # Before Ray is imported: nothing is sent anywhere, and Ray does not repeat its advice about GPUs.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
+COMMANDS = {"swap": swap.main, "key": auth.main}
 HELP = """\
-`python -m serving swap --help` tells how to change the models of a service that runs.
+`python -m serving swap --help` tells how to change the models of a service that runs, `python -m serving key --help`
+how to make an API key.
 
 A YAML file says the same and more; options given here win over it:
 
@@ -47,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     line."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if arguments and arguments[0] == "swap":
-            return swap.main(arguments[1:])
+        if arguments and arguments[0] in COMMANDS:
+            return COMMANDS[arguments[0]](arguments[1:])
         config = read_config(arguments)
         _check(config)
         _serve(config)
@@ -103,7 +106,7 @@ def _check(config: ServeConfig) -> None:
     from seqmodels.ensemble import load_members
     from seqmodels.shortlist import Shortlist, has_shortlist
 
-    load_key_hashes(config.api_keys_file)
+    load_keys(config.api_keys_file)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', which torch cannot use here; use cpu")
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
@@ -155,14 +158,15 @@ def _serve(config: ServeConfig) -> None:
 def _start_ray(config: ServeConfig) -> None:
     import ray
 
-    replicas = config.autoscaling.max_replicas if config.autoscaling else config.replicas
-    num_cpus = max(os.cpu_count() or 1, replicas * config.num_threads)  # room for what was asked, even on few cores
+    num_cpus = max(
+        os.cpu_count() or 1, config.most_replicas * config.num_threads
+    )  # room for what was asked, even on few cores
     ray.init(num_cpus=num_cpus, include_dashboard=False, logging_level=logging.ERROR)
 
 
 def _say_where(config: ServeConfig) -> None:
     print(f"serving {', '.join(config.models)} at {config.url}; documentation at {config.url}/docs; Ctrl-C stops it")
-    if not config.is_loopback and not load_key_hashes(config.api_keys_file):
+    if not config.is_loopback and not load_keys(config.api_keys_file):
         print("warning: other machines can reach this address and no API key is set; see api_keys_file", flush=True)
     sys.stdout.flush()
 

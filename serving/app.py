@@ -14,15 +14,18 @@ from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from serving import schema
+from serving.auth import ApiKey
 from serving.completions import CompletionRequest, CompletionResponse
 from serving.config import Settings
 from serving.errors import HttpError
 from serving.front import Front, is_image
-from serving.http import Guard, Observe, error_response
+from serving.http import Guard, Observe, router_error
 from serving.models import Models, ServedModel
+from serving.rates import Rates
 from serving.service import Service
 
 REFERENCE = "#/components/schemas/{model}"
@@ -40,12 +43,13 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for status, description in {
         400: "A field is wrong, or above this server's limit",
         401: "The key is missing or unknown",
+        403: "The key does not allow this priority",
         404: "No such model",
         408: "The deadline passed before the answer was ready",
         413: "The input or the body is too long",
         415: "The content type, or this kind of input, is not taken here",
         422: "The input is empty",
-        429: "The queue is full; try again after the seconds in Retry-After",
+        429: "The queue is full, or the key has asked too often; try again after the seconds in Retry-After",
         500: "A fault of the server",
         503: "The server is not ready, or shutting down",
     }.items()
@@ -56,12 +60,12 @@ def build_app(
     models: Models,
     settings: Settings,
     *,
-    key_hashes: Sequence[str] = (),
-    observe: Observe = lambda route, status, seconds: None,
+    keys: Sequence[ApiKey] = (),
+    observe: Observe = lambda exchange: None,
 ) -> FastAPI:
     """The service as an ASGI app, which starts the models' runner with its lifespan and drains it at the end.
 
-    observe: called once per answer.
+    observe: called once per request, after its answer.
     """
     runner = models.runner
     service = Service(runner)
@@ -75,8 +79,13 @@ def build_app(
     summary = "Recurrent sequence models over HTTP"
     # Its page loads nothing from elsewhere: the service is also for machines without a way out.
     app = FastAPIOffline(title="seqmodels", summary=summary, redoc_url=None, lifespan=lifespan)
-    app.add_middleware(Guard, key_hashes=key_hashes, observe=observe)
-    app.add_exception_handler(HTTPException, _router_error)
+    rates = Rates(settings.requests_per_minute, settings.most_replicas)
+    app.add_middleware(Guard, keys=keys, rates=rates, hosts=settings.hosts, observe=observe)
+    if settings.cors_origins:  # around the guard, for a browser asks without a key whether it may ask
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_exception_handler(HTTPException, router_error)
     front = Front(service, models, settings.limits)
 
     @app.post("/v1/classify", **_documented(schema.ClassifyRequest, schema.ClassifyResponse))
@@ -170,10 +179,6 @@ def build_app(
 
     _document_requests(app)
     return app
-
-
-async def _router_error(request: Request, error: Exception) -> Response:
-    return error_response(error)
 
 
 def _documented(

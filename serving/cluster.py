@@ -22,7 +22,7 @@ from serving.config import ModelSet, ServeConfig
 
 APPLICATION = "seqmodels"
 DEPLOYMENT = "ModelServer"
-LOGGING = {"log_level": "WARNING", "enable_access_log": False}
+LOGGING = {"encoding": "JSON", "log_level": "WARNING", "enable_access_log": False}  # our own line is for each request
 POLL_S = 0.1
 
 

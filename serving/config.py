@@ -108,6 +108,10 @@ class Settings(Parsed):
 
     host: str = "127.0.0.1"  # loopback unless told otherwise
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    # Names by which clients may call this service, as `example.org` or `*.example.org`, so that no page of another site
+    # can reach it under a name of its own. Left out: those of this machine where host is loopback, any elsewhere.
+    allowed_hosts: list[str] | None = None
+    cors_origins: list[str] = Field(default=[])  # sites whose pages may call it, such as https://example.org
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPU when there is one, CPU otherwise
     num_threads: PositiveInt = 1  # torch threads, and CPUs reserved, in each replica
     # Of generators: int8 is faster on a CPU, float16 and bfloat16 on a GPU, at a small loss.
@@ -120,10 +124,15 @@ class Settings(Parsed):
     # once. An answer then comes sooner where another client's prompt began like it; 0 keeps none.
     prefix_cache_states: Annotated[int, Field(ge=0, le=2**20)] = 1024
     max_requests: PositiveInt = 1024  # inputs accepted and not yet answered, in each replica; more get 429
-    api_keys_file: str | None = None  # one key per line; without it SEQMODELS_API_KEYS is read, comma-separated
+    # One key per line, best as `python -m serving key` prints it; without a file SEQMODELS_API_KEYS is read, where
+    # commas stand between keys.
+    api_keys_file: str | None = None
+    # What each key may send, over all replicas: each allows its share of it, ceil(requests_per_minute / replicas).
+    requests_per_minute: PositiveInt | None = None
     replicas: PositiveInt = 1
     num_gpus: Annotated[float, Field(ge=0.0)] | None = None  # for each replica; left out: 1 on "cuda", 0 on "cpu"
     autoscaling: Autoscaling | None = None  # in place of a fixed number of replicas
+    access_log: bool = True  # a line for each request in Ray Serve's log files; never with its text
     stall_after_s: PositiveFloat = 30.0  # an engine that does not turn for so long counts as dead
     drain_s: PositiveFloat = 20.0  # on shutdown, the time that running requests get to finish
     limits: Limits = Limits()
@@ -145,6 +154,15 @@ class Settings(Parsed):
         if self.device == "cpu" and self.num_gpus:
             raise ValueError(f"num_gpus is {self.num_gpus}, but device is 'cpu'; leave one of them out")
         return self
+
+    @property
+    def most_replicas(self) -> int:
+        return self.autoscaling.max_replicas if self.autoscaling else self.replicas
+
+    @property
+    def hosts(self) -> list[str] | None:
+        """Names by which clients may call this service; None for any."""
+        return list(LOOPBACK) if self.allowed_hosts is None and self.is_loopback else self.allowed_hosts
 
     @property
     def is_loopback(self) -> bool:

@@ -18,9 +18,11 @@ from seqmodels.errors import ConfigError
 from seqmodels.pipeline import Pipeline
 from seqmodels.shortlist import has_shortlist
 from serving.app import build_app
-from serving.auth import load_key_hashes
+from serving.auth import ApiKey, load_keys
 from serving.cluster import DEPLOYMENT
 from serving.config import ModelSet, Settings
+from serving.http import Exchange
+from serving.logs import join_ray, log_request
 from serving.metrics import Metrics
 from serving.models import Models, ServedModel
 from serving.runner import Runner
@@ -31,9 +33,10 @@ HEALTH_CHECK_PERIOD_S = 5.0
 class ModelServer:
     """One replica: its models, the runner that turns them, and the app in front."""
 
-    def __init__(self, settings: dict[str, Any], key_hashes: tuple[str, ...]) -> None:
+    def __init__(self, settings: dict[str, Any], keys: tuple[ApiKey, ...]) -> None:
         self.settings = Settings.parse(settings)
-        self.key_hashes = key_hashes
+        self.keys = keys
+        join_ray()
         torch.set_num_threads(self.settings.num_threads)  # Ray has set OMP_NUM_THREADS to its own idea
         self.runner: Runner[ServedModel] = Runner(
             max_requests=self.settings.max_requests, stall_after_s=self.settings.stall_after_s
@@ -53,7 +56,12 @@ class ModelServer:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the replica, after the constructor."""
-        return build_app(self.models, self.settings, key_hashes=self.key_hashes, observe=self.metrics.answered)
+        return build_app(self.models, self.settings, keys=self.keys, observe=self._answered)
+
+    def _answered(self, exchange: Exchange) -> None:
+        self.metrics.answered(exchange)
+        if self.settings.access_log:
+            log_request(exchange)
 
     def check_health(self) -> None:
         """Called by Serve every few seconds; a replica that fails it is replaced. The gauges are set here too."""
@@ -92,7 +100,7 @@ def build(args: Settings) -> Application:
     deployment's `user_config` in that configuration (a `ModelSet`): so that they can change and all else go on.
     """
     server = serve.deployment(serve.ingress()(ModelServer), name=DEPLOYMENT, **deployment_options(args))
-    return server.bind(args.model_dump(mode="json"), load_key_hashes(args.api_keys_file))
+    return server.bind(args.model_dump(mode="json"), load_keys(args.api_keys_file))
 
 
 def deployment_options(settings: Settings) -> dict[str, Any]:

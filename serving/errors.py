@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from seqmodels.errors import DeadlineError, InputError, QueueFullError, SeqModelsError, TooLongError, UnsupportedError
+from serving.rates import RateError
 
 EMPTY = "empty"  # the code that a pipeline gives to an input with nothing in it
 INVALID_INPUT = "invalid_input"  # the code of an input that is of no kind we know
@@ -67,6 +68,8 @@ def http_error(error: BaseException) -> HttpError:
             return HttpError(422 if error.code == EMPTY else 400, str(error), error.code, error.param)
         case QueueFullError():
             return HttpError(429, str(error), "queue_full", headers={"retry-after": "1"})
+        case RateError():
+            return HttpError(429, str(error), "rate_limited", headers={"retry-after": str(error.retry_after_s)})
         case DeadlineError():
             return HttpError(408, str(error), "deadline_passed")
         case ClosingError():

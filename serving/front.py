@@ -20,7 +20,16 @@ from serving import intake, schema
 from serving.completions import CompletionRequest, CompletionWriter
 from serving.config import Limits
 from serving.errors import HttpError, http_error, invalid_request
-from serving.http import EventStream, read_body, seconds_allowed, server_sent_event, unless_client_leaves
+from serving.http import (
+    EventStream,
+    Exchange,
+    exchange_of,
+    priority_of,
+    read_body,
+    seconds_allowed,
+    server_sent_event,
+    unless_client_leaves,
+)
 from serving.models import Models
 from serving.service import Answer, Call, Delta, Service, Work, ending_at
 
@@ -70,7 +79,7 @@ class Front:
         writer = CompletionWriter(work.model.name, work.model.revision, body.n or 1)
         call = self.service.call(work)
         if body.stream:
-            return EventStream(_completion_events(call, writer, body.wants_usage), call.close)
+            return EventStream(_completion_events(call, writer, body.wants_usage, exchange_of(request)), call.close)
         answer = await _wait(request, call)
         return JSONResponse(writer.answer(answer.results, answer.usage))
 
@@ -78,7 +87,7 @@ class Front:
         body, work = await self._prepare(request, read, (task,), intake.prepare_inputs)
         call = self.service.call(work)
         if isinstance(body, schema.GeneratorOptions) and body.stream:
-            return EventStream(_events(call), call.close)
+            return EventStream(_events(call, exchange_of(request)), call.close)
         answer = await _wait(request, call)
         return JSONResponse(answer.body())
 
@@ -90,6 +99,7 @@ class Front:
         The place is held until just before `Service.call`, with no await between, so that nobody gets in first.
         """
         deadline = time.monotonic() + seconds_allowed(request, self.limits.timeout_s)
+        priority_of(request)
 
         def in_pool(data: bytes) -> tuple[Body, Work]:
             body = read(data)
@@ -98,7 +108,9 @@ class Front:
 
         with self.service.runner.place():
             async with ending_at(deadline):
-                return await self.service.in_pool(in_pool, await read_body(request, self.limits.body_bytes))
+                body, work = await self.service.in_pool(in_pool, await read_body(request, self.limits.body_bytes))
+        exchange_of(request).model, exchange_of(request).revision = work.model.name, work.model.revision
+        return body, work
 
 
 def is_image(request: Request) -> bool:
@@ -132,10 +144,12 @@ def _parse_image(query: Sequence[tuple[str, str]], data: bytes) -> schema.RawCap
 
 async def _wait(request: Request, call: Call) -> Answer:
     with contextlib.closing(call):
-        return await unless_client_leaves(request.receive, call.answer())
+        answer = await unless_client_leaves(request.receive, call.answer())
+    exchange_of(request).usage = answer.usage
+    return answer
 
 
-async def _events(call: Call) -> AsyncGenerator[bytes]:
+async def _events(call: Call, exchange: Exchange) -> AsyncGenerator[bytes]:
     """`delta` events, then one `answer` event; an `error` event in place of what could not be done."""
     try:
         async for piece in call.stream():
@@ -143,28 +157,33 @@ async def _events(call: Call) -> AsyncGenerator[bytes]:
                 delta = {"index": piece.index, "sequence": piece.sequence, "delta": piece.text}
                 yield server_sent_event(delta, "delta")
             else:
+                exchange.usage = piece.usage
                 yield server_sent_event(piece.body(), "answer")
     except Exception as error:
-        yield server_sent_event(_stream_error(error), "error")
+        yield server_sent_event(_stream_error(error, exchange), "error")
 
 
-async def _completion_events(call: Call, writer: CompletionWriter, with_usage: bool) -> AsyncGenerator[bytes]:
+async def _completion_events(
+    call: Call, writer: CompletionWriter, with_usage: bool, exchange: Exchange
+) -> AsyncGenerator[bytes]:
     """Chunks in OpenAI's words, then [DONE]."""
     try:
         async for piece in call.stream():
             if isinstance(piece, Delta):
                 yield server_sent_event(writer.delta(piece.index, piece.sequence, piece.text))
             else:
+                exchange.usage = piece.usage
                 yield server_sent_event(writer.finish(piece.results))
                 if with_usage:
                     yield server_sent_event(writer.usage(piece.usage))
     except Exception as error:
-        yield server_sent_event(_stream_error(error))
+        yield server_sent_event(_stream_error(error, exchange))
     yield DONE
 
 
-def _stream_error(error: Exception) -> dict[str, dict[str, str | None]]:
+def _stream_error(error: Exception, exchange: Exchange) -> dict[str, dict[str, str | None]]:
     told = http_error(error)
+    exchange.code = told.code
     if told.status == 500:
         logger.error("a stream broke off", exc_info=error)
     return told.body

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from ray.serve import metrics
 
+from serving.http import Exchange
+
 SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
 
 
@@ -20,9 +22,9 @@ class Metrics:
         )
         self._gauges: dict[str, metrics.Gauge] = {}
 
-    def answered(self, route: str, status: int, seconds: float) -> None:
-        self._requests.inc(tags={"path": route, "status": str(status)})
-        self._seconds.observe(seconds, tags={"path": route})
+    def answered(self, exchange: Exchange) -> None:
+        self._requests.inc(tags={"path": exchange.route, "status": str(exchange.status)})
+        self._seconds.observe(exchange.seconds, tags={"path": exchange.route})
 
     def loaded(self, loads: Mapping[str, Mapping[str, int]]) -> None:
         """Set a gauge for each figure of each model, such as rows_live."""

@@ -13,6 +13,7 @@ import pytest
 from fastapi import FastAPI
 
 from serving.app import build_app
+from serving.auth import ApiKey, hash_key
 from serving.config import ServeConfig
 from serving.models import Models, ServedModel
 from serving.runner import Runner
@@ -72,7 +73,7 @@ class InProcess:
 
     async def send(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         transport = httpx.ASGITransport(self.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=self.headers) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=self.headers) as client:
             return await client.request(method, path, timeout=60, **kwargs)
 
     def post(self, path: str, body: Any = None, **kwargs: Any) -> httpx.Response:
@@ -82,9 +83,13 @@ class InProcess:
         return self.request("GET", path, **kwargs)
 
 
+def api_key(key: str, **fields: Any) -> ApiKey:
+    return ApiKey(sha256=hash_key(key), name=hash_key(key)[:8]).model_copy(update=fields)
+
+
 @contextmanager
 def in_process(
-    pipelines: Mapping[str, Any] | None = None, key_hashes: tuple[str, ...] = (), **fields: Any
+    pipelines: Mapping[str, Any] | None = None, keys: tuple[ApiKey, ...] = (), **fields: Any
 ) -> Iterator[InProcess]:
     """An app over these pipelines, or over fakes; fields: of its ServeConfig."""
     wanted = dict(pipelines or all_fakes())
@@ -92,7 +97,7 @@ def in_process(
     runner: Runner[ServedModel] = Runner(max_requests=config.max_requests, stall_after_s=config.stall_after_s)
     models = Models(runner, lambda directories: wanted[directories[0]])
     models.apply(config.model_set)
-    app = build_app(models, config.settings, key_hashes=key_hashes)
+    app = build_app(models, config.settings, keys=keys)
     with InProcess(app, models).running() as server:
         yield server
 

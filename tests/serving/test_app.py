@@ -6,12 +6,12 @@ import pytest
 
 from seqmodels.pipeline import Pipeline
 from serving.app import build_app
-from serving.auth import hash_key
 from serving.config import ModelSet, Settings
+from serving.http import Exchange
 from serving.models import Models
 from serving.runner import Runner
 
-from .conftest import INPUTS, PNG, TEXTS, InProcess, error_of, events_of, in_process
+from .conftest import INPUTS, PNG, TEXTS, InProcess, api_key, error_of, events_of, in_process
 from .fakes import FakePipeline, classification, png, tags
 
 
@@ -196,7 +196,7 @@ KEY = "correct-horse-battery-staple"
 
 
 def test_every_route_but_health_needs_the_key() -> None:
-    with in_process(key_hashes=(hash_key("another key, long enough"), hash_key(KEY))) as server:
+    with in_process(keys=(api_key("another key, long enough"), api_key(KEY))) as server:
         routes = [("GET", "/v1/models"), ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/nothing")]
         routes += [("POST", path) for path in [*INPUTS, "/v1/score", "/v1/completions"]]
         for method, path in routes:
@@ -211,15 +211,69 @@ def test_every_route_but_health_needs_the_key() -> None:
         assert server.post("/v1/classify", {"inputs": "x"}).status_code == 200
 
 
-def test_every_answer_is_counted_by_route_and_status() -> None:
-    seen: list[tuple[str, int]] = []
-    models = Models(Runner(), lambda directories: FakePipeline("classify"))  # type: ignore[arg-type, return-value]
-    models.apply(ModelSet(models={"mood": "unused"}))
-    app = build_app(models, Settings(), observe=lambda route, status, seconds: seen.append((route, status)))
+def test_every_request_is_told_of_without_what_it_said() -> None:
+    seen: list[Exchange] = []
+    models = Models(Runner(), lambda directories: FakePipeline("translate"))  # type: ignore[arg-type, return-value]
+    models.apply(ModelSet(models={"en-de": "unused"}))
+    app = build_app(models, Settings(), keys=[api_key(KEY, name="search")], observe=seen.append)
     with InProcess(app, models).running() as server:
-        server.post("/v1/classify", {"inputs": "x"})
-        server.post("/v1/classify", {})
+        server.headers = {"authorization": f"Bearer {KEY}", "x-request-id": "mine"}
+        server.post("/v1/translate", {"inputs": "a secret"})
+        server.post("/v1/translate", {"inputs": "a secret", "stream": True})
+        server.post("/v1/translate", {"inputs": "poison", "stream": True})
+        server.post("/v1/translate", {})
         server.get("/v1/made/up")
-        server.pipelines["mood"].failing_steps = 1
-        server.post("/v1/classify", {"inputs": "x"})
-    assert seen == [("/v1/classify", 200), ("/v1/classify", 400), ("none", 404), ("/v1/classify", 500)]
+        server.pipelines["en-de"].failing_steps = 1
+        server.post("/v1/translate", {"inputs": "a secret"})
+        server.headers = {}
+        server.post("/v1/translate", {"inputs": "a secret"})
+    routes = [("/v1/translate", 200, None), ("/v1/translate", 200, None), ("/v1/translate", 200, "invalid_value"),
+              ("/v1/translate", 400, "missing_field"), ("none", 404, "not_found"),
+              ("/v1/translate", 500, "engine_error"), ("none", 401, "invalid_api_key")]  # fmt: skip
+    assert [(one.route, one.status, one.code) for one in seen] == routes
+    whole = seen[0]
+    assert (whole.request_id, whole.key.name, whole.model, whole.revision) == (
+        "mine",
+        "search",
+        "en-de",
+        "0123456789ab",
+    )
+    assert seen[0].usage == seen[1].usage == {"input_tokens": 2, "output_tokens": 2}
+    assert 0 < (whole.first_byte_s or 0) <= whole.seconds and len(seen[-1].request_id) == 32
+    assert "secret" not in str(seen) and KEY not in str(seen)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "host", "status"),
+    [
+        (None, "localhost:8000", 200), (None, "127.0.0.1", 200), (None, "[::1]:8000", 200), (None, "evil.org", 421),
+        (None, "127.0.0.1.evil.org", 421), (None, "", 421), (None, "localhost:x", 421),
+        (["*.example.org", "example.org"], "API.example.org:443", 200), (["*.example.org"], "localhost", 421),
+        (["example.org"], "example.org.evil.org", 421),
+    ],
+)  # fmt: skip
+def test_only_known_names_of_the_host_are_answered(allowed: list[str] | None, host: str, status: int) -> None:
+    with in_process(allowed_hosts=allowed) as server:
+        response = server.get("/v1/models", headers={"host": host})
+        assert response.status_code == status
+        if status != 200:
+            assert error_of(response, 421)["code"] == "host_not_allowed"
+        assert server.get("/healthz", headers={"host": host}).status_code == 200
+
+
+def test_any_name_elsewhere_than_on_loopback() -> None:
+    with in_process(host="0.0.0.0") as server:
+        assert server.get("/v1/models", headers={"host": "anything.org"}).status_code == 200
+
+
+def test_pages_of_other_sites_are_kept_out_but_for_those_that_are_named() -> None:
+    asking = {"origin": "https://ours.org", "access-control-request-method": "POST"}
+    with in_process(cors_origins=["https://ours.org"], keys=(api_key(KEY),)) as server:
+        granted = server.request("OPTIONS", "/v1/classify", headers=asking)
+        assert granted.status_code == 200 and granted.headers["access-control-allow-origin"] == "https://ours.org"
+        refused = server.request("OPTIONS", "/v1/classify", headers={**asking, "origin": "https://evil.org"})
+        assert refused.status_code == 400 and "access-control-allow-origin" not in refused.headers
+        answer = server.post("/v1/classify", {"inputs": "x"}, headers={"authorization": f"Bearer {KEY}", **asking})
+        assert answer.headers["access-control-allow-origin"] == "https://ours.org"
+    with in_process() as server:
+        assert "access-control-allow-origin" not in server.get("/v1/models", headers=asking).headers

@@ -1,14 +1,11 @@
-"""ServeConfig, keys and the command line: errors name field, value and fix."""
+"""ServeConfig and the command line: errors name field, value and fix."""
 
 from pathlib import Path
 
 import pytest
 
 from seqmodels.errors import ConfigError
-from serving.auth import ENVIRONMENT_VARIABLE, hash_key, is_known, load_key_hashes
 from serving.config import ServeConfig, named_models
-
-KEY = "0123456789abcdef"
 
 
 def test_defaults_are_safe() -> None:
@@ -66,25 +63,3 @@ def test_named_models(tmp_path: Path) -> None:
         named_models([str(directory)] * 2)
     with pytest.raises(ConfigError, match="is not a directory"):
         named_models([str(tmp_path / "none")])
-
-
-def test_keys_from_a_file_and_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "keys"
-    path.write_text(f"# ours\n{KEY}\n\n  {KEY}2  \n")
-    hashes = load_key_hashes(str(path))
-    assert hashes == (hash_key(KEY), hash_key(KEY + "2")) and KEY not in "".join(hashes)
-    assert is_known(KEY, hashes) and not is_known(KEY + "3", hashes) and not is_known("", hashes)
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, f"{KEY}, {KEY}4")
-    assert load_key_hashes(None) == (hash_key(KEY), hash_key(KEY + "4"))
-    monkeypatch.delenv(ENVIRONMENT_VARIABLE)
-    assert load_key_hashes(None) == ()
-
-
-def test_keys_that_are_none(tmp_path: Path) -> None:
-    path = tmp_path / "keys"
-    for text, message in (("", "holds no key"), ("short", "has 5 characters; use at least 16")):
-        path.write_text(text)
-        with pytest.raises(ConfigError, match=message):
-            load_key_hashes(str(path))
-    with pytest.raises(ConfigError, match="cannot be read"):
-        load_key_hashes(str(tmp_path / "none"))

@@ -30,7 +30,7 @@ def test_the_cluster_example_is_what_ray_expects(monkeypatch: pytest.MonkeyPatch
     parsed = ServeDeploySchema.model_validate(fields)
     (application,) = parsed.applications
     assert application.import_path == "serving.deployments:build"
-    monkeypatch.setattr(deployments, "load_key_hashes", lambda path: ())  # its key file is not on this machine
+    monkeypatch.setattr(deployments, "load_keys", lambda path: ())  # its key file is not on this machine
     built = call_user_app_builder_with_args_if_necessary(build, application.args)  # as `serve deploy` does
     assert isinstance(built, Application)
     (server,) = application.deployments

@@ -3,6 +3,7 @@
 What is served must be what the pipeline answers offline, to the last bit.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ import pytest
 import yaml
 
 from seqmodels.pipeline import Pipeline
+from serving.auth import hash_key
 from serving.client import Client, ServiceError
 
 from .fakes import png
@@ -173,6 +175,21 @@ def test_deadline(address: str) -> None:
     body = {"max_new_tokens": 4000, "min_new_tokens": 4000}
     response = httpx.post(f"{address}/v1/generate", json=body, headers=headers)
     assert response.status_code == 408 and response.json()["error"]["code"] == "deadline_passed"
+
+
+def test_each_request_is_logged_once_without_what_it_said(client: Client, address: str) -> None:
+    headers = {"authorization": f"Bearer {KEY}", "x-request-id": "the-one-in-the-log"}
+    body = {"model": "mood", "inputs": "a text that nobody may log"}
+    response = httpx.post(f"{address}/v1/classify", json=body, headers=headers)
+    assert response.status_code == 200 and response.headers.get_list("x-request-id") == ["the-one-in-the-log"]
+    (log,) = Path(RAY_HOME).glob("ray/session_2*/logs/serve/replica_*.log")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    (line,) = [line for line in lines if line.get("exchange", {}).get("request_id") == "the-one-in-the-log"]
+    assert line["levelname"] == "INFO" and line["replica"] and line["exchange"]["client"] == hash_key(KEY)[:8]
+    assert (line["exchange"]["route"], line["exchange"]["status"], line["exchange"]["input_tokens"]) == (
+        "/v1/classify", 200, 26,
+    )  # fmt: skip
+    assert "nobody may log" not in log.read_text() and KEY not in log.read_text()
 
 
 def swap(*arguments: str) -> str:
