@@ -19,10 +19,11 @@ from starlette.responses import JSONResponse, Response
 
 from serving import schema
 from serving.auth import ApiKey
+from serving.batch import BatchLine
 from serving.completions import CompletionRequest, CompletionResponse
 from serving.config import Settings
 from serving.errors import HttpError
-from serving.front import Front, is_image
+from serving.front import LINES, Front, is_image
 from serving.http import Guard, Observe, router_error
 from serving.models import Models, ServedModel
 from serving.rates import Rates
@@ -37,6 +38,7 @@ REQUESTS: tuple[type[BaseModel], ...] = (
     schema.GenerateRequest,
     schema.ScoreRequest,
     CompletionRequest,
+    BatchLine,
 )
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.ErrorResponse, "description": description}
@@ -126,6 +128,12 @@ def build_app(
         """Completions as OpenAI's clients expect them, from any model that writes text."""
         return await front.complete(request)
 
+    @app.post("/v1/batch", **_documented(BatchLine, None, media_type=LINES[0]))
+    async def batch(request: Request) -> Response:
+        """Many requests in one, a line of JSON each; their answers, line by line in the same order, while later lines
+        are still being read."""
+        return await front.batch(app, request)
+
     @app.get("/v1/models", response_model=schema.ModelList, responses=ERRORS)
     async def list_models() -> Response:
         """The models served here, and what was wanted in their place and could not be served."""
@@ -182,13 +190,18 @@ def build_app(
 
 
 def _documented(
-    request: type[BaseModel], response: type[BaseModel], *, streams: bool = False, images: bool = False
+    request: type[BaseModel],
+    response: type[BaseModel] | None,
+    *,
+    streams: bool = False,
+    images: bool = False,
+    media_type: str = "application/json",
 ) -> dict[str, Any]:
-    """What /docs says of an endpoint that reads its body itself."""
-    content: dict[str, Any] = {"application/json": {"schema": {"$ref": REFERENCE.format(model=request.__name__)}}}
+    """What /docs says of an endpoint that reads its body itself. response: None where it is not JSON."""
+    content: dict[str, Any] = {media_type: {"schema": {"$ref": REFERENCE.format(model=request.__name__)}}}
     if images:
         content["image/*"] = {"schema": {"type": "string", "format": "binary"}}
-    success: dict[str, Any] = {"model": response}
+    success: dict[str, Any] = {"model": response} if response else {"content": {media_type: {}}}
     if streams:
         success["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
     return {

@@ -41,6 +41,10 @@ class Limits(Strict):
     details: PositiveInt = 500_000  # numbers of top_logprobs and attentions in one answer, were it as long as allowed
     stop: PositiveInt = 8  # stop strings, and as many bad_words and force_words
     stop_characters: PositiveInt = 100  # in one stop string, bad or forced word
+    batches: PositiveInt = 4  # requests to /v1/batch at a time, in each replica
+    batch_window: PositiveInt = 64  # lines of a batch at work at a time
+    batch_bytes: PositiveInt = 64 * 2**20  # of its lines that wait; then it is read no further
+    batch_s: PositiveFloat = 3600.0  # from its first line to its last answer
     timeout_s: PositiveFloat = 60.0  # from arrival to answer; a client may ask for less, never for more
 
 

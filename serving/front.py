@@ -4,6 +4,7 @@ All endpoints go the same way: read the body with a bound, parse and prepare it 
 then wait for the answer, or stream it, while watching whether the client leaves.
 """
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -15,8 +16,10 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
 
 from serving import intake, schema
+from serving.batch import BatchResponse
 from serving.completions import CompletionRequest, CompletionWriter
 from serving.config import Limits
 from serving.errors import HttpError, http_error, invalid_request
@@ -44,6 +47,7 @@ Read = Callable[[bytes], Body]
 Prepare = Callable[["Pipeline", Body, Limits, float], "list[Job]"]
 
 GENERATORS = ("translate", "caption", "generate")
+LINES = ("application/x-ndjson", "application/jsonl", "application/jsonlines")
 DONE = b"data: [DONE]\n\n"
 
 
@@ -54,6 +58,7 @@ class Front:
         self.service = service
         self.models = models
         self.limits = limits
+        self._batches = asyncio.Semaphore(limits.batches)
 
     async def answer(self, request: Request, shape: type[intake.TaskRequest], task: str) -> Response:
         """An endpoint whose `inputs` go to a model of one task."""
@@ -82,6 +87,13 @@ class Front:
             return EventStream(_completion_events(call, writer, body.wants_usage, exchange_of(request)), call.close)
         answer = await _wait(request, call)
         return JSONResponse(writer.answer(answer.results, answer.usage))
+
+    async def batch(self, app: ASGIApp, request: Request) -> Response:
+        """Many requests in one, each of them to `app`."""
+        if _content_type(request) not in LINES:
+            message = f"the content type is none of {', '.join(LINES)}; send a line of JSON for each request"
+            raise HttpError(415, message, "unsupported_media_type")
+        return BatchResponse(app, request, self.limits, self._batches)
 
     async def _answer(self, request: Request, read: Read[intake.TaskRequest], task: str) -> Response:
         body, work = await self._prepare(request, read, (task,), intake.prepare_inputs)

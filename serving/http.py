@@ -117,13 +117,18 @@ def priority_of(request: Request) -> int:
 
 async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, R]) -> R:
     """The result of `work`, or ClientDisconnect, with the work cancelled, when the client closes the connection."""
+    return await unless(_client_leaves(receive), work)
+
+
+async def unless(ending: Coroutine[Any, Any, None], work: Coroutine[Any, Any, R]) -> R:
+    """The result of `work`, or what `ending` raises, whichever comes first; the other is cancelled."""
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_client_leaves(receive))
+    leaving = asyncio.ensure_future(ending)
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientDisconnect
+        if not working.done():
+            leaving.result()
+        return await working
     finally:
         for task in (working, leaving):
             task.cancel()
@@ -133,6 +138,7 @@ async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, R]) -
 async def _client_leaves(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    raise ClientDisconnect
 
 
 class EventStream(Response):

@@ -127,9 +127,10 @@ def test_health(server: InProcess) -> None:
 def test_openapi_describes_every_request_with_an_example(server: InProcess) -> None:
     document = server.get("/openapi.json").json()
     posts = [path for path, methods in document["paths"].items() if "post" in methods]
-    assert sorted(posts) == sorted([*INPUTS, "/v1/score", "/v1/completions"])
+    assert sorted(posts) == sorted([*INPUTS, "/v1/score", "/v1/completions", "/v1/batch"])
     for path in posts:
-        reference = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+        media_type = "application/x-ndjson" if path == "/v1/batch" else "application/json"
+        reference = document["paths"][path]["post"]["requestBody"]["content"][media_type]["schema"]["$ref"]
         assert document["components"]["schemas"][reference.rsplit("/", 1)[1]]["example"]
 
 

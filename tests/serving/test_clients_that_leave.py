@@ -42,7 +42,8 @@ async def ask_and_leave(server: InProcess, body: dict[str, Any], after_chunks: i
     scope = {
         "type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "http_version": "1.1", "method": "POST",
         "scheme": "http", "path": "/v1/translate", "raw_path": b"/v1/translate", "query_string": b"", "root_path": "",
-        "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")], "client": ("test", 1), "server": ("test", 80),
+        "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")],
+        "client": ("test", 1), "server": ("test", 80),
     }  # fmt: skip
     await asyncio.wait_for(server.app(scope, receive, send), 10)  # type: ignore[arg-type]
     return taken

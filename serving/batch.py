@@ -1,0 +1,233 @@
+"""Batch: many requests in one, a line of JSON each, answered line by line in their order.
+
+    {"custom_id": "a", "url": "/v1/translate", "body": {"inputs": "A dog runs."}}
+    {"custom_id": "a", "response": {"status_code": 200, "request_id": "...-1", "body": {...}}, "error": null}
+
+Lines and answers have the form of OpenAI's batch files. Each line is a request of its own to the same app, with the
+headers of the whole: so it is checked, bounded, counted and logged as any other, and a bad one fails alone. Answers go
+out while later lines are still being read; a full queue holds a line back, and the client with it, in place of a 429.
+"""
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Any, Literal
+
+from pydantic import ConfigDict, ValidationError
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from seqmodels.config import Strict
+from seqmodels.errors import QueueFullError
+from serving.config import Limits
+from serving.errors import HttpError, invalid_request
+from serving.http import exchange_of, unless
+
+URLS = ("classify", "tag", "translate", "caption", "generate", "score", "completions")
+AGAIN_S = 0.1  # after which a line that met a full queue is tried again
+KEPT = ("type", "asgi", "http_version", "scheme", "root_path", "client", "server", "state", "extensions")
+
+
+class BatchLine(Strict):
+    """One request. `method` and what else OpenAI's files hold may stand there, and is not heeded."""
+
+    custom_id: str | None = None
+    url: Literal[tuple(f"/v1/{name}" for name in URLS)]  # type: ignore[valid-type]  # a type made of data
+    body: dict[str, Any]
+    model_config = ConfigDict(
+        extra="ignore",
+        json_schema_extra={"example": {"custom_id": "a", "url": "/v1/translate", "body": {"inputs": "A dog runs."}}},
+    )
+
+
+class BatchResponse(Response):
+    """Reads its request's body itself, line by line, while it answers."""
+
+    def __init__(self, app: ASGIApp, request: Request, limits: Limits, batches: asyncio.Semaphore) -> None:
+        """batches: holds one place for each that may run at a time. Raises QueueFullError where all are taken."""
+        if batches.locked():
+            raise QueueFullError(f"{limits.batches} batches are at work, the most allowed here; try again later")
+        super().__init__(headers={"cache-control": "no-cache"}, media_type="application/x-ndjson")
+        del self.headers["content-length"]
+        self._app = app
+        self._request = request
+        self._limits = limits
+        self._batches = batches
+        self._asking_again = asyncio.Lock()
+        self._lines = _Lines(limits.body_bytes, limits.batch_bytes)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._batches:
+            try:
+                async with asyncio.timeout(self._limits.batch_s):
+                    await unless(self._lines.read(receive), self._send_all(send))
+            except TimeoutError:
+                await _send_line(send, _last_line(self._limits.batch_s))
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_all(self, send: Send) -> None:
+        """Up to `batch_window` lines are at work at a time, and as many answers wait for their turn."""
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        window = asyncio.Semaphore(self._limits.batch_window)
+        working: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue()
+
+        async def begin() -> None:
+            number = 0
+            async for line in self._lines:
+                await window.acquire()
+                number += 1
+                working.put_nowait(tasks.create_task(self._answer(number, line)))
+            working.put_nowait(None)
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(begin())
+            while task := await working.get():
+                await _send_line(send, await task)
+                window.release()
+
+    async def _answer(self, number: int, line: bytes | None) -> bytes:
+        """line: None where it was too long to be kept."""
+        request_id = f"{exchange_of(self._request).request_id}-{number}"
+        custom_id, status, body = None, 0, b""
+        try:
+            if line is None:
+                message = f"this line is longer than {self._limits.body_bytes} bytes, the most allowed here"
+                raise HttpError(413, message, "body_too_large")
+            parsed = _parse(line)
+            custom_id = parsed.custom_id
+            status, body = await self._ask(parsed, request_id)
+        except HttpError as error:
+            status, body = error.status, json.dumps(error.body).encode()
+        about = {"custom_id": custom_id, "status_code": status, "request_id": request_id}
+        return _line(about, body)
+
+    async def _ask(self, line: BatchLine, request_id: str) -> tuple[int, bytes]:
+        """Status and body of the answer. Asks again while the queue is full or the key has asked too often: of several
+        such lines one at a time, the first of them first."""
+        content = json.dumps(line.body, ensure_ascii=False).encode()
+        status, body = await call(self._app, self._scope(line.url, request_id), content)
+        if status == 429:
+            async with self._asking_again:
+                while status == 429:
+                    await asyncio.sleep(AGAIN_S)
+                    status, body = await call(self._app, self._scope(line.url, request_id), content)
+        return status, body
+
+    def _scope(self, path: str, request_id: str) -> Scope:
+        outer = self._request.scope
+        replaced = (b"content-type", b"content-length", b"transfer-encoding", b"x-request-id")
+        headers = [(name, value) for name, value in outer["headers"] if name not in replaced]
+        headers += [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode())]
+        target = {"method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers}
+        return {name: outer[name] for name in KEPT if name in outer} | target
+
+
+class _Lines:
+    """The lines of a body, as they come. All of it is read at once, up to `most_waiting` bytes, so that a client that
+    sends everything before it reads an answer does not wait for us while we wait for it."""
+
+    def __init__(self, longest: int, most_waiting: int) -> None:
+        self._longest = longest
+        self._most_waiting = most_waiting
+        self._lines: deque[bytes | None] = deque()
+        self._num_waiting = 0  # bytes
+        self._is_over = False
+        self._changed = asyncio.Condition()
+
+    async def read(self, receive: Receive) -> None:
+        """Until the client leaves, which raises ClientDisconnect: also after the last line, for answers go on."""
+        partial, too_long = b"", False
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            if self._is_over:
+                continue
+            *ended, partial = (partial + message.get("body", b"")).split(b"\n")
+            if not message.get("more_body", False):
+                ended, partial = [*ended, partial], b""
+            for line in ended:
+                await self._put(None if too_long or len(line) > self._longest else line)
+                too_long = False
+            if len(partial) > self._longest:
+                partial, too_long = b"", True
+            await self._end(not message.get("more_body", False))
+
+    async def _put(self, line: bytes | None) -> None:
+        if line is not None and not line.strip():
+            return
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._num_waiting < self._most_waiting)
+            self._lines.append(line)
+            self._num_waiting += len(line or b"")
+            self._changed.notify_all()
+
+    async def _end(self, is_over: bool) -> None:
+        async with self._changed:
+            self._is_over = is_over
+            self._changed.notify_all()
+
+    async def __aiter__(self) -> AsyncIterator[bytes | None]:
+        """None in place of a line that was too long."""
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._lines or self._is_over)
+                if not self._lines:
+                    return
+                line = self._lines.popleft()
+                self._num_waiting -= len(line or b"")
+                self._changed.notify_all()
+            yield line
+
+
+async def call(app: ASGIApp, scope: Scope, content: bytes) -> tuple[int, bytes]:
+    """Status and body of an app's answer to one whole request."""
+    messages: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
+    status, parts = 0, []
+
+    async def receive() -> Message:
+        if messages:
+            return messages.pop()
+        await asyncio.Event().wait()  # nobody leaves: who gives up is cancelled
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        nonlocal status
+        if message["type"] == "http.response.start":
+            status = message["status"]
+        else:
+            parts.append(message.get("body", b""))
+
+    await app(scope, receive, send)
+    return status, b"".join(parts)
+
+
+def _parse(line: bytes) -> BatchLine:
+    try:
+        parsed = BatchLine.model_validate_json(line)
+    except ValidationError as error:
+        raise invalid_request(error) from None
+    if parsed.body.get("stream"):
+        raise HttpError(
+            400, "body.stream is true, but a batch answers in whole lines; leave it out", "invalid_value", "body.stream"
+        )
+    return parsed
+
+
+async def _send_line(send: Send, line: bytes) -> None:
+    await send({"type": "http.response.body", "body": line, "more_body": True})
+
+
+def _last_line(seconds: float) -> bytes:
+    """In place of the answers that are missing."""
+    message = f"this batch has taken {seconds:.0f} s, the most allowed here; send the lines that have no answer again"
+    error = {"code": "deadline_passed", "message": message}
+    return json.dumps({"custom_id": None, "response": None, "error": error}).encode() + b"\n"
+
+
+def _line(about: dict[str, Any], body: bytes) -> bytes:
+    """The body is JSON already, and has no end of line in it."""
+    start = json.dumps({"custom_id": about.pop("custom_id"), "response": about}, ensure_ascii=False)
+    return start.removesuffix("}}").encode() + b', "body": ' + body + b'}, "error": null}\n'

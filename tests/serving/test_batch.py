@@ -1,0 +1,216 @@
+"""/v1/batch: answers in order, each what its own request would get, while later lines are still being read."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from .conftest import InProcess, api_key, error_of, in_process
+
+KEY = "0123456789abcdef"
+TYPE = {"content-type": "application/x-ndjson"}
+
+
+def line(inputs: Any, custom_id: str | None = None, url: str = "/v1/translate", **options: Any) -> bytes:
+    return json.dumps({"custom_id": custom_id, "url": url, "body": {"inputs": inputs, **options}}).encode() + b"\n"
+
+
+def ask(server: InProcess, content: bytes, **headers: str) -> list[dict[str, Any]]:
+    response = server.request("POST", "/v1/batch", content=content, headers={**TYPE, **headers})
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("application/x-ndjson")
+    return [json.loads(one) for one in response.text.splitlines()]
+
+
+def test_each_line_gets_what_its_own_request_would_get(server: InProcess) -> None:
+    bodies = [("/v1/translate", {"inputs": ["a b", "c"]}), ("/v1/classify", {"inputs": "good"}),
+              ("/v1/tag", {"inputs": {"words": ["x", "y"]}}), ("/v1/generate", {"inputs": "on"}),
+              ("/v1/score", {"targets": "a b", "model": "story"})]  # fmt: skip
+    content = b"".join(
+        json.dumps({"custom_id": f"{i}", "method": "POST", "url": url, "body": body, "more": 1}).encode() + b"\n"
+        for i, (url, body) in enumerate(bodies)
+    )
+    answers = ask(server, content)
+    assert [answer["custom_id"] for answer in answers] == ["0", "1", "2", "3", "4"]
+    for answer, (url, body) in zip(answers, bodies, strict=True):
+        assert answer["error"] is None and answer["response"]["status_code"] == 200
+        assert answer["response"]["body"] == server.post(url, body).json()
+    assert len({answer["response"]["request_id"] for answer in answers}) == 5
+    assert ask(server, b"") == ask(server, b"\n \n") == []
+    assert len(ask(server, line("a").rstrip())) == 1  # without an end of line
+
+
+@pytest.mark.parametrize(
+    ("bad", "status", "code"),
+    [
+        (b"{", 400, "invalid_json"), (b"\xff\xfe", 400, "invalid_json"), (b"[]", 400, "invalid_value"),
+        (b'{"url": "/v1/translate"}', 400, "missing_field"), (line("").rstrip(), 422, "empty"),
+        (b'{"url": "/v1/batch", "body": {}}', 400, "invalid_value"),
+        (b'{"url": "/healthz", "body": {}}', 400, "invalid_value"),
+        (line("a", stream=True).rstrip(), 400, "invalid_value"),
+        (line("a", num_beams=64).rstrip(), 400, "limit_exceeded"),
+        (line("a", model="none").rstrip(), 404, "model_not_found"), (line("a" * 30_000).rstrip(), 413, "too_long"),
+        (line("a" * 3_000_000).rstrip(), 413, "body_too_large"),
+    ],
+)  # fmt: skip
+def test_a_bad_line_fails_alone(bad: bytes, status: int, code: str) -> None:
+    with in_process(limits={"body_bytes": 2**20}) as server:
+        answers = ask(server, line("a b", "first") + bad + b"\n" + line("c", "last"))
+    assert [answer["response"]["status_code"] for answer in answers] == [200, status, 200]
+    assert answers[1]["response"]["body"]["error"]["code"] == code
+    assert [answers[0]["custom_id"], answers[2]["custom_id"]] == ["first", "last"]
+
+
+def test_the_whole_needs_a_content_type_a_key_and_a_place() -> None:
+    with in_process(keys=(api_key(KEY),), limits={"batches": 1}) as server:
+        headers = {"authorization": f"Bearer {KEY}"}
+        refused = server.request(
+            "POST", "/v1/batch", content=line("a"), headers={**headers, "content-type": "text/plain"}
+        )
+        assert error_of(refused, 415)["code"] == "unsupported_media_type"
+        assert error_of(server.request("POST", "/v1/batch", content=line("a"), headers=TYPE), 401)
+        assert ask(server, line("a"), **headers)[0]["response"]["status_code"] == 200
+
+        async def two() -> list[int]:
+            first = Talk(server, headers)
+            await first.say(line("a"))
+            await first.hear()
+            other = await server.send("POST", "/v1/batch", content=line("a"), headers={**TYPE, **headers})
+            await first.end()
+            return [first.status, other.status_code]
+
+        assert server.wait(two()) == [200, 429]
+
+
+class Talk:
+    """A client that sends and reads as it likes, over ASGI."""
+
+    def __init__(self, server: InProcess, headers: dict[str, str] | None = None) -> None:
+        given = {"host": "localhost", **TYPE, **(headers or {})}
+        scope = {
+            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "http_version": "1.1", "method": "POST",
+            "scheme": "http", "path": "/v1/batch", "raw_path": b"/v1/batch", "query_string": b"", "root_path": "",
+            "headers": [(name.encode(), value.encode()) for name, value in given.items()],
+            "client": ("test", 1), "server": ("test", 80),
+        }  # fmt: skip
+        self.status = 0
+        self._sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._heard: asyncio.Queue[bytes] = asyncio.Queue()
+        self.reads = asyncio.Event()
+        self.reads.set()
+        self.call = asyncio.ensure_future(server.app(scope, self._sent.get, self._send))  # type: ignore[arg-type]
+
+    async def _send(self, message: Any) -> None:
+        await self.reads.wait()
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        elif message["body"]:
+            self._heard.put_nowait(message["body"])
+
+    async def say(self, content: bytes, more: bool = True) -> None:
+        self._sent.put_nowait({"type": "http.request", "body": content, "more_body": more})
+
+    async def hear(self) -> Any:
+        return json.loads(await asyncio.wait_for(self._heard.get(), 10))
+
+    async def leave(self) -> None:
+        self._sent.put_nowait({"type": "http.disconnect"})
+        await asyncio.wait_for(self.call, 10)
+
+    async def end(self) -> list[Any]:
+        """What is still to be heard after the last line."""
+        await self.say(b"", more=False)
+        await asyncio.wait_for(self.call, 30)
+        return [json.loads(self._heard.get_nowait()) for _ in range(self._heard.qsize())]
+
+
+def test_answers_come_while_later_lines_are_still_to_be_sent(server: InProcess) -> None:
+    async def talk() -> None:
+        client = Talk(server)
+        for word in ("one", "two", "three"):
+            whole = line(word, word)
+            await client.say(whole[:7])
+            await client.say(whole[7:])
+            answer = await client.hear()
+            assert (answer["custom_id"], answer["response"]["body"]["results"][0]["sequences"][0]["text"]) == (
+                word, word.upper(),
+            )  # fmt: skip
+        assert await client.end() == []
+
+    server.wait(talk())
+
+
+def test_answers_keep_their_order_whatever_takes_longer(server: InProcess) -> None:
+    numbers = [str(i) for i in range(200)]
+    content = b"".join(line("a " * (29 if int(i) % 3 == 0 else 1), i) for i in numbers)
+    assert [answer["custom_id"] for answer in ask(server, content)] == numbers
+
+
+def test_who_sends_everything_before_reading_is_answered_all_the_same() -> None:
+    """Far more lines than may be at work; the client reads nothing until it has sent the last."""
+    with in_process(limits={"batch_window": 4}) as server:
+
+        async def talk() -> list[Any]:
+            client = Talk(server)
+            client.reads.clear()
+            for i in range(500):
+                await client.say(line("a b", str(i)))
+            while client._sent.qsize():  # all of it is taken
+                await asyncio.sleep(0.01)
+            assert len(server.pipelines["en-de"].submitted) <= 5
+            client.reads.set()
+            return await client.end()
+
+        assert [answer["custom_id"] for answer in server.wait(talk())] == [str(i) for i in range(500)]
+
+
+def test_what_waits_is_bounded() -> None:
+    with in_process(limits={"batch_window": 1, "batch_bytes": 1000}) as server:
+
+        async def talk() -> None:
+            client = Talk(server)
+            client.reads.clear()
+            for i in range(500):
+                await client.say(line("a b", str(i)))
+            await asyncio.sleep(0.5)
+            assert client._sent.qsize() > 400  # the rest is left with the client
+            client.reads.set()
+            assert len(await client.end()) == 500
+
+        server.wait(talk())
+
+
+def test_a_full_queue_holds_lines_back_and_fails_none() -> None:
+    with in_process(max_requests=2, limits={"inputs": 2, "batch_window": 50}) as server:
+        answers = ask(server, b"".join(line(["a b", "c"], str(i)) for i in range(20)))
+    assert [answer["response"]["status_code"] for answer in answers] == [200] * 20
+
+
+def test_who_leaves_frees_what_his_lines_held() -> None:
+    with in_process() as server:
+        pipeline = server.pipelines["en-de"]
+        pipeline.gate.clear()
+
+        async def talk() -> None:
+            client = Talk(server)
+            await client.say(b"".join(line("a " * 20, str(i)) for i in range(10)))
+            while not pipeline.live:
+                await asyncio.sleep(0.01)
+            pipeline.step_s = 0.05
+            pipeline.gate.set()
+            await client.leave()
+
+        server.wait(talk())
+        steps = pipeline.steps
+        while pipeline.live:
+            assert pipeline.steps <= steps + 3
+        assert server.runner.num_open == 0
+
+
+def test_a_batch_has_an_end() -> None:
+    with in_process(limits={"batch_s": 0.5}) as server:
+        server.pipelines["en-de"].step_s = 0.02
+        answers = ask(server, b"".join(line("a " * 20, str(i)) for i in range(100)))
+        assert answers[-1]["error"]["code"] == "deadline_passed" and 1 <= len(answers) < 100
+        assert all(answer["response"]["status_code"] == 200 for answer in answers[:-1])
