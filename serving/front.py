@@ -9,8 +9,9 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
@@ -65,12 +66,17 @@ class Front:
         """Text in OpenAI's words, from any model that writes text."""
         read = partial(_parse_json, CompletionRequest, _content_type(request))
         body, work = await self._prepare(request, read, GENERATORS, intake.prepare_completion)
-        writer = CompletionWriter(work.model, self.service.pipelines[work.model].revision, body.n or 1)
-        call = self.service.call(work)
-        if body.stream:
-            return EventStream(_completion_events(call, writer, body.wants_usage), call.close)
-        answer = await _wait(request, call)
-        return JSONResponse(writer.answer(answer.results, answer.usage))
+        writer = CompletionWriter(work.model, self.service.pipelines[work.model].revision, body)
+        # Two calls, so that a stream can tell all of the prompts before it tells what comes after them.
+        num_scored = len(body.prompts) if body.scores_prompts else 0
+        with contextlib.ExitStack() as held:
+            scoring, writing = (
+                held.enter_context(contextlib.closing(self.service.call(replace(work, jobs=jobs))))
+                for jobs in (work.jobs[:num_scored], work.jobs[num_scored:])
+            )
+            if body.stream:
+                return EventStream(_completion_events(scoring, writing, writer), held.pop_all().close)
+            return JSONResponse(await unless_client_leaves(request.receive, _completion(scoring, writing, writer)))
 
     async def _answer(self, request: Request, read: Read[intake.TaskRequest], task: str) -> Response:
         body, work = await self._prepare(request, read, (task,), intake.prepare_inputs)
@@ -138,28 +144,46 @@ async def _events(call: Call) -> AsyncGenerator[bytes]:
     """`delta` events, then one `answer` event; an `error` event in place of what could not be done."""
     try:
         async for piece in call.stream():
-            if isinstance(piece, Delta):
+            if isinstance(piece, Answer):
+                yield server_sent_event(piece.body(), "answer")
+            elif piece.text:
                 delta = {"index": piece.index, "sequence": piece.sequence, "delta": piece.text}
                 yield server_sent_event(delta, "delta")
-            else:
-                yield server_sent_event(piece.body(), "answer")
     except Exception as error:
         yield server_sent_event(_stream_error(error), "error")
 
 
-async def _completion_events(call: Call, writer: CompletionWriter, with_usage: bool) -> AsyncGenerator[bytes]:
+async def _completion(scoring: Call, writing: Call, writer: CompletionWriter) -> dict[str, Any]:
+    scored, written = await scoring.answer(), await writing.answer()
+    return writer.answer(scored.results, written.results, _usage(scored, written))
+
+
+async def _completion_events(scoring: Call, writing: Call, writer: CompletionWriter) -> AsyncGenerator[bytes]:
     """Chunks in OpenAI's words, then [DONE]."""
     try:
-        async for piece in call.stream():
-            if isinstance(piece, Delta):
-                yield server_sent_event(writer.delta(piece.index, piece.sequence, piece.text))
-            else:
-                yield server_sent_event(writer.finish(piece.results))
-                if with_usage:
-                    yield server_sent_event(writer.usage(piece.usage))
+        async for chunk in _chunks(scoring, writing, writer):
+            yield server_sent_event(chunk)
     except Exception as error:
         yield server_sent_event(_stream_error(error))
     yield DONE
+
+
+async def _chunks(scoring: Call, writing: Call, writer: CompletionWriter) -> AsyncGenerator[dict[str, Any]]:
+    scored = await scoring.answer()
+    for chunk in writer.echo(scored.results):
+        yield chunk
+    async for piece in writing.stream():
+        if isinstance(piece, Delta):
+            chunks = writer.delta(piece.index, piece.sequence, piece.text, piece.told)
+        else:
+            chunks = writer.finish(piece.results, _usage(scored, piece))
+        for chunk in chunks:
+            yield chunk
+
+
+def _usage(scored: Answer, written: Answer) -> dict[str, int]:
+    """A prompt that is scored and gone on from is read twice, and counts once."""
+    return written.usage if written.results else scored.usage
 
 
 def _stream_error(error: Exception) -> dict[str, dict[str, str | None]]:
