@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from seqmodels.config import Average
+from seqmodels.decoding.best import best_candidates
 from seqmodels.decoding.padding import ROW_FLOOR, bucket, grouped, has_steps, pad_inputs
-from seqmodels.decoding.request import Event, Failed, Finished
+from seqmodels.decoding.request import Event, Failed, Finished, Scored
 from seqmodels.ensemble import Mean, mean_of
 from seqmodels.errors import DeadlineError
 from seqmodels.kernels import packed
@@ -25,10 +26,11 @@ from seqmodels.models import Model, SequenceClassifier, SequenceGenerator, Seque
 @dataclass(frozen=True, eq=False)
 class ForwardRequest:
     """inputs: as in `engine.Request`. labels: BOS ... EOS of the text to score, for generators only. positions: at
-    which steps a tagger's labels are asked for; at all of them where left out.
+    which steps a tagger's labels are asked for; at all of them where left out. top_logprobs: how many of the likeliest
+    tokens are told at each place of a text to score.
 
     Its result is a tensor: probabilities (C,) of a classifier, (C, 2) where several labels may be right, (S, C) of a
-    tagger; the numbers (K,) of a regression; log-probabilities (T,) of labels.
+    tagger; the numbers (K,) of a regression; log-probabilities (T,) of labels. With top_logprobs it is Scored.
     """
 
     id: str
@@ -36,6 +38,7 @@ class ForwardRequest:
     labels: tuple[int, ...] = ()
     deadline: float | None = None
     positions: tuple[int, ...] | None = None
+    top_logprobs: int = 0
 
 
 class Forward:
@@ -91,7 +94,7 @@ class Forward:
             ]
         return events
 
-    def _answers(self, group: Sequence[ForwardRequest]) -> list[Tensor]:
+    def _answers(self, group: Sequence[ForwardRequest]) -> Sequence[Tensor | Scored]:
         """Requests of one shape, padded with copies of the first so that none gets other bits when it comes alone."""
         padded = [*group, *[group[0]] * (self._row_floor - len(group))]
         inputs, lengths = None, None
@@ -100,8 +103,12 @@ class Forward:
         if isinstance(self._models[0], SequenceGenerator):
             labels, label_lengths = pad_inputs([torch.tensor(r.labels) for r in padded], self._device)
             assert label_lengths is not None
-            logprobs = chosen(self._scores(labels, inputs, lengths), labels, label_lengths).cpu()
-            return [logprobs[row, : len(request.labels) - 1] for row, request in enumerate(group)]
+            scores = self._scores(labels, inputs, lengths)
+            logprobs = chosen(scores, labels, label_lengths).cpu()
+            return [
+                _scored(logprobs[row, : len(request.labels) - 1], scores[row], request.top_logprobs)
+                for row, request in enumerate(group)
+            ]
         assert inputs is not None
         answers = self._predictions(inputs, lengths, _labelled(padded, inputs)).cpu()
         if isinstance(self._models[0], SequenceClassifier):
@@ -127,6 +134,16 @@ class Forward:
         for one in logits:
             mean.add(one.log_softmax(-1))
         return mean.logprobs.exp()
+
+
+def _scored(logprobs: Tensor, scores: Tensor, count: int) -> Tensor | Scored:
+    """logprobs (T,) of a text; scores of every token at its places, and at those of padding (T', V). count: how many of
+    the likeliest are asked for."""
+    if not count:
+        return logprobs
+    each = scores[: len(logprobs), None]
+    values, tokens = best_candidates(each.new_zeros(len(each), 1), each, count)
+    return Scored(logprobs, tokens[:, :count].cpu(), values[:, :count].cpu())
 
 
 def _logits(model: Model, inputs: Tensor, lengths: Tensor | None, labelled: Tensor | None) -> Tensor:

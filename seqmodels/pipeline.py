@@ -22,7 +22,7 @@ from seqmodels.decoding.constraints import Phrases, WordEdges, missing
 from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.padding import ROW_FLOOR
 from seqmodels.decoding.params import SearchParams
-from seqmodels.decoding.request import Event, Failed, Finished, Request
+from seqmodels.decoding.request import Event, Failed, Finished, Request, Scored
 from seqmodels.decoding.saved import Maker, SavedState, fingerprint
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.ensemble import Directories, as_paths, common_reader, load_members, revision_of
@@ -205,13 +205,20 @@ class Pipeline:
         target_field: str = "targets",
         truncate: bool = False,
         deadline: float | None = None,
+        top_logprobs: int = 0,
     ) -> Job:
-        """A request for the log-probability of `target`, given the input (or the prompt). Raises InputError."""
+        """A request for the log-probability of `target`, given the input (or the prompt). top_logprobs: how many of
+        the likeliest tokens the answer also names at each place. Raises InputError."""
         if self._engine is None:
             raise InputError("this model answers with labels; only a generator can score a text", param=field)
         reading = self._reader.read(item, field, truncate)
         written = self._reader.written(target, reading.prompt, target_field, truncate)
-        return Job(ForwardRequest(_new_id(), reading.inputs, (BOS, *reading.prompt, *written, EOS), deadline), reading)
+        labels = (BOS, *reading.prompt, *written, EOS)
+        spans = self._tokenizer.spans(target, inside=bool(reading.prompt))[: len(written)]
+        return Job(
+            ForwardRequest(_new_id(), reading.inputs, labels, deadline, top_logprobs=top_logprobs),
+            replace(reading, text=target, spans=tuple(spans)),
+        )
 
     def _search_params(self, given: Mapping[str, Any]) -> SearchParams:
         try:
@@ -296,21 +303,23 @@ class Pipeline:
 
     # -- render --------------------------------------------------------------------------------------------------
 
-    def render(self, job: Job, result: list[Hypothesis] | Tensor) -> dict[str, Any]:
+    def render(self, job: Job, result: list[Hypothesis] | Tensor | Scored) -> dict[str, Any]:
         """The answer as plain data: a label, tags, sequences, or log-probabilities."""
         if isinstance(job.request, Request):
             assert isinstance(result, list)
             return self._render_sequences(job, job.request, result)
-        assert isinstance(result, Tensor)
-        if not result.isfinite().all():
+        assert isinstance(result, Tensor | Scored)
+        numbers = result.logprobs if isinstance(result, Scored) else result
+        if not numbers.isfinite().all():
             raise InputError("the model's scores for this input are not finite; its numbers are too large for it")
         if self._engine:
             return render_score(self._tokenizer, job.reading, job.request.labels, result)
+        assert isinstance(result, Tensor)
         if self.config.architecture == "tagger":
             return render_tags(self.config.labels, job.reading, result)
         return CLASSIFIED[self.config.problem_type](self.config.labels, result)
 
-    def num_output_tokens(self, job: Job, result: list[Hypothesis] | Tensor) -> int:
+    def num_output_tokens(self, job: Job, result: list[Hypothesis] | Tensor | Scored) -> int:
         """Tokens written, or labels given."""
         if isinstance(result, list):
             return sum(len(hypothesis.logprobs) for hypothesis in result)
@@ -321,7 +330,7 @@ class Pipeline:
     def num_details(self, job: Job) -> int:
         """The most numbers that an answer may hold beside its tokens and their log-probabilities."""
         if not isinstance(job.request, Request):
-            return 0
+            return 2 * job.request.top_logprobs * len(job.request.labels)
         assert self._engine is not None
         search = job.request.params
         return self._engine.num_details(job.request) * search.max_new_tokens * search.num_return_sequences
@@ -329,14 +338,11 @@ class Pipeline:
     def text_stream(self, job: Job) -> TextStream:
         """Turns the job's Progress events into text."""
         assert isinstance(job.request, Request)
-        return TextStream(self._text(job.request, job.reading), job.request)
+        return TextStream(self._tokenizer, self._text(job.request, job.reading), job.request)
 
     def _render_sequences(self, job: Job, request: Request, result: Sequence[Hypothesis]) -> dict[str, Any]:
         text = self._text(request, job.reading)
-        sequences = [
-            render_sequence(text.of(hypothesis.tokens), hypothesis, self._tokenizer, request.params)
-            for hypothesis in result
-        ]
+        sequences = [render_sequence(text, hypothesis, self._tokenizer, request.params) for hypothesis in result]
         for sequence, hypothesis in zip(sequences, result, strict=True):
             if hypothesis.state:
                 sequence["state"] = hypothesis.state.to_bytes(self._maker)

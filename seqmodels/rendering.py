@@ -5,14 +5,16 @@ Knows text on the way out; knows no engine.
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from seqmodels.config import ProblemType
 from seqmodels.decoding.params import SearchParams
-from seqmodels.decoding.request import Progress, Request
+from seqmodels.decoding.request import Progress, Request, Scored
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.reading import Reading
 from seqmodels.tokenizer import EOS, Tokenizer
@@ -57,28 +59,41 @@ def render_tags(labels: Sequence[str], reading: Reading, scores: Tensor) -> dict
     return {"tags": tags}
 
 
-def render_score(tokenizer: Tokenizer, reading: Reading, labels: Sequence[int], logprobs: Tensor) -> dict[str, Any]:
+def render_score(
+    tokenizer: Tokenizer, reading: Reading, labels: Sequence[int], scored: Tensor | Scored
+) -> dict[str, Any]:
     """Log-probabilities (T,) of labels BOS ... EOS; those of a prompt, which is given and not scored, are left out."""
     first = len(reading.prompt)
-    nats = logprobs[first:].tolist()
-    return {"score": math.fsum(nats), "logprobs": nats, "tokens": [tokenizer.token(i) for i in labels[1 + first :]]}
+    nats = (scored.logprobs if isinstance(scored, Scored) else scored)[first:].tolist()
+    offsets = [start for start, _ in reading.spans] + [len(reading.text)]
+    score = {"score": math.fsum(nats), "logprobs": nats, **_told(tokenizer, labels[1 + first :], offsets)}
+    if isinstance(scored, Scored):
+        tokens, values = scored.top_tokens[first:].tolist(), scored.top_logprobs[first:].tolist()
+        score["top_logprobs"] = _likeliest(tokenizer, map(zip, tokens, values))
+    return score
 
 
-def render_sequence(text: str, hypothesis: Hypothesis, tokenizer: Tokenizer, params: SearchParams) -> dict[str, Any]:
+def render_sequence(text: "Text", hypothesis: Hypothesis, tokenizer: Tokenizer, params: SearchParams) -> dict[str, Any]:
     """What was asked for of each generated token stands in lists as long as `tokens`."""
-    sequence: dict[str, Any] = {"text": text, "score": hypothesis.score, "finish_reason": hypothesis.finish_reason}
+    written = text.of(hypothesis.tokens)
+    sequence: dict[str, Any] = {"text": written, "score": hypothesis.score, "finish_reason": hypothesis.finish_reason}
     if params.logprobs or params.top_logprobs or params.output_attentions:
-        sequence["tokens"] = [tokenizer.token(i) for i in hypothesis.generated]
+        sequence |= _told(tokenizer, hypothesis.generated, text.offsets(hypothesis.tokens))
     if params.logprobs:
         sequence["logprobs"] = hypothesis.logprobs
     if hypothesis.top_logprobs is not None:
-        sequence["top_logprobs"] = [
-            [{"token": tokenizer.token(i), "logprob": logprob} for i, logprob in likeliest]
-            for likeliest in hypothesis.top_logprobs
-        ]
+        sequence["top_logprobs"] = _likeliest(tokenizer, hypothesis.top_logprobs)
     if hypothesis.attentions is not None:
         sequence["attentions"] = hypothesis.attentions
     return sequence
+
+
+def _told(tokenizer: Tokenizer, tokens: Sequence[int], offsets: Sequence[int]) -> dict[str, Any]:
+    return {"tokens": [tokenizer.token(i) for i in tokens], "offsets": list(offsets)}
+
+
+def _likeliest(tokenizer: Tokenizer, steps: Iterable[Iterable[tuple[int, float]]]) -> list[list[dict[str, Any]]]:
+    return [[{"token": tokenizer.token(i), "logprob": logprob} for i, logprob in likeliest] for likeliest in steps]
 
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -112,6 +127,12 @@ class Text:
         text = self._tokenizer.decode(tokens)[self._prompt_length :]
         return text[: self._given + self._first_stop(text[self._given :])]
 
+    def offsets(self, tokens: Sequence[int]) -> list[int]:
+        """How many characters of `of` the tokens before each generated one have completed: none of those that it
+        leaves out because of a stop string."""
+        starts, most = self._tokenizer.starts(tokens), len(self.of(tokens))
+        return [min(max(0, start - self._prompt_length), most) for start in starts[len(self._prefix) :]]
+
     def settled(self, tokens: Sequence[int]) -> str:
         """The beginning of `of` that more tokens cannot change: no half character, nothing that may begin a stop."""
         text = self.of(tokens).rstrip(REPLACEMENT)
@@ -135,30 +156,75 @@ class Text:
         return min((max(0, start - earlier) for start in found if start >= 0), default=len(generated))
 
 
+class Piece(NamedTuple):
+    """New characters of one output. told: of a request for logprobs, the tokens that begin in what is sent by now and
+    were not told before, in lists as those of `render_sequence`."""
+
+    output: int
+    text: str
+    told: dict[str, Any] | None
+
+
+@dataclass
+class _Output:
+    """What is known of an output; how many of its characters are sent, and how many generated tokens told."""
+
+    tokens: list[int]  # prefix and generated
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    sent: int = 0
+    told: int = 0
+
+
 class TextStream:
-    """Events of one request -> new characters of each output. With beams only the best is streamed, as output 0."""
+    """Events of one request -> what is new of each output. With beams only the best is streamed, as output 0.
 
-    def __init__(self, text: Text, request: Request) -> None:
-        self._text, self._request = text, request
-        self._tokens: dict[int, list[int]] = {}  # by output, prefix and all that is known
-        self._sent: dict[int, int] = {}  # by output, characters sent
+    A token is told when all text before it is sent: then where it begins can no longer change either."""
 
-    def push(self, event: Progress) -> list[tuple[int, str]]:
-        """(output index, new characters); nothing where all is held back."""
-        tokens = self._tokens.setdefault(event.index, list(self._request.prefix))
-        tokens += event.tokens
-        return self._deltas(event.index, self._text.settled(tokens))
+    def __init__(self, tokenizer: Tokenizer, text: Text, request: Request) -> None:
+        self._tokenizer, self._text, self._request = tokenizer, text, request
+        self._outputs: dict[int, _Output] = {}
 
-    def finish(self, result: Sequence[Hypothesis]) -> list[tuple[int, str]]:
-        """What is still missing from each output's final text."""
-        outputs = result[:1] if self._request.params.num_beams > 1 else result
-        texts = [self._text.of(hypothesis.tokens) for hypothesis in outputs]
-        return [delta for index, text in enumerate(texts) for delta in self._deltas(index, text)]
+    def push(self, event: Progress) -> list[Piece]:
+        """Nothing where all is held back."""
+        output = self._output(event.index)
+        output.tokens += event.tokens
+        output.logprobs += event.logprobs or []
+        output.top_logprobs += event.top_logprobs or []
+        return self._pieces(event.index, self._text.settled(output.tokens))
 
-    def _deltas(self, index: int, text: str) -> list[tuple[int, str]]:
-        sent = self._sent.get(index, 0)
-        self._sent[index] = max(sent, len(text))
-        return [(index, text[sent:])] if len(text) > sent else []
+    def finish(self, result: Sequence[Hypothesis]) -> list[Piece]:
+        """What is still missing from each output."""
+        pieces = []
+        for index, hypothesis in enumerate(result[:1] if self._request.params.num_beams > 1 else result):
+            output = self._output(index)
+            output.tokens, output.logprobs = hypothesis.tokens, hypothesis.logprobs
+            output.top_logprobs = hypothesis.top_logprobs or []
+            pieces += self._pieces(index, self._text.of(output.tokens))
+        return pieces
+
+    def _output(self, index: int) -> _Output:
+        return self._outputs.setdefault(index, _Output(list(self._request.prefix)))
+
+    def _pieces(self, index: int, text: str) -> list[Piece]:
+        output = self._outputs[index]
+        new, told = text[output.sent :], self._newly_told(output, text)
+        output.sent = max(output.sent, len(text))
+        return [Piece(index, new, told)] if new or told else []
+
+    def _newly_told(self, output: _Output, text: str) -> dict[str, Any] | None:
+        if not self._request.params.logprobs:
+            return None
+        offsets = self._text.offsets(output.tokens)
+        generated = output.tokens[len(output.tokens) - len(offsets) :]
+        first, output.told = output.told, min(bisect_right(offsets, len(text)), len(output.logprobs))
+        new = slice(first, output.told)
+        if first == output.told:
+            return None
+        told = {**_told(self._tokenizer, generated[new], offsets[new]), "logprobs": output.logprobs[new]}
+        if output.top_logprobs:
+            told["top_logprobs"] = _likeliest(self._tokenizer, output.top_logprobs[new])
+        return told
 
 
 def is_bio(labels: Sequence[str]) -> bool:

@@ -7,7 +7,9 @@ word of the data that is spelt like a special token is no part of what `word` ha
 vocabulary hold it, and <pad>, <bos> and <eos> are all unknown words.
 """
 
+import codecs
 import hashlib
+import itertools
 import json
 import re
 import unicodedata
@@ -22,6 +24,10 @@ from seqmodels.errors import ConfigError, ModelDirectoryError
 
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<bos>", "<eos>"]
 PAD, UNK, BOS, EOS = range(4)
+# Byte-based pieces spell each byte by one character: one that can be seen by itself, another by one of those from 256.
+_SEEN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_UNSEEN = [byte for byte in range(0x100) if byte not in _SEEN]
+BYTES = {chr(byte): byte for byte in _SEEN} | {chr(0x100 + i): byte for i, byte in enumerate(_UNSEEN)}
 
 Kind = Literal["bpe", "unigram", "word", "character", "byte"]
 
@@ -40,6 +46,7 @@ class Tokenizer:
         fields = json.loads(self._text)
         self._leading_space = fields["pre_tokenizer"].get("use_regex", False)
         self._holds_words = fields["decoder"] is None  # which are joined with spaces
+        self._holds_bytes = not self._holds_words and fields["decoder"]["type"] == "ByteLevel"
         self._reads_lines = self._holds_words and fields["pre_tokenizer"]["type"] == "Sequence"  # since version 0.1.0
 
     @classmethod
@@ -128,6 +135,36 @@ class Tokenizer:
             return re.sub(" ?\n ?", "\n", text)
         return text.removeprefix(" ") if self._leading_space else text
 
+    def spans(self, text: str, inside: bool = False) -> list[tuple[int, int]]:
+        """Where in a text each token stands that `encode` (inside: `encode_inside`) reads there. The tokens that spell
+        a part of a character each stand where all of it does."""
+        added = self._leading_space and not inside and text != ""
+        encoding = self._backend.encode(" " + text if added else text, add_special_tokens=False)
+        return [(max(0, start - added), end - added) for start, end in encoding.offsets]
+
+    def starts(self, ids: Sequence[int]) -> list[int]:
+        """How many characters of `decode(ids)` stand before each token: all that the tokens before it have completed,
+        so that those that spell one character together begin where it does."""
+        texts = list(self._texts(ids))
+        written = [0, *itertools.accumulate(map(len, texts))]
+        removed = self._leading_space and "".join(texts).startswith(" ")
+        return [max(0, count - removed) for count in written[:-1]]
+
+    def _texts(self, ids: Sequence[int]) -> Iterator[str]:
+        """What each token adds to the text: one that only begins a character nothing, the one that ends it all of it.
+        Special tokens add nothing."""
+        characters = codecs.getincrementaldecoder("utf-8")("replace")
+        before = "\n"
+        for token_id in ids:
+            piece = "" if token_id <= EOS else self.token(token_id)
+            if self._holds_bytes:
+                yield characters.decode(_bytes(piece))
+            elif piece and self._holds_words and before != "\n" and not (self._reads_lines and piece == "\n"):
+                yield " " + piece
+            else:
+                yield piece
+            before = piece or before
+
     def token(self, token_id: int) -> str:
         """The piece as the vocabulary spells it."""
         return str(self._backend.id_to_token(token_id))
@@ -153,6 +190,11 @@ class Tokenizer:
 
     def _spaced(self, text: str) -> str:
         return " " + text if self._leading_space else text
+
+
+def _bytes(piece: str) -> bytes:
+    """What a byte-based piece spells; of one that somebody added by hand, its own characters."""
+    return bytes(BYTES[c] for c in piece) if all(c in BYTES for c in piece) else piece.encode()
 
 
 def _without_special_words(texts: Iterable[str], normalizer: normalizers.Normalizer | None) -> Iterator[str]:

@@ -36,7 +36,7 @@ class Limits(Strict):
     frames: PositiveInt = 64
     features: PositiveInt = 1_000_000  # numbers in one item: steps times feature size
     num_beams: PositiveInt = 16
-    num_return_sequences: PositiveInt = 16
+    num_return_sequences: PositiveInt = 16  # n and best_of of completions likewise
     max_new_tokens: PositiveInt = 512
     details: PositiveInt = 500_000  # numbers of top_logprobs and attentions in one answer, were it as long as allowed
     stop: PositiveInt = 8  # stop strings, and as many bad_words and force_words

@@ -100,6 +100,11 @@ def invalid_request(error: ValidationError) -> HttpError:
     return HttpError(400, f"{param or 'the request body'} {expected}", "invalid_value", param)
 
 
+def shown(number: int) -> str:
+    """A client's number, which may have thousands of digits; the answer need not."""
+    return str(number) if number < 10**9 else "very large"
+
+
 def _field(location: tuple[int | str, ...]) -> str | None:
     """("inputs", "~list", 3, "~words", "words") -> "inputs[3].words"; parts with ~ name kinds, not fields."""
     path = ""

@@ -10,8 +10,9 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
@@ -81,12 +82,19 @@ class Front:
         """Text in OpenAI's words, from any model that writes text."""
         read = partial(_parse_json, CompletionRequest, _content_type(request))
         body, work = await self._prepare(request, read, GENERATORS, intake.prepare_completion)
-        writer = CompletionWriter(work.model.name, work.model.revision, body.n or 1)
-        call = self.service.call(work)
-        if body.stream:
-            return EventStream(_completion_events(call, writer, body.wants_usage, exchange_of(request)), call.close)
-        answer = await _wait(request, call)
-        return JSONResponse(writer.answer(answer.results, answer.usage))
+        writer = CompletionWriter(work.model.name, work.model.revision, body)
+        # Two calls, so that a stream can tell all of the prompts before it tells what comes after them.
+        num_scored = len(body.prompts) if body.scores_prompts else 0
+        with contextlib.ExitStack() as held:
+            scoring, writing = (
+                held.enter_context(contextlib.closing(self.service.call(replace(work, jobs=jobs))))
+                for jobs in (work.jobs[:num_scored], work.jobs[num_scored:])
+            )
+            exchange = exchange_of(request)
+            if body.stream:
+                return EventStream(_completion_events(scoring, writing, writer, exchange), held.pop_all().close)
+            completion = _completion(scoring, writing, writer, exchange)
+            return JSONResponse(await unless_client_leaves(request.receive, completion))
 
     async def batch(self, app: ASGIApp, request: Request) -> Response:
         """Many requests in one, each of them to `app`."""
@@ -165,32 +173,53 @@ async def _events(call: Call, exchange: Exchange) -> AsyncGenerator[bytes]:
     """`delta` events, then one `answer` event; an `error` event in place of what could not be done."""
     try:
         async for piece in call.stream():
-            if isinstance(piece, Delta):
-                delta = {"index": piece.index, "sequence": piece.sequence, "delta": piece.text}
-                yield server_sent_event(delta, "delta")
-            else:
+            if isinstance(piece, Answer):
                 exchange.usage = piece.usage
                 yield server_sent_event(piece.body(), "answer")
+            elif piece.text:
+                delta = {"index": piece.index, "sequence": piece.sequence, "delta": piece.text}
+                yield server_sent_event(delta, "delta")
     except Exception as error:
         yield server_sent_event(_stream_error(error, exchange), "error")
 
 
+async def _completion(scoring: Call, writing: Call, writer: CompletionWriter, exchange: Exchange) -> dict[str, Any]:
+    scored, written = await scoring.answer(), await writing.answer()
+    exchange.usage = _usage(scored, written)
+    return writer.answer(scored.results, written.results, exchange.usage)
+
+
 async def _completion_events(
-    call: Call, writer: CompletionWriter, with_usage: bool, exchange: Exchange
+    scoring: Call, writing: Call, writer: CompletionWriter, exchange: Exchange
 ) -> AsyncGenerator[bytes]:
     """Chunks in OpenAI's words, then [DONE]."""
     try:
-        async for piece in call.stream():
-            if isinstance(piece, Delta):
-                yield server_sent_event(writer.delta(piece.index, piece.sequence, piece.text))
-            else:
-                exchange.usage = piece.usage
-                yield server_sent_event(writer.finish(piece.results))
-                if with_usage:
-                    yield server_sent_event(writer.usage(piece.usage))
+        async for chunk in _chunks(scoring, writing, writer, exchange):
+            yield server_sent_event(chunk)
     except Exception as error:
         yield server_sent_event(_stream_error(error, exchange))
     yield DONE
+
+
+async def _chunks(
+    scoring: Call, writing: Call, writer: CompletionWriter, exchange: Exchange
+) -> AsyncGenerator[dict[str, Any]]:
+    scored = await scoring.answer()
+    for chunk in writer.echo(scored.results):
+        yield chunk
+    async for piece in writing.stream():
+        if isinstance(piece, Delta):
+            chunks = writer.delta(piece.index, piece.sequence, piece.text, piece.told)
+        else:
+            exchange.usage = _usage(scored, piece)
+            chunks = writer.finish(piece.results, exchange.usage)
+        for chunk in chunks:
+            yield chunk
+
+
+def _usage(scored: Answer, written: Answer) -> dict[str, int]:
+    """A prompt that is scored and gone on from is read twice, and counts once."""
+    return written.usage if written.results else scored.usage
 
 
 def _stream_error(error: Exception, exchange: Exchange) -> dict[str, dict[str, str | None]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from seqmodels.errors import InputError, TooLongError
 from serving.completions import CompletionRequest
 from serving.config import Limits
-from serving.errors import EMPTY
+from serving.errors import EMPTY, shown
 from serving.schema import (
     CaptionRequest,
     ClassifyRequest,
@@ -45,11 +45,8 @@ def prepare_inputs(pipeline: "Pipeline", body: TaskRequest, limits: Limits, dead
         pipeline.prepare(item, options, field=field, truncate=body.truncate, stream=stream, deadline=deadline)
         for item, field in named_items(body.inputs, "inputs", limits)
     ]
-    details = sum(map(pipeline.num_details, jobs))
-    if details > limits.details:
-        name = "output_attentions" if options.get("output_attentions") else "top_logprobs"
-        message = f"{name} asks for up to {details} numbers, but this server allows at most {limits.details}"
-        raise InputError(f"{message}; lower max_new_tokens, or send fewer inputs", param=name, code="limit_exceeded")
+    name = "output_attentions" if options.get("output_attentions") else "top_logprobs"
+    _check_details(sum(map(pipeline.num_details, jobs)), limits, name, "lower max_new_tokens, or send fewer inputs")
     return jobs
 
 
@@ -71,13 +68,28 @@ def prepare_score(pipeline: "Pipeline", body: ScoreRequest, limits: Limits, dead
 
 
 def prepare_completion(pipeline: "Pipeline", body: CompletionRequest, limits: Limits, deadline: float) -> "list[Job]":
-    """One job for each prompt of an OpenAI completion. Raises InputError."""
+    """Of an OpenAI completion: a job that scores each prompt, where they are to be scored, then one that goes on from
+    each, where something is to be written. Raises InputError."""
     options = body.search()
-    check_search(options, limits, names={"num_return_sequences": "n", "max_new_tokens": "max_tokens"})
-    return [
-        pipeline.prepare(item, options, field=field, stream=bool(body.stream), deadline=deadline)
-        for item, field in named_items(body.prompt, "prompt", limits)
+    names = {"num_return_sequences": "best_of" if body.best_of else "n", "max_new_tokens": "max_tokens"}
+    check_search({**options, "num_return_sequences": body.num_candidates}, limits, names)
+    items = named_items(body.prompt, "prompt", limits)
+    if body.echo:
+        _check_echo(pipeline, body, limits)
+    _check_size((body.scores_prompts + body.writes) * len(items), limits.inputs, "items to score and answer", "prompt")
+    scoring = [
+        pipeline.prepare_score(None, text, target_field=field, deadline=deadline, top_logprobs=body.logprobs or 0)
+        for text, (_, field) in zip(body.prompts if body.scores_prompts else [], items, strict=False)
     ]
+    writing = [
+        pipeline.prepare(item, options, field=field, stream=bool(body.stream), deadline=deadline)
+        for item, field in (items if body.writes else [])
+    ]
+    if body.logprobs is not None:  # what is told of a prompt, and of a greedy answer, is told in each choice
+        told = body.num_choices * sum(2 * job.num_input_tokens + pipeline.num_details(job) for job in scoring)
+        told += (1 if body.samples else body.num_choices) * sum(map(pipeline.num_details, writing))
+        _check_details(told, limits, "logprobs", "lower max_tokens or n, or send fewer prompts")
+    return scoring + writing
 
 
 def named_items(inputs: Any, field: str, limits: Limits) -> list[tuple[PipelineItem, str]]:
@@ -127,15 +139,27 @@ def check_search(options: dict[str, Any], limits: Limits, names: dict[str, str] 
         value = options.get(option, 0)
         if value > most:
             name = (names or {}).get(option, option)
-            # A number may have thousands of digits; the answer need not.
-            shown = str(value) if value < 10**9 else "very large"
-            message = f"{name} is {shown}, but this server allows at most {most}"
+            message = f"{name} is {shown(value)}, but this server allows at most {most}"
             raise InputError(message, param=name, code="limit_exceeded")
     for option in ("stop", "bad_words", "force_words"):
         strings = options.get(option, ())
         _check_size(len(strings), limits.stop, "strings", option)
         _check_size(max(map(len, strings), default=0), limits.stop_characters, "characters in one string", option)
     _check_size(len(options.get("prefix", "")), limits.characters, "characters", "prefix")
+
+
+def _check_echo(pipeline: "Pipeline", body: CompletionRequest, limits: Limits) -> None:
+    if pipeline.config.input != "nothing":
+        message = "echo is true, but this model answers an input and does not go on from it; leave echo out"
+        raise InputError(message, param="echo", code="unsupported_value")
+    characters = body.num_choices * sum(map(len, body.prompts))
+    _check_size(characters, limits.body_bytes, "characters of prompts in all answers", "echo")
+
+
+def _check_details(details: int, limits: Limits, name: str, fix: str) -> None:
+    if details > limits.details:
+        message = f"{name} asks for up to {details} numbers, but this server allows at most {limits.details}"
+        raise InputError(f"{message}; {fix}", param=name, code="limit_exceeded")
 
 
 def _decode(text: str, field: str, limits: Limits) -> bytes:

@@ -240,6 +240,7 @@ class Sequence(Strict):
     score: float
     finish_reason: Literal["eos", "stop", "length", "constraint"]
     tokens: list[str] | None = None
+    offsets: list[int] | None = None  # how many characters of the text the tokens before each one have completed
     logprobs: list[float] | None = None
     top_logprobs: list[list[TopLogprob]] | None = None  # the likeliest tokens at each step, best first
     attentions: list[list[float]] | None = None  # of output_attentions: weights over the input's positions
@@ -263,16 +264,20 @@ class GenerateResponse(Response):
 
 
 class Scoring(Strict):
-    """`score` is the log-probability of the whole target in nats, end of sequence included."""
+    """`score` is the log-probability of the whole target in nats, end of sequence included; `offsets` are where in the
+    target each token begins."""
 
     score: float
     logprobs: list[float]
     tokens: list[str]
+    offsets: list[int]
 
 
 class ScoreResponse(Response):
     results: list[Scoring]
-    model_config = _example({"score": -0.9, "logprobs": [-0.7, -0.2], "tokens": ["Hund", "<eos>"]}, 3, 2)
+    model_config = _example(
+        {"score": -0.9, "logprobs": [-0.7, -0.2], "tokens": ["Hund", "<eos>"], "offsets": [0, 4]}, 3, 2
+    )
 
 
 class ModelCard(Strict):

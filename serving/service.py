@@ -42,11 +42,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Delta:
-    """More text for one sequence of one input."""
+    """More text for one sequence of one input; told: of a request for logprobs, what is new of its tokens."""
 
     index: int
     sequence: int
     text: str
+    told: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,8 @@ class Call:
                 pieces = texts[index].finish(cast("list[Hypothesis]", event.result))
             else:
                 pieces = texts[index].push(event)
-            for sequence, text in pieces:
-                yield Delta(index, sequence, text)
+            for sequence, text, told in pieces:
+                yield Delta(index, sequence, text, told)
         yield self._answer()
 
     def close(self) -> None:

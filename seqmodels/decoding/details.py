@@ -80,11 +80,14 @@ class Details(Record):
             rows.append(parents[step][rows[-1]])
         return rows[::-1]
 
-    def top_logprobs_of(self, request: int, rows: Sequence[int]) -> list[list[tuple[int, float]]] | None:
-        """For each step the likeliest tokens and their log-probabilities, best first; without those at -inf."""
+    def top_logprobs_of(
+        self, request: int, rows: Sequence[int], first: int = 0
+    ) -> list[list[tuple[int, float]]] | None:
+        """For each step, of those from `first`, the likeliest tokens and their log-probabilities, best first; without
+        those at -inf."""
         if self.top_tokens is None or self.top_logprobs is None:
             return None
-        count, steps = int(self.count[request]), list(range(len(rows)))
+        count, steps = int(self.count[request]), list(range(first, first + len(rows)))
         tokens = self.top_tokens[request, rows, steps, :count].tolist()
         values = self.top_logprobs[request, rows, steps, :count].tolist()
         return [

@@ -23,7 +23,7 @@ from seqmodels.decoding.params import TOP_LOGPROBS
 from seqmodels.decoding.prefill import Prefill, Unread
 from seqmodels.decoding.request import Event, Failed, Finished, Progress, Request
 from seqmodels.decoding.saved import Position, SavedState, fingerprint
-from seqmodels.decoding.search import Hypothesis, Samples
+from seqmodels.decoding.search import Beams, Hypothesis, Samples
 from seqmodels.decoding.sources import Encoded, Sources
 from seqmodels.decoding.waiting import Waiting
 from seqmodels.errors import DeadlineError, InputError
@@ -316,7 +316,7 @@ class Engine:
         for lane in list(self._lanes.values()):
             told = [r for r, request in enumerate(lane.requests) if request.watch or request.stream]
             for r, search, number in lane.readable(told):
-                events += self._report(lane, r, search.settled(number))
+                events += self._report(lane, r, search, number)
             ended = [r for r, done in enumerate(lane.search.finished.tolist()) if done]
             for r, search, number in lane.readable(ended):
                 events += self._finish(lane, r, search.results(number))
@@ -363,17 +363,19 @@ class Engine:
         """The tokens that what goes on from it begins with: an EOS is left out, so that more text may follow."""
         return output.tokens[:-1] if output.tokens[-1:] == [self._eos] and output.logprobs else output.tokens
 
-    def _report(self, lane: Lane, r: int, settled: Sequence[list[int]]) -> Iterable[Event]:
+    def _report(self, lane: Lane, r: int, search: Beams | Samples, number: int) -> Iterable[Event]:
+        """What is new of a request of a lane, which has this number in the search."""
         request = lane.requests[r]
-        for index, tokens in enumerate(settled):
-            new = tokens[lane.sent[r][index] :]
-            if not new:
+        for index, tokens in enumerate(search.settled(number)):
+            first, lane.sent[r][index] = lane.sent[r][index], len(tokens)
+            if first == len(tokens):
                 continue
-            lane.sent[r][index] = len(tokens)
             if request.watch and isinstance(lane.search, Samples) and request.watch(index, tokens):
                 lane.search = lane.search.stop(r, index)
-            if request.stream:
-                yield Progress(request.id, index, new)
+            if request.stream and request.params.logprobs and isinstance(search, Samples):
+                yield Progress(request.id, index, tokens[first:], *search.told(number, index, first, len(tokens)))
+            elif request.stream:
+                yield Progress(request.id, index, tokens[first:])
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

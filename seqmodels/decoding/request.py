@@ -60,19 +60,32 @@ class Request:
 
 @dataclass(frozen=True)
 class Progress:
-    """New tokens of one output, which can no longer change."""
+    """New tokens of one output, which can no longer change. Without beams, and where they were asked for, also what a
+    Hypothesis will tell of each: logprobs and top_logprobs."""
 
     request_id: str
     index: int
     tokens: list[int]
+    logprobs: list[float] | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """A given text's log-probabilities (T,), and the likeliest tokens at each place with theirs (T, K), best first."""
+
+    logprobs: Tensor
+    top_tokens: Tensor
+    top_logprobs: Tensor
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The whole answer: hypotheses of a generator; a tensor of labels' or targets' scores from a forward pass."""
+    """The whole answer: hypotheses of a generator; a tensor of labels' or targets' scores from a forward pass, or
+    Scored where the likeliest tokens were asked for."""
 
     request_id: str
-    result: list[Hypothesis] | Tensor
+    result: list[Hypothesis] | Tensor | Scored
 
 
 @dataclass(frozen=True)

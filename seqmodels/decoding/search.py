@@ -449,6 +449,16 @@ class Samples(Search):
         ends = torch.where(self.ended[request], self.end_length[request], now).tolist()
         return [self.tokens[request, k, prefix : prefix + end].tolist() for k, end in enumerate(ends)]
 
+    def told(
+        self, request: int, output: int, first: int, end: int
+    ) -> tuple[list[float], list[list[tuple[int, float]]] | None]:
+        """Of an output's generated tokens from `first` to `end`: logprobs and, where asked for, top_logprobs."""
+        prefix = int(self.prefix_length[request])
+        logprobs = self.logprobs[request, output, prefix + first : prefix + end].tolist()
+        if self.details is None:
+            return logprobs, None
+        return logprobs, self.details.top_logprobs_of(request, [output] * (end - first), first)
+
 
 def _begin(
     params: Sequence[SearchParams], prefixes: Sequence[Sequence[int]], bos: int, mask: Tensor | None

@@ -78,6 +78,6 @@ def stream(
                 assert isinstance(event.result, list)
                 deltas = text.finish(event.result)
                 answer = pipeline.render(job, event.result)
-            for index, delta in deltas:
+            for index, delta, _ in deltas:
                 streamed[index] = streamed.get(index, "") + delta
     return [streamed.get(i, "") for i in range(max(streamed, default=-1) + 1)], answer

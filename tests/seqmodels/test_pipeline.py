@@ -10,6 +10,7 @@ import torch
 
 from seqmodels.__main__ import main
 from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.request import Finished
 from seqmodels.errors import InputError, TooLongError, UnsupportedError
 from seqmodels.pipeline import Pipeline
 from seqmodels.pretrained import save_pretrained
@@ -86,6 +87,46 @@ def test_scores_are_the_models_log_probabilities(pipelines: dict[str, Pipeline])
         assert "".join(score["tokens"][:-1]).replace("Ġ", " ").strip() == rest.strip()
     (best,) = translator(["the fox"], num_beams=4, logprobs=True, length_penalty=0.0)[0]["sequences"]
     assert best["score"] == pytest.approx(math.fsum(best["logprobs"]), rel=1e-5)
+
+
+def test_the_likeliest_tokens_of_a_scored_text(pipelines: dict[str, Pipeline]) -> None:
+    model = pipelines["language model"]
+    (whole,) = model.run([model.prepare_score(None, "the brown fox", top_logprobs=4)])
+    (plain,) = model.score([None], ["the brown fox"])
+    assert {name: value for name, value in whole.items() if name != "top_logprobs"} == plain
+    labels = torch.tensor([[2, *TOKENIZER.encode("the brown fox"), 3]])
+    with torch.inference_mode():
+        want = model._pretrained.model.predict(labels)[0].log_softmax(-1)  # type: ignore[union-attr, operator]
+    for step, values in zip(whole["top_logprobs"], want, strict=True):
+        nats, tokens = values.sort(descending=True)
+        assert [one["token"] for one in step] == [TOKENIZER.token(i) for i in tokens[:4].tolist()]
+        assert [one["logprob"] for one in step] == pytest.approx(nats[:4].tolist(), abs=1e-5)
+    (rest,) = model.run([model.prepare_score("the brown", " fox", top_logprobs=4)])
+    assert rest["top_logprobs"] == whole["top_logprobs"][-len(rest["tokens"]) :]
+    assert rest["offsets"][-1] == len(" fox") and plain["offsets"][-1] == len("the brown fox")
+
+
+@pytest.mark.parametrize("name", ["translator", "language model"])
+def test_streamed_tokens_are_the_final_ones(name: str, pipelines: dict[str, Pipeline]) -> None:
+    """To the bit, whatever is held back; with beams they come all at the end."""
+    pipeline = pipelines[name]
+    sampled = {"do_sample": True, "num_return_sequences": 3, "seed": 3, "stop": ["e", "the f"], "temperature": 1.5}
+    for params in (sampled, {"max_new_tokens": 9, "top_logprobs": 3}, {"num_beams": 3, "max_new_tokens": 9}):
+        job = pipeline.prepare("the fox", {**params, "logprobs": True}, stream=True)
+        texts, told = pipeline.text_stream(job), dict[int, dict[str, list[Any]]]()
+        pipeline.submit(job)
+        while pipeline.has_work:
+            for event in pipeline.step():
+                ended = isinstance(event, Finished)
+                for piece in texts.finish(event.result) if ended else texts.push(event):  # type: ignore[union-attr, arg-type]
+                    for key, values in (piece.told or {}).items():
+                        told.setdefault(piece.output, {}).setdefault(key, []).extend(values)
+                        assert ended or "num_beams" not in params
+                if ended:
+                    sequences = pipeline.render(job, event.result)["sequences"]  # type: ignore[union-attr]
+        for index, sequence in enumerate(sequences):
+            assert told[index] == {key: sequence[key] for key in told[index]}
+            assert {"tokens", "offsets", "logprobs"} <= set(told[index])
 
 
 def test_a_prompt_is_left_out_and_a_prefix_is_kept(pipelines: dict[str, Pipeline]) -> None:

@@ -64,6 +64,44 @@ def test_special_tokens_in_the_training_data_keep_their_ids(kind: Kind, lowercas
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_where_a_written_token_starts_is_all_that_is_written_before_it(kind: Kind, data: st.DataObject) -> None:
+    """Any tokens in any order, as a model that has learned nothing writes them."""
+    tokenizer = TOKENIZERS[kind]
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=12)) + tokenizer.encode("dog 日\n")
+    text, starts = tokenizer.decode(ids), tokenizer.starts(ids)
+    assert len(starts) == len(ids)
+    for i, start in enumerate(starts):
+        before = tokenizer.decode(ids[:i])
+        assert text.startswith(before[:start]) and set(before[start:]) <= {"\N{REPLACEMENT CHARACTER}"}
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "byte", "character"])
+def test_characters_in_parts_start_where_they_do(kind: Kind) -> None:
+    tokenizer = TOKENIZERS[kind]
+    text = TEXTS[2]
+    ids = tokenizer.encode(text)
+    starts = tokenizer.starts(ids)
+    assert starts == [start for start, _ in tokenizer.spans(text)]
+    for number, character in enumerate(text):
+        if kind == "byte":
+            assert starts.count(number) == len(character.encode())
+        if kind == "character":
+            assert starts[number] == number
+
+
+def test_where_tokens_are_read() -> None:
+    tokenizer = TOKENIZERS["word"]
+    assert tokenizer.spans("  A  dog\nflies") == [(2, 3), (5, 8), (8, 9), (9, 14)]
+    assert TOKENIZERS["bpe"].spans("A dog")[0][0] == 0  # and not before the text, where `encode` puts a space
+    for kind in KINDS:
+        for text in (*TEXTS[:4], "", "unseen Ωmega"):
+            assert len(TOKENIZERS[kind].spans(text)) == len(TOKENIZERS[kind].encode(text))
+            assert len(TOKENIZERS[kind].spans(text, inside=True)) == len(TOKENIZERS[kind].encode_inside(text))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_words_are_labelled_at_their_last_piece(kind: Kind) -> None:
     tokenizer = TOKENIZERS[kind]
     words = ["A", "dog", "läuft", "Unseen", "over"]

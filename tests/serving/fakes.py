@@ -17,6 +17,7 @@ from PIL import Image
 
 from seqmodels.decoding.request import Event, Failed, Finished, Progress
 from seqmodels.errors import DeadlineError, InputError, TooLongError, UnsupportedError
+from seqmodels.rendering import Piece
 from serving.runner import Model
 
 MAX_WORDS = 30
@@ -43,21 +44,37 @@ class FakeTexts:
     """Deltas of one request: a word at a time, with the blank before it."""
 
     def __init__(self, job: FakeJob) -> None:
+        self.job = job
         self.sent = [0] * len(job.outputs)
 
-    def push(self, event: Progress) -> list[tuple[int, str]]:
-        words = [str(token) for token in event.tokens]
-        first = self.sent[event.index] == 0
-        self.sent[event.index] += len(words)
-        return [(event.index, ("" if first else " ") + " ".join(words))] if words else []
+    def push(self, event: Progress) -> list[Piece]:
+        return self._pieces(event.index, len(event.tokens))
 
-    def finish(self, result: list[list[str]]) -> list[tuple[int, str]]:
-        pieces = []
-        for index, words in enumerate(result):
-            rest = words[self.sent[index] :]
-            if rest:
-                pieces.append((index, (" " if self.sent[index] else "") + " ".join(rest)))
-        return pieces
+    def finish(self, result: list[list[str]]) -> list[Piece]:
+        return [piece for index, words in enumerate(result) for piece in self._pieces(index, len(words))]
+
+    def _pieces(self, index: int, count: int) -> list[Piece]:
+        first, words = self.sent[index], self.job.outputs[index]
+        new = words[first : first + count]
+        self.sent[index] += len(new)
+        told = {name: values[first : first + count] for name, values in told_of(words, self.job.params).items()}
+        return [Piece(index, " " * (first > 0) + " ".join(new), told or None)] if new else []
+
+
+def offsets_of(words: list[str]) -> list[int]:
+    """As many characters as the words before, with blanks between."""
+    return [len(" ".join(words[:i])) for i in range(len(words))]
+
+
+def told_of(words: list[str], params: dict[str, Any], logprob: float = -0.5) -> dict[str, list[Any]]:
+    """What was asked for of each word; other words were likelier."""
+    if not params.get("logprobs"):
+        return {}
+    told: dict[str, list[Any]] = {"tokens": words, "offsets": offsets_of(words), "logprobs": [logprob] * len(words)}
+    if count := params.get("top_logprobs"):
+        likelier = [{"token": f"likely {k}", "logprob": -0.1 * (k + 1)} for k in range(count)]
+        told["top_logprobs"] = [likelier] * len(words)
+    return told
 
 
 @dataclass
@@ -113,10 +130,12 @@ class FakePipeline:
         target_field: str = "targets",
         truncate: bool = False,
         deadline: float | None = None,
+        top_logprobs: int = 0,
     ) -> FakeJob:
         if item is not None:
             self._words(item, field, truncate)
-        return self._request("", [self._words(target, target_field, truncate)], {}, "score", deadline)
+        params = {"logprobs": True, "top_logprobs": top_logprobs}
+        return self._request(target, [self._words(target, target_field, truncate)], params, "score", deadline)
 
     def _request(
         self, source: str, outputs: list[list[str]], params: dict[str, Any], kind: str, deadline: float | None
@@ -198,7 +217,7 @@ class FakePipeline:
         return int(job.params.get("top_logprobs", 0)) * sum(map(len, job.outputs))
 
     def num_output_tokens(self, job: FakeJob, result: list[list[str]]) -> int:
-        return sum(map(len, result))
+        return 0 if job.kind == "score" else sum(map(len, result))
 
     def text_stream(self, job: FakeJob) -> FakeTexts:
         return FakeTexts(job)
@@ -209,22 +228,21 @@ class FakePipeline:
         if job.kind == "tag":
             return {"tags": tags(job.source)}
         if job.kind == "score":
-            words = result[0]
-            return {"score": -1.5 * len(words), "logprobs": [-1.5] * len(words), "tokens": words}
+            words = [*result[0], "<eos>"]
+            told = told_of(words, job.params, -1.5)
+            return {"score": -1.5 * len(result[0]), **told, "logprobs": [*told["logprobs"][:-1], 0.0]}
         sequences = [self._sequence(job, words) for words in result]
         seeded = {"seed": job.params.get("seed", 11)} if job.params.get("do_sample") else {}
         return {"sequences": sequences, **seeded}
 
     def _sequence(self, job: FakeJob, words: list[str]) -> dict[str, Any]:
         cut = len(words) >= job.params.get("max_new_tokens", 64)
-        rendered = {
+        return {
             "text": " ".join(words),
             "score": -0.5 * math.sqrt(len(words)),
             "finish_reason": "length" if cut else "eos",
+            **told_of(words, job.params),
         }
-        if job.params.get("logprobs"):
-            rendered |= {"tokens": words, "logprobs": [-0.5] * len(words)}
-        return rendered
 
 
 def classification(text: str) -> dict[str, Any]:

@@ -86,8 +86,8 @@ def test_generate_from_a_prompt_and_freely(server: InProcess) -> None:
 def test_score(server: InProcess) -> None:
     body = {"model": "en-de", "inputs": ["a", "b"], "targets": ["x y", "z"]}
     assert server.post("/v1/score", body).json()["results"] == [
-        {"score": -3.0, "logprobs": [-1.5, -1.5], "tokens": ["x", "y"]},
-        {"score": -1.5, "logprobs": [-1.5], "tokens": ["z"]},
+        {"score": -3.0, "logprobs": [-1.5, -1.5, 0.0], "tokens": ["x", "y", "<eos>"], "offsets": [0, 1, 3]},
+        {"score": -1.5, "logprobs": [-1.5, 0.0], "tokens": ["z", "<eos>"], "offsets": [0, 1]},
     ]
     alone = server.post("/v1/score", {"model": "story", "targets": "x y"})
     assert alone.json()["results"][0]["score"] == -3.0

@@ -19,7 +19,7 @@ from schemathesis import GenerationMode
 
 from seqmodels.pipeline import Pipeline
 from serving import schema
-from serving.completions import CompletionResponse
+from serving.completions import CompletionRequest, CompletionResponse
 
 from .conftest import InProcess, in_process
 from .fakes import classification, tags
@@ -110,6 +110,8 @@ def valid_request(chance: random.Random) -> tuple[str, dict[str, Any], Answer]:
     expected = " ".join(word.upper() for word in words[:limit])
     if path == "/v1/completions":
         asked = {"model": "story", "prompt": [text] * count, "max_tokens": limit}
+        asked |= chance.choice([{}, {"temperature": 0, "logprobs": 2}, {"echo": True, "logprobs": 0}, {"best_of": 3}])
+        expected = text + expected if asked.get("echo") else expected
         return path, asked, lambda body: [choice["text"] for choice in body["choices"]] == [expected] * count
     options: dict[str, Any] = {"max_new_tokens": limit}
     if chance.random() < 0.5:
@@ -150,7 +152,8 @@ def strange_value(chance: random.Random) -> Any:
 
 def damaged_value(chance: random.Random, body: dict[str, Any]) -> bytes:
     """The body with fields replaced, added and taken away."""
-    names = [*body, *schema.TranslateRequest.model_fields, "prompt", "n", "unknown", "__proto__", "\ud834"]
+    names = [*body, *schema.TranslateRequest.model_fields, *CompletionRequest.model_fields]
+    names += ["unknown", "__proto__", "\ud834"]
     for _ in range(chance.randint(1, 3)):
         if body and chance.random() < 0.2:
             body.pop(chance.choice(list(body)))
