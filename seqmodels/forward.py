@@ -5,7 +5,7 @@ Synchronous; knows tensors; knows no thread, no text and no HTTP.
 """
 
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -17,17 +17,20 @@ from seqmodels.config import Average
 from seqmodels.decoding.best import best_candidates
 from seqmodels.decoding.padding import ROW_FLOOR, bucket, grouped, has_steps, pad_inputs
 from seqmodels.decoding.request import Event, Failed, Finished, Scored
+from seqmodels.decoding.waiting import Waiting
 from seqmodels.ensemble import Mean, mean_of
 from seqmodels.errors import DeadlineError
 from seqmodels.kernels import packed
 from seqmodels.models import Model, SequenceClassifier, SequenceGenerator, SequenceTagger, chosen
+
+TOO_LATE = "the deadline passed before the answer was ready"
 
 
 @dataclass(frozen=True, eq=False)
 class ForwardRequest:
     """inputs: as in `engine.Request`. labels: BOS ... EOS of the text to score, for generators only. positions: at
     which steps a tagger's labels are asked for; at all of them where left out. top_logprobs: how many of the likeliest
-    tokens are told at each place of a text to score.
+    tokens are told at each place of a text to score. deadline, priority, client: as in `engine.Request`.
 
     Its result is a tensor: probabilities (C,) of a classifier, (C, 2) where several labels may be right, (S, C) of a
     tagger; the numbers (K,) of a regression; log-probabilities (T,) of labels. With top_logprobs it is Scored.
@@ -39,10 +42,13 @@ class ForwardRequest:
     deadline: float | None = None
     positions: tuple[int, ...] | None = None
     top_logprobs: int = 0
+    priority: int = 0
+    client: str = ""
 
 
 class Forward:
-    """Answers waiting requests in batches of one padded length. Not thread-safe: one thread owns it."""
+    """Answers waiting requests in batches of one padded length, in the order of `waiting.py`: clients take turns by the
+    positions that a step gives them. Not thread-safe: one thread owns it."""
 
     def __init__(
         self,
@@ -59,7 +65,7 @@ class Forward:
         self._max_positions = max_positions
         self._row_floor = row_floor
         self._device = next(members[0].parameters()).device
-        self._waiting: deque[ForwardRequest] = deque()
+        self._waiting: Waiting[ForwardRequest] = Waiting()
 
     @property
     def has_work(self) -> bool:
@@ -70,29 +76,34 @@ class Forward:
         return len(self._waiting)
 
     def submit(self, request: ForwardRequest) -> None:
-        self._waiting.append(request)
+        self._waiting.add(request)
 
     def cancel(self, request_id: str) -> None:
-        self._waiting = deque(request for request in self._waiting if request.id != request_id)
+        self._waiting.remove(request_id)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Answer as many of the longest waiting as one budget of positions holds."""
-        events: list[Event] = []
-        taken: list[ForwardRequest] = []
-        positions = self._max_positions
-        while self._waiting and (not taken or _positions(self._waiting[0]) <= positions):
-            request = self._waiting.popleft()
-            if request.deadline is not None and request.deadline <= time.monotonic():
-                events.append(Failed(request.id, DeadlineError("the deadline passed before the answer was ready")))
-                continue
-            positions -= _positions(request)
-            taken.append(request)
+        """Answer as many of those who wait as one budget of positions holds."""
+        late = self._waiting.expired(time.monotonic())
+        events: list[Event] = [Failed(request.id, DeadlineError(TOO_LATE)) for request in late]
+        taken = self._take()
         for group in grouped(taken, _shape):
             events += [
                 Finished(request.id, result) for request, result in zip(group, self._answers(group), strict=True)
             ]
         return events
+
+    def _take(self) -> list[ForwardRequest]:
+        taken: list[ForwardRequest] = []
+        positions_of: Counter[str] = Counter()  # by client
+        while request := self._waiting.head(positions_of):
+            positions = _positions(request)
+            if taken and positions_of.total() + positions > self._max_positions:
+                break
+            self._waiting.take(request)
+            positions_of[request.client] += positions
+            taken.append(request)
+        return taken
 
     def _answers(self, group: Sequence[ForwardRequest]) -> Sequence[Tensor | Scored]:
         """Requests of one shape, padded with copies of the first so that none gets other bits when it comes alone."""

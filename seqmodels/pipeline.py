@@ -153,12 +153,15 @@ class Pipeline:
         deadline: float | None = None,
         state: bytes | None = None,
         return_state: bool = False,
+        priority: int = 0,
+        client: str = "",
     ) -> Job:
         """Check one input and turn it into tensors.
 
         item: a string, {"text"}, {"words"}, {"image": bytes}, {"frames": [bytes]} or {"features": [[...]]}, as the
         model takes; None or a prompt for a language model. params: options of SearchParams over the model's defaults.
-        deadline: a time.monotonic(). return_state: whether each sequence of the answer comes with a `state`.
+        deadline: a time.monotonic(). priority, client: higher goes first; of equal priority, clients take turns.
+        return_state: whether each sequence of the answer comes with a `state`.
         state: one of those, to go on from it: after all tokens that it holds a language model reads the item as more
         text, and another model is given the same item again. The answer, its limits and its score are of what is new;
         greedy and sampled, it is what one longer run would have written. From a sequence that ended with EOS it goes on
@@ -170,7 +173,10 @@ class Pipeline:
                 raise InputError(f"{name} is an option of generators, and this model answers with labels", param=name)
             reading = self._reader.read(item, field, truncate)
             positions = reading.positions if self.config.architecture == "tagger" else None
-            return Job(ForwardRequest(_new_id(), reading.inputs, (), deadline, positions), reading)
+            labelling = ForwardRequest(
+                _new_id(), reading.inputs, (), deadline, positions, priority=priority, client=client
+            )
+            return Job(labelling, reading)
         search = self._search_params(params or {})
         saved = None if state is None else self._saved(state)
         reading = self._reader.read(item, field, truncate, inside=bool(saved and saved.tokens))
@@ -190,6 +196,8 @@ class Pipeline:
             deadline=deadline,
             state=saved,
             return_state=return_state,
+            priority=priority,
+            client=client,
         )
         if search.stop:
             request = replace(request, watch=self._text(request, reading).has_stop)
@@ -205,20 +213,23 @@ class Pipeline:
         target_field: str = "targets",
         truncate: bool = False,
         deadline: float | None = None,
+        priority: int = 0,
+        client: str = "",
         top_logprobs: int = 0,
     ) -> Job:
         """A request for the log-probability of `target`, given the input (or the prompt). top_logprobs: how many of
-        the likeliest tokens the answer also names at each place. Raises InputError."""
+        the likeliest tokens the answer also names at each place. deadline, priority, client: as of `prepare`. Raises
+        InputError."""
         if self._engine is None:
             raise InputError("this model answers with labels; only a generator can score a text", param=field)
         reading = self._reader.read(item, field, truncate)
         written = self._reader.written(target, reading.prompt, target_field, truncate)
         labels = (BOS, *reading.prompt, *written, EOS)
         spans = self._tokenizer.spans(target, inside=bool(reading.prompt))[: len(written)]
-        return Job(
-            ForwardRequest(_new_id(), reading.inputs, labels, deadline, top_logprobs=top_logprobs),
-            replace(reading, text=target, spans=tuple(spans)),
+        request = ForwardRequest(
+            _new_id(), reading.inputs, labels, deadline, top_logprobs=top_logprobs, priority=priority, client=client
         )
+        return Job(request, replace(reading, text=target, spans=tuple(spans)))
 
     def _search_params(self, given: Mapping[str, Any]) -> SearchParams:
         try:

@@ -22,6 +22,7 @@ from seqmodels.errors import ConfigError, SeqModelsError
 from serving import auth, swap
 from serving.auth import ENVIRONMENT_VARIABLE, MIN_LENGTH, load_keys
 from serving.config import ServeConfig, named_models
+from serving.states import load_state_key
 
 # Before Ray is imported: nothing is sent anywhere, and Ray does not repeat its advice about GPUs.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -107,6 +108,7 @@ def _check(config: ServeConfig) -> None:
     from seqmodels.shortlist import Shortlist, has_shortlist
 
     load_keys(config.api_keys_file)
+    load_state_key(config.state_key_file)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', which torch cannot use here; use cpu")
     on_gpu = config.device != "cpu" and torch.cuda.is_available()

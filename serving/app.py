@@ -28,6 +28,7 @@ from serving.http import Guard, Observe, router_error
 from serving.models import Models, ServedModel
 from serving.rates import Rates
 from serving.service import Service
+from serving.states import Seal, this_place
 
 REFERENCE = "#/components/schemas/{model}"
 REQUESTS: tuple[type[BaseModel], ...] = (
@@ -62,15 +63,18 @@ def build_app(
     models: Models,
     settings: Settings,
     *,
+    state_key: bytes = b"",
     keys: Sequence[ApiKey] = (),
     observe: Observe = lambda exchange: None,
 ) -> FastAPI:
     """The service as an ASGI app, which starts the models' runner with its lifespan and drains it at the end.
 
-    observe: called once per request, after its answer.
+    state_key: signs the states that clients hold; the same in all replicas. observe: called once per request, after its
+    answer.
     """
     runner = models.runner
-    service = Service(runner)
+    seal = Seal(state_key, settings.state_lifetime_s, this_place(settings.device))
+    service = Service(runner, seal)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

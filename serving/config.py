@@ -131,6 +131,10 @@ class Settings(Parsed):
     # One key per line, best as `python -m serving key` prints it; without a file SEQMODELS_API_KEYS is read, where
     # commas stand between keys.
     api_keys_file: str | None = None
+    # Signs the states that clients hold: any 32 characters or more. Left out, one is made when the service is deployed,
+    # and states do not outlive it.
+    state_key_file: str | None = None
+    state_lifetime_s: PositiveFloat = 86_400.0  # after which a state is no longer taken back
     # What each key may send, over all replicas: each allows its share of it, ceil(requests_per_minute / replicas).
     requests_per_minute: PositiveInt | None = None
     replicas: PositiveInt = 1

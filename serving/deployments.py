@@ -26,6 +26,7 @@ from serving.logs import join_ray, log_request
 from serving.metrics import Metrics
 from serving.models import Models, ServedModel
 from serving.runner import Runner
+from serving.states import load_state_key
 
 HEALTH_CHECK_PERIOD_S = 5.0
 
@@ -33,9 +34,10 @@ HEALTH_CHECK_PERIOD_S = 5.0
 class ModelServer:
     """One replica: its models, the runner that turns them, and the app in front."""
 
-    def __init__(self, settings: dict[str, Any], keys: tuple[ApiKey, ...]) -> None:
+    def __init__(self, settings: dict[str, Any], keys: tuple[ApiKey, ...], state_key: bytes) -> None:
         self.settings = Settings.parse(settings)
         self.keys = keys
+        self.state_key = state_key
         join_ray()
         torch.set_num_threads(self.settings.num_threads)  # Ray has set OMP_NUM_THREADS to its own idea
         self.runner: Runner[ServedModel] = Runner(
@@ -56,7 +58,7 @@ class ModelServer:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the replica, after the constructor."""
-        return build_app(self.models, self.settings, keys=self.keys, observe=self._answered)
+        return build_app(self.models, self.settings, keys=self.keys, state_key=self.state_key, observe=self._answered)
 
     def _answered(self, exchange: Exchange) -> None:
         self.metrics.answered(exchange)
@@ -96,11 +98,11 @@ def load_pipeline(settings: Settings, directories: list[str]) -> Pipeline:
 def build(args: Settings) -> Application:
     """The application, called by Serve for a configuration that names `serving.deployments:build`.
 
-    Keys are read here, once, and travel to the replicas as hashes. Which models are served is no part of it, but the
-    deployment's `user_config` in that configuration (a `ModelSet`): so that they can change and all else go on.
+    Keys are read here, once, and travel to the replicas: API keys as hashes. Which models are served is no part of it,
+    but the deployment's `user_config` in that configuration (a `ModelSet`): so that they can change and all else go on.
     """
     server = serve.deployment(serve.ingress()(ModelServer), name=DEPLOYMENT, **deployment_options(args))
-    return server.bind(args.model_dump(mode="json"), load_keys(args.api_keys_file))
+    return server.bind(args.model_dump(mode="json"), load_keys(args.api_keys_file), load_state_key(args.state_key_file))
 
 
 def deployment_options(settings: Settings) -> dict[str, Any]:

@@ -34,18 +34,18 @@ from serving.http import (
     server_sent_event,
     unless_client_leaves,
 )
-from serving.models import Models
+from serving.models import Models, ServedModel
 from serving.service import Answer, Call, Delta, Service, Work, ending_at
 
 if TYPE_CHECKING:
-    from seqmodels.pipeline import Job, Pipeline
+    pass
 
 logger = logging.getLogger(__name__)
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 Body = TypeVar("Body", bound=schema.Request | CompletionRequest)
 Read = Callable[[bytes], Body]
-Prepare = Callable[["Pipeline", Body, Limits, float], "list[Job]"]
+Prepare = Callable[[ServedModel, Body, intake.Terms], Work]
 
 GENERATORS = ("translate", "caption", "generate")
 LINES = ("application/x-ndjson", "application/jsonl", "application/jsonlines")
@@ -118,18 +118,23 @@ class Front:
 
         The place is held until just before `Service.call`, with no await between, so that nobody gets in first.
         """
-        deadline = time.monotonic() + seconds_allowed(request, self.limits.timeout_s)
-        priority_of(request)
+        exchange = exchange_of(request)
+        terms = intake.Terms(
+            self.limits,
+            self.service.seal,
+            deadline=time.monotonic() + seconds_allowed(request, self.limits.timeout_s),
+            priority=priority_of(request),
+            client=exchange.key.name,
+        )
 
         def in_pool(data: bytes) -> tuple[Body, Work]:
             body = read(data)
-            model = self.models.find(body.model, tasks)
-            return body, Work(model, prepare(model.pipeline, body, self.limits, deadline), deadline)
+            return body, prepare(self.models.find(body.model, tasks), body, terms)
 
         with self.service.runner.place():
-            async with ending_at(deadline):
+            async with ending_at(terms.deadline):
                 body, work = await self.service.in_pool(in_pool, await read_body(request, self.limits.body_bytes))
-        exchange_of(request).model, exchange_of(request).revision = work.model.name, work.model.revision
+        exchange.model, exchange.revision = work.model.name, work.model.revision
         return body, work
 
 

@@ -6,12 +6,14 @@ bad item fails its whole list and is named, as in `inputs[3]`.
 
 import base64
 import binascii
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from seqmodels.errors import InputError, TooLongError
 from serving.completions import CompletionRequest
 from serving.config import Limits
 from serving.errors import EMPTY, shown
+from serving.models import ServedModel
 from serving.schema import (
     CaptionRequest,
     ClassifyRequest,
@@ -27,31 +29,75 @@ from serving.schema import (
     TranslateRequest,
     WordsInput,
 )
+from serving.service import Work
+from serving.states import Opened, Seal
 
 if TYPE_CHECKING:
-    from seqmodels.pipeline import Job, Pipeline
+    from seqmodels.pipeline import Pipeline
 
 TaskRequest = ClassifyRequest | TagRequest | TranslateRequest | CaptionRequest | RawCaptionRequest | GenerateRequest
 Input = str | bytes | TextInput | WordsInput | ImageInput | FramesInput | FeaturesInput
 PipelineItem = str | dict[str, Any] | None
 
 
-def prepare_inputs(pipeline: "Pipeline", body: TaskRequest, limits: Limits, deadline: float) -> "list[Job]":
+@dataclass(frozen=True)
+class Terms:
+    """Under which a request is taken in: what this server allows, until when it is of use (`time.monotonic` seconds),
+    how urgent it is, whose it is, and what opens the states that he holds."""
+
+    limits: Limits
+    seal: Seal
+    deadline: float
+    priority: int = 0
+    client: str = ""
+
+    @property
+    def turn(self) -> dict[str, Any]:
+        """What decides when it has its turn, for `Pipeline.prepare`."""
+        return {"deadline": self.deadline, "priority": self.priority, "client": self.client}
+
+
+def prepare_inputs(model: ServedModel, body: TaskRequest, terms: Terms) -> Work:
     """A job for each of `inputs`, which is one or a list. Raises InputError."""
+    pipeline, limits = model.pipeline, terms.limits
     options = body.search() if isinstance(body, GeneratorOptions) else {}
     check_search(options, limits)
     stream = isinstance(body, GeneratorOptions) and body.stream
+    items = named_items(body.inputs, "inputs", limits)
+    states = open_states(body.state, len(items), terms)
     jobs = [
-        pipeline.prepare(item, options, field=field, truncate=body.truncate, stream=stream, deadline=deadline)
-        for item, field in named_items(body.inputs, "inputs", limits)
+        pipeline.prepare(
+            item,
+            options,
+            field=field,
+            truncate=body.truncate,
+            stream=stream,
+            state=opened.state if opened else None,
+            return_state=body.return_state,
+            **terms.turn,
+        )
+        for (item, field), opened in zip(items, states, strict=True)
     ]
     name = "output_attentions" if options.get("output_attentions") else "top_logprobs"
     _check_details(sum(map(pipeline.num_details, jobs)), limits, name, "lower max_new_tokens, or send fewer inputs")
-    return jobs
+    exact = {job.id: one.exact and pipeline.batch_invariant for job, one in zip(jobs, states, strict=True) if one}
+    return Work(model, jobs, terms.deadline, exact)
 
 
-def prepare_score(pipeline: "Pipeline", body: ScoreRequest, limits: Limits, deadline: float) -> "list[Job]":
+def open_states(states: str | list[str] | None, count: int, terms: Terms) -> list[Opened | None]:
+    """What each of `count` inputs goes on from. Raises InputError."""
+    if states is None:
+        return [None] * count
+    named = [(states, "state")] if isinstance(states, str) else [(one, f"state[{i}]") for i, one in enumerate(states)]
+    if len(named) != count:
+        message = f"state holds {len(named)} states for {count} inputs; give one state for each input"
+        raise InputError(message, param="state")
+    return [terms.seal.open(state, field) for state, field in named]
+
+
+def prepare_score(model: ServedModel, body: ScoreRequest, terms: Terms) -> Work:
     """One job for each pair of input and target. Raises InputError."""
+    limits = terms.limits
     targets = named_items(body.targets, "targets", limits)
     inputs = (
         named_items(body.inputs, "inputs", limits) if body.inputs is not None else [(None, "inputs")] * len(targets)
@@ -59,17 +105,19 @@ def prepare_score(pipeline: "Pipeline", body: ScoreRequest, limits: Limits, dead
     if len(inputs) != len(targets):
         message = f"targets holds {len(targets)} texts for {len(inputs)} inputs; give one target for each input"
         raise InputError(message, param="targets", code="invalid_value")
-    return [
-        pipeline.prepare_score(
-            item, str(target), field=field, target_field=target_field, truncate=body.truncate, deadline=deadline
+    jobs = [
+        model.pipeline.prepare_score(
+            item, str(target), field=field, target_field=target_field, truncate=body.truncate, **terms.turn
         )
         for (item, field), (target, target_field) in zip(inputs, targets, strict=True)
     ]
+    return Work(model, jobs, terms.deadline)
 
 
-def prepare_completion(pipeline: "Pipeline", body: CompletionRequest, limits: Limits, deadline: float) -> "list[Job]":
+def prepare_completion(model: ServedModel, body: CompletionRequest, terms: Terms) -> Work:
     """Of an OpenAI completion: a job that scores each prompt, where they are to be scored, then one that goes on from
     each, where something is to be written. Raises InputError."""
+    pipeline, limits = model.pipeline, terms.limits
     options = body.search()
     names = {"num_return_sequences": "best_of" if body.best_of else "n", "max_new_tokens": "max_tokens"}
     check_search({**options, "num_return_sequences": body.num_candidates}, limits, names)
@@ -78,18 +126,18 @@ def prepare_completion(pipeline: "Pipeline", body: CompletionRequest, limits: Li
         _check_echo(pipeline, body, limits)
     _check_size((body.scores_prompts + body.writes) * len(items), limits.inputs, "items to score and answer", "prompt")
     scoring = [
-        pipeline.prepare_score(None, text, target_field=field, deadline=deadline, top_logprobs=body.logprobs or 0)
+        pipeline.prepare_score(None, text, target_field=field, top_logprobs=body.logprobs or 0, **terms.turn)
         for text, (_, field) in zip(body.prompts if body.scores_prompts else [], items, strict=False)
     ]
     writing = [
-        pipeline.prepare(item, options, field=field, stream=bool(body.stream), deadline=deadline)
+        pipeline.prepare(item, options, field=field, stream=bool(body.stream), **terms.turn)
         for item, field in (items if body.writes else [])
     ]
     if body.logprobs is not None:  # what is told of a prompt, and of a greedy answer, is told in each choice
         told = body.num_choices * sum(2 * job.num_input_tokens + pipeline.num_details(job) for job in scoring)
         told += (1 if body.samples else body.num_choices) * sum(map(pipeline.num_details, writing))
         _check_details(told, limits, "logprobs", "lower max_tokens or n, or send fewer prompts")
-    return scoring + writing
+    return Work(model, scoring + writing, terms.deadline)
 
 
 def named_items(inputs: Any, field: str, limits: Limits) -> list[tuple[PipelineItem, str]]:

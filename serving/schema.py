@@ -101,14 +101,21 @@ class Request(Strict):
     truncate: bool = False  # cut an input longer than the model takes, where without it the answer is 413
 
 
-class ClassifyRequest(Request):
+class Resumable(Request):
+    """A request whose answer others may go on from. `state`: from an earlier answer, one for each input."""
+
+    state: OneOrMany | None = None
+    return_state: bool = False
+
+
+class ClassifyRequest(Resumable):
     inputs: Items
     model_config = ConfigDict(
         json_schema_extra={"example": {"inputs": ["a warm and funny film", "not worth the time"]}}
     )
 
 
-class TagRequest(Request):
+class TagRequest(Resumable):
     inputs: Items
     model_config = ConfigDict(json_schema_extra={"example": {"inputs": {"words": ["Ada", "lives", "in", "Oslo"]}}})
 
@@ -125,7 +132,7 @@ Search: Any = create_model(
 )
 
 
-class GeneratorOptions(Request, Search):  # type: ignore[misc]  # a class made of data
+class GeneratorOptions(Resumable, Search):  # type: ignore[misc]  # a class made of data
     """What a request for text may say beside its inputs: how it is searched for, where null is the model's default."""
 
     stream: bool = False  # answer as server-sent events
@@ -187,20 +194,29 @@ def _example(result: JsonDict, input_tokens: int, output_tokens: int) -> ConfigD
     return ConfigDict(json_schema_extra={"example": answer})
 
 
-class Classification(Strict):
+class Resumed(Strict):
+    """state: of return_state, to be sent with the next request. state_exact: where one was sent, whether the answer is
+    to the last bit what one uninterrupted request would have got, as it is on a processor and settings like those that
+    the state was made with."""
+
+    state: str | None = None
+    state_exact: bool | None = None
+
+
+class Classification(Resumed):
     label: str
     score: float
     scores: dict[str, float]
 
 
-class MultiLabelClassification(Strict):
+class MultiLabelClassification(Resumed):
     """The labels that are likelier than not."""
 
     labels: list[str]
     scores: dict[str, float]
 
 
-class Regression(Strict):
+class Regression(Resumed):
     values: dict[str, float]
 
 
@@ -219,7 +235,7 @@ class Span(Strict):
     text: str | None = None
 
 
-class Tagging(Strict):
+class Tagging(Resumed):
     tags: list[Span]
 
 
@@ -244,6 +260,7 @@ class Sequence(Strict):
     logprobs: list[float] | None = None
     top_logprobs: list[list[TopLogprob]] | None = None  # the likeliest tokens at each step, best first
     attentions: list[list[float]] | None = None  # of output_attentions: weights over the input's positions
+    state: str | None = None  # of return_state: to be sent with the next request
     missing_words: list[str] | None = None  # of force_words; there where some were asked for
 
 
@@ -253,6 +270,7 @@ class Generation(Strict):
     `source_grid` (rows, columns), row by row; frames and steps are as they were given."""
 
     sequences: list[Sequence]
+    state_exact: bool | None = None  # see Resumed
     seed: int | None = None
     source_tokens: list[str] | None = None
     source_grid: list[int] | None = None

@@ -7,9 +7,9 @@ thread, and the event loop only passes things on. Whoever closes a `Call` early 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
@@ -17,8 +17,11 @@ from seqmodels.decoding.request import Event, Failed, Finished, Progress
 from seqmodels.errors import DeadlineError
 from serving.models import ServedModel
 from serving.runner import Order, Runner
+from serving.states import Seal
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from seqmodels.decoding.search import Hypothesis
     from seqmodels.pipeline import Job
 
@@ -33,11 +36,13 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Work:
-    """The jobs of one call, for one model. deadline: in `time.monotonic` seconds."""
+    """The jobs of one call, for one model. deadline: in `time.monotonic` seconds. exact: of jobs that go on from a
+    state, whether they do so to the last bit."""
 
     model: ServedModel
     jobs: "Sequence[Job]"
     deadline: float
+    exact: Mapping[str, bool] = field(default_factory=dict)  # by the job's id
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,9 @@ async def ending_at(deadline: float) -> AsyncIterator[None]:
 class Service:
     """Prepares work in a pool, and connects calls with the runner."""
 
-    def __init__(self, runner: Runner[ServedModel]) -> None:
+    def __init__(self, runner: Runner[ServedModel], seal: Seal) -> None:
         self.runner = runner
+        self.seal = seal
         self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="prepare")
         self._free_threads = asyncio.Semaphore(POOL_THREADS)
         self._calls: dict[str, Call] = {}  # by request id; of the event loop alone
@@ -197,9 +203,19 @@ class Call:
         return Answer(
             model=work.model.name,
             revision=pipeline.revision,
-            results=[pipeline.render(job, result) for job, result in finished],
+            results=[self._rendered(job, result) for job, result in finished],
             usage={
                 "input_tokens": sum(job.num_input_tokens for job in work.jobs),
                 "output_tokens": sum(pipeline.num_output_tokens(job, result) for job, result in finished),
             },
         )
+
+    def _rendered(self, job: "Job", result: "list[Hypothesis] | Tensor") -> dict[str, Any]:
+        """As the pipeline renders it, with states as a client may hold them."""
+        rendered = self._pipeline.render(job, result)
+        for holder in (rendered, *rendered.get("sequences", ())):
+            if "state" in holder:
+                holder["state"] = self._service.seal.seal(holder["state"])
+        if job.id in self._work.exact:
+            rendered["state_exact"] = self._work.exact[job.id]
+        return rendered

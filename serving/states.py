@@ -85,11 +85,11 @@ def load_state_key(state_key_file: str | None) -> bytes:
     return key
 
 
-def this_place(device: torch.device) -> bytes:
+def this_place(device: str) -> bytes:
     """What the bits of an answer depend on, beside the model: processor, kernels, threads and versions."""
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    capability = torch.backends.cpu.get_cpu_capability()
-    parts = (kind, capability, torch.get_num_threads(), torch.__version__, device.type)
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    kind = torch.cuda.get_device_name() if on_gpu else _processor()
+    parts = (kind, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), torch.__version__)
     return hashlib.sha256(repr(parts).encode()).digest()[:8]
 
 

@@ -87,6 +87,9 @@ def api_key(key: str, **fields: Any) -> ApiKey:
     return ApiKey(sha256=hash_key(key), name=hash_key(key)[:8]).model_copy(update=fields)
 
 
+STATE_KEY = b"a key of tests alone"
+
+
 @contextmanager
 def in_process(
     pipelines: Mapping[str, Any] | None = None, keys: tuple[ApiKey, ...] = (), **fields: Any
@@ -97,7 +100,7 @@ def in_process(
     runner: Runner[ServedModel] = Runner(max_requests=config.max_requests, stall_after_s=config.stall_after_s)
     models = Models(runner, lambda directories: wanted[directories[0]])
     models.apply(config.model_set)
-    app = build_app(models, config.settings, keys=keys)
+    app = build_app(models, config.settings, keys=keys, state_key=STATE_KEY)
     with InProcess(app, models).running() as server:
         yield server
 

@@ -110,7 +110,13 @@ class FakePipeline:
         truncate: bool = False,
         stream: bool = False,
         deadline: float | None = None,
+        state: bytes | None = None,
+        return_state: bool = False,
+        priority: int = 0,
+        client: str = "",
     ) -> FakeJob:
+        if state is not None or return_state:
+            raise InputError("this model has no state", param="state", code="state_not_supported")
         words = self._words(item, field, truncate)
         if params.get("temperature") is not None and not params.get("do_sample"):
             raise InputError("temperature needs do_sample=true", param="temperature")
@@ -130,6 +136,8 @@ class FakePipeline:
         target_field: str = "targets",
         truncate: bool = False,
         deadline: float | None = None,
+        priority: int = 0,
+        client: str = "",
         top_logprobs: int = 0,
     ) -> FakeJob:
         if item is not None:

@@ -71,7 +71,7 @@ def test_a_gpu_is_asked_for_when_there_is_one(
 
 
 def test_health_check_fails_when_the_engine_stands_still(models: dict[str, str]) -> None:
-    server = ModelServer(settings(stall_after_s=0.8).model_dump(mode="json"), ())
+    server = ModelServer(settings(stall_after_s=0.8).model_dump(mode="json"), (), b"")
     with pytest.raises(RuntimeError, match="no model is served"):
         server.check_health()
     asyncio.run(server.reconfigure({"models": {"mood": models["mood"]}}))
@@ -90,7 +90,7 @@ def test_health_check_fails_when_the_engine_stands_still(models: dict[str, str])
 
 def test_only_the_first_models_may_stop_a_replica(models: dict[str, str]) -> None:
     """Later ones that cannot be served are kept out, and so is a user_config that is none."""
-    server = ModelServer(settings().model_dump(mode="json"), ())
+    server = ModelServer(settings().model_dump(mode="json"), (), b"")
     with pytest.raises(ConfigError, match="models"):
         asyncio.run(server.reconfigure({"models": {}}))
     asyncio.run(server.reconfigure({"models": {"mood": models["mood"]}}))

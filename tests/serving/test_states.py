@@ -1,0 +1,156 @@
+"""States that clients hold: what comes back is what went out, or is refused; going on is as if one had not stopped."""
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from seqmodels.errors import ConfigError, InputError
+from seqmodels.pipeline import Pipeline
+from serving.states import Seal, load_state_key, this_place
+
+from .conftest import InProcess, error_of, events_of, in_process
+
+HERE, ELSEWHERE = b"here....", b"elsewher"
+
+
+def test_what_was_sealed_comes_out() -> None:
+    seal = Seal(b"key", 60, HERE)
+    sealed = seal.seal(b"state")
+    assert seal.open(sealed, "state").state == b"state" and seal.open(sealed, "state").exact
+    assert not Seal(b"key", 60, ELSEWHERE).open(sealed, "state").exact
+
+
+def test_nothing_else_comes_out() -> None:
+    seal = Seal(b"key", 60, HERE)
+    data = bytearray(base64.urlsafe_b64decode(seal.seal(b"some state") + "=="))
+    for place in range(len(data)):
+        changed = bytes(data[:place]) + bytes([data[place] ^ 1]) + bytes(data[place + 1 :])
+        refuse(seal, base64.urlsafe_b64encode(changed).decode(), "state_invalid")
+        refuse(seal, base64.urlsafe_b64encode(bytes(data[:place])).decode(), "state_invalid")
+    for text in ("", "=", "a", "ä", "+/", "A" * 10_000, "\x00", seal.seal(b"x") + "A"):
+        refuse(seal, text, "state_invalid")
+    refuse(Seal(b"another key", 60, HERE), seal.seal(b"state"), "state_invalid")
+
+
+def test_it_expires(monkeypatch: pytest.MonkeyPatch) -> None:
+    seal = Seal(b"key", 60, HERE)
+    sealed = seal.seal(b"state")
+    now = __import__("time").time()
+    monkeypatch.setattr("time.time", lambda: now + 59)
+    assert seal.open(sealed, "state").state == b"state"
+    monkeypatch.setattr("time.time", lambda: now + 61)
+    refuse(seal, sealed, "state_expired")
+
+
+def refuse(seal: Seal, sealed: str, code: str) -> None:
+    with pytest.raises(InputError) as refused:
+        seal.open(sealed, "state[2]")
+    assert (refused.value.code, refused.value.param) == (code, "state[2]")
+
+
+def test_the_key(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text("x" * 32 + "\n")
+    assert load_state_key(str(path)) == b"x" * 32
+    assert load_state_key(None) != load_state_key(None)
+    path.write_text("short")
+    for wrong, message in ((path, "holds 5 characters"), (tmp_path / "none", "cannot be read")):
+        with pytest.raises(ConfigError, match=message):
+            load_state_key(str(wrong))
+    assert len(this_place("cpu")) == 8
+
+
+@pytest.fixture(scope="module")
+def server(models: dict[str, str]) -> Iterator[InProcess]:
+    with in_process({name: Pipeline.from_pretrained(directory) for name, directory in models.items()}) as running:
+        yield running
+
+
+def ask(server: InProcess, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    response = server.post(f"/v1/{path}", body)
+    assert response.status_code == 200, response.text
+    result: dict[str, Any] = response.json()["results"][0]
+    return result
+
+
+@pytest.mark.parametrize(
+    ("path", "inputs", "search"),
+    [
+        ("generate", "once", {}), ("generate", "once", {"do_sample": True, "seed": 3}),
+        ("translate", "a good day", {}), ("translate", "a good day", {"do_sample": True, "seed": 3}),
+    ],
+)  # fmt: skip
+def test_a_generation_in_pieces_is_one_generation(
+    server: InProcess, path: str, inputs: str, search: dict[str, Any]
+) -> None:
+    search = {"logprobs": True, **search}
+    whole = ask(server, path, {"inputs": inputs, "max_new_tokens": 12, **search})["sequences"][0]
+    tokens, logprobs, state = [], [], None
+    for piece in range(3):
+        body = {"inputs": inputs if path == "translate" or not piece else None, "max_new_tokens": 4, **search}
+        result = ask(server, path, {**body, "state": state, "return_state": True})
+        (sequence,) = result["sequences"]
+        assert result.get("state_exact") is (None if piece == 0 else True)
+        state = sequence["state"]
+        tokens += sequence["tokens"]
+        logprobs += sequence["logprobs"]
+    assert len(tokens) == 12 and tokens == whole["tokens"] and logprobs == whole["logprobs"]
+    assert 100 < len(state or "") < 8000
+
+
+def test_a_state_forks(server: InProcess) -> None:
+    state = ask(server, "generate", {"inputs": "once", "max_new_tokens": 4, "return_state": True})["sequences"][0][
+        "state"
+    ]
+    options = {"do_sample": True, "temperature": 3.0, "max_new_tokens": 8, "state": state}
+    texts = [ask(server, "generate", {**options, "seed": seed})["sequences"][0]["text"] for seed in (1, 2, 1)]
+    assert texts[0] == texts[2] != texts[1]
+
+
+def test_a_stream_ends_with_the_state(server: InProcess) -> None:
+    body = {"inputs": "once", "max_new_tokens": 4, "return_state": True}
+    events = events_of(server.post("/v1/generate", {**body, "stream": True}))
+    name, answer = events[-1]
+    assert name == "answer"
+    going_on = {"max_new_tokens": 4, "state": answer["results"][0]["sequences"][0]["state"]}
+    plain = ask(server, "generate", body)["sequences"][0]["state"]
+    assert ask(server, "generate", going_on) == ask(server, "generate", {**going_on, "state": plain})
+
+
+def test_a_list_needs_as_many_states(server: InProcess) -> None:
+    body = {"inputs": ["once", "twice"], "max_new_tokens": 4, "return_state": True}
+    results = server.post("/v1/generate", body).json()["results"]
+    states = [result["sequences"][0]["state"] for result in results]
+    more = {"inputs": ["", ""], "max_new_tokens": 4}
+    both = server.post("/v1/generate", {**more, "state": states}).json()["results"]
+    for state, result in zip(states, both, strict=True):
+        assert ask(server, "generate", {**more, "inputs": "", "state": state}) == result
+    error = error_of(server.post("/v1/generate", {**more, "state": states[:1]}), 400)
+    assert (error["param"], error["message"]) == (
+        "state", "state holds 1 states for 2 inputs; give one state for each input",
+    )  # fmt: skip
+
+
+def test_states_that_do_not_fit(server: InProcess) -> None:
+    body = {"inputs": "a day", "max_new_tokens": 4, "return_state": True}
+    translated = ask(server, "translate", body)["sequences"][0]["state"]
+    error = error_of(server.post("/v1/generate", {"state": translated}), 400)
+    assert error["param"] == "state" and "was made by a model" in error["message"]
+    error = error_of(server.post("/v1/translate", {"inputs": "another day", "state": translated}), 400)
+    assert error["param"] == "state" and "other inputs" in error["message"]
+    error = error_of(server.post("/v1/generate", {"state": translated[:-1] + "?"}), 400)
+    assert error["code"] == "state_invalid"
+
+
+def test_a_replica_of_another_kind_says_so(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def generate(body: dict[str, Any]) -> dict[str, Any]:
+        with in_process({"story": Pipeline.from_pretrained(models["story"])}) as replica:
+            return ask(replica, "generate", body)
+
+    state = generate({"inputs": "on", "max_new_tokens": 3, "return_state": True})["sequences"][0]["state"]
+    assert generate({"state": state})["state_exact"] is True
+    monkeypatch.setattr("serving.app.this_place", lambda device: ELSEWHERE)
+    assert generate({"state": state})["state_exact"] is False
