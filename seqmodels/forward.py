@@ -15,19 +15,22 @@ from torch import Tensor
 
 from seqmodels.config import Average
 from seqmodels.decoding.padding import ROW_FLOOR, bucket, grouped, has_steps, pad_inputs
-from seqmodels.decoding.request import Event, Failed, Finished
+from seqmodels.decoding.request import Event, Failed, Finished, Scores
 from seqmodels.ensemble import Mean, mean_of
 from seqmodels.errors import DeadlineError
 from seqmodels.kernels import packed
-from seqmodels.models import Model, SequenceClassifier, SequenceGenerator, SequenceTagger, chosen
+from seqmodels.models import Labeller, Model, SequenceClassifier, SequenceGenerator, SequenceTagger, chosen
+from seqmodels.state import State
 
 
 @dataclass(frozen=True, eq=False)
 class ForwardRequest:
     """inputs: as in `engine.Request`. labels: BOS ... EOS of the text to score, for generators only. positions: at
-    which steps a tagger's labels are asked for; at all of them where left out.
+    which steps a tagger's labels are asked for; at all of them where left out. state: one row, after what came before
+    these inputs of classifiers and taggers, as `Forward.start` or a result has it. return_state: whether the result
+    comes with the one after them.
 
-    Its result is a tensor: probabilities (C,) of a classifier, (C, 2) where several labels may be right, (S, C) of a
+    The values of its result: probabilities (C,) of a classifier, (C, 2) where several labels may be right, (S, C) of a
     tagger; the numbers (K,) of a regression; log-probabilities (T,) of labels.
     """
 
@@ -36,6 +39,8 @@ class ForwardRequest:
     labels: tuple[int, ...] = ()
     deadline: float | None = None
     positions: tuple[int, ...] | None = None
+    state: State | None = None
+    return_state: bool = False
 
 
 class Forward:
@@ -57,6 +62,14 @@ class Forward:
         self._row_floor = row_floor
         self._device = next(members[0].parameters()).device
         self._waiting: deque[ForwardRequest] = deque()
+
+    def start(self) -> State:
+        """Of models that read an input in pieces, what it begins from: one row, the members' columns side by side.
+        Raises UnsupportedError of others."""
+        return State(torch.cat([state.values for state in self._starts()], dim=1))
+
+    def _starts(self) -> list[State]:
+        return [model.start(1) for model in self._models if isinstance(model, Labeller)]
 
     @property
     def has_work(self) -> bool:
@@ -91,7 +104,7 @@ class Forward:
             ]
         return events
 
-    def _answers(self, group: Sequence[ForwardRequest]) -> list[Tensor]:
+    def _answers(self, group: Sequence[ForwardRequest]) -> list[Scores]:
         """Requests of one shape, padded with copies of the first so that none gets other bits when it comes alone."""
         padded = [*group, *[group[0]] * (self._row_floor - len(group))]
         inputs, lengths = None, None
@@ -101,12 +114,26 @@ class Forward:
             labels, label_lengths = pad_inputs([torch.tensor(r.labels) for r in padded], self._device)
             assert label_lengths is not None
             logprobs = chosen(self._scores(labels, inputs, lengths), labels, label_lengths).cpu()
-            return [logprobs[row, : len(request.labels) - 1] for row, request in enumerate(group)]
+            return [Scores(logprobs[row, : len(request.labels) - 1]) for row, request in enumerate(group)]
         assert inputs is not None
-        answers = self._predictions(inputs, lengths, _labelled(padded, inputs)).cpu()
-        if isinstance(self._models[0], SequenceClassifier):
-            return list(answers[: len(group)])
-        return [answers[row, : _length(request)] for row, request in enumerate(group)]
+        values, states = self._predictions(inputs, lengths, _labelled(padded, inputs), self._states(padded))
+        values = values.cpu()
+        if isinstance(self._models[0], SequenceTagger):
+            own = [values[row, : _length(request)] for row, request in enumerate(group)]
+        else:
+            own = list(values[: len(group)])
+        after = states.to(torch.device("cpu")).split() if states else [None] * len(padded)
+        return [
+            Scores(one, state if request.return_state else None)
+            for request, one, state in zip(group, own, after, strict=False)
+        ]
+
+    def _states(self, requests: Sequence[ForwardRequest]) -> State | None:
+        """What each row goes on from (B, width); None where none of them is a piece of a longer input."""
+        if not any(request.state or request.return_state for request in requests):
+            return None
+        start = self.start()
+        return State(torch.cat([(request.state or start).values.to(self._device) for request in requests]))
 
     def _scores(self, labels: Tensor, inputs: Tensor | None, lengths: Tensor | None) -> Tensor:
         """The log-probability of every token at each place of labels (B, T+1): (B, T, V)."""
@@ -116,9 +143,25 @@ class Forward:
             mean.add(model.predict(labels, inputs, lengths))
         return mean.logprobs
 
-    def _predictions(self, inputs: Tensor, lengths: Tensor | None, labelled: Tensor | None) -> Tensor:
-        """Probabilities of labels, (B, C) or (B, C, 2) of classifiers, (B, S, C) of taggers; a regression's numbers."""
-        logits = [_logits(model, inputs, lengths, labelled) for model in self._models]
+    def _predictions(
+        self, inputs: Tensor, lengths: Tensor | None, labelled: Tensor | None, state: State | None
+    ) -> tuple[Tensor, State | None]:
+        """Probabilities of labels, (B, C) or (B, C, 2) of classifiers, (B, S, C) of taggers; a regression's numbers.
+        And the members' states after the inputs, side by side, if they are given some."""
+        before = self._own(state)
+        pairs = [_logits(*each, inputs, lengths, labelled) for each in zip(self._models, before, strict=True)]
+        after = [own.values for _, own in pairs if own is not None]
+        return self._combined([logits for logits, _ in pairs]), State(torch.cat(after, dim=1)) if after else None
+
+    def _own(self, state: State | None) -> list[State | None]:
+        """Each member's columns."""
+        if state is None:
+            return [None] * len(self._models)
+        widths = [start.width for start in self._starts()]
+        return [State(values) for values in torch.split(state.values, widths, dim=1)]
+
+    def _combined(self, logits: Sequence[Tensor]) -> Tensor:
+        """What the members say together, given what each says."""
         if self._models[0].config.problem_type == "regression":
             return mean_of(logits)
         if len(logits) == 1:
@@ -129,11 +172,15 @@ class Forward:
         return mean.logprobs.exp()
 
 
-def _logits(model: Model, inputs: Tensor, lengths: Tensor | None, labelled: Tensor | None) -> Tensor:
+def _logits(
+    model: Model, state: State | None, inputs: Tensor, lengths: Tensor | None, labelled: Tensor | None
+) -> tuple[Tensor, State | None]:
     if isinstance(model, SequenceTagger):
-        return model.predict(inputs, lengths, labelled=labelled)[0].float()
-    assert isinstance(model, SequenceClassifier)
-    return model.predict(inputs, lengths)[0].float()
+        logits, after = model.predict(inputs, lengths, state, labelled)
+    else:
+        assert isinstance(model, SequenceClassifier)
+        logits, after = model.predict(inputs, lengths, state)
+    return logits.float(), after
 
 
 def _labelled(requests: Sequence[ForwardRequest], inputs: Tensor) -> Tensor | None:

@@ -9,6 +9,7 @@ from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.saved import SavedState
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.errors import SeqModelsError
+from seqmodels.state import State
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +68,21 @@ class Progress:
     tokens: list[int]
 
 
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a forward pass says of labels or targets, as `ForwardRequest` tells; state: where that leaves the input, one
+    row, for a later request to go on from."""
+
+    values: Tensor
+    state: State | None = None
+
+
 @dataclass(frozen=True)
 class Finished:
-    """The whole answer: hypotheses of a generator; a tensor of labels' or targets' scores from a forward pass."""
+    """The whole answer: hypotheses of a generator, or what a forward pass says."""
 
     request_id: str
-    result: list[Hypothesis] | Tensor
+    result: list[Hypothesis] | Scores
 
 
 @dataclass(frozen=True)
