@@ -106,11 +106,12 @@ def _parser() -> argparse.ArgumentParser:
             "--max-rows", type=_positive, default=256, help="decoder rows at once (default: %(default)s)"
         )
         command.add_argument("--truncate", action="store_true", help="shorten inputs that are too long")
-    generate.add_argument(
-        "--return-state",
-        action="store_true",
-        help='with each sequence a "state" in base64; a line {"state": ..., "text": ...} goes on from it',
-    )
+    for command, comes_with in ((predict, "with each answer"), (generate, "with each sequence")):
+        command.add_argument(
+            "--return-state",
+            action="store_true",
+            help=f'{comes_with} a "state" in base64; a line {{"state": ..., "text": ...}} goes on from it',
+        )
     generate.add_argument(
         "--decoder-weights",
         choices=get_args(Weights),
@@ -210,7 +211,7 @@ def _prepared(
         item, target, state = _item(line), None, None
         if options.command == "score":
             item, target = _with_target(item)
-        if options.command == "generate":
+        else:
             item, state = _with_state(item)
         kind = pipeline.config.input
         if kind in TAKES_FILES and not (isinstance(item, dict) and kind in item):
@@ -219,9 +220,8 @@ def _prepared(
             return pipeline.prepare_score(
                 item, target, truncate=options.truncate, field="the input", target_field="the target"
             )
-        wants_state = getattr(options, "return_state", False)  # an option of generate alone
         return pipeline.prepare(
-            item, params, truncate=options.truncate, field="the input", state=state, return_state=wants_state
+            item, params, truncate=options.truncate, field="the input", state=state, return_state=options.return_state
         )
     except InputError as error:
         if error.param in params:  # it would be wrong for every line

@@ -279,6 +279,15 @@ class ModelConfig(Strict):
         return self.encoder.input if self.encoder else "nothing"
 
     @property
+    def needs_whole(self) -> str:
+        """Why a classifier or tagger cannot read its input in pieces; "" where it can."""
+        if self.input == "image":
+            return "an image has no steps at which it could be cut"
+        if isinstance(self.encoder, StackConfig) and self.encoder.recurrent.bidirectional:
+            return "its encoder is bidirectional and begins at the end, too"
+        return "its CRF compares the labels of the whole input" if self.crf else ""
+
+    @property
     def characters(self) -> CharacterConfig | None:
         return self.encoder.characters if isinstance(self.encoder, TextEncoderConfig) else None
 

@@ -36,6 +36,10 @@ class RecurrentEncoder(nn.Module):
         self.input_dropout = config.rate_on_inputs
         self.output_size = self.recurrent.output_size
 
+    def start(self, rows: int) -> State:
+        """Of a one-directional encoder: what each row's input begins from."""
+        return self.recurrent.initial_state(rows)
+
     def read(self, steps: Tensor, lengths: Tensor, state: State | None) -> Encoded:
         """steps: (B, S, in); lengths: (B,), at least 1 each."""
         steps = dropout(steps, self.input_dropout, self.training, self.locked_dropout)

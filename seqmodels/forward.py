@@ -16,12 +16,13 @@ from torch import Tensor
 from seqmodels.config import Average
 from seqmodels.decoding.best import best_candidates
 from seqmodels.decoding.padding import ROW_FLOOR, bucket, grouped, has_steps, pad_inputs
-from seqmodels.decoding.request import Event, Failed, Finished, Scored
+from seqmodels.decoding.request import Event, Failed, Finished, Scores
 from seqmodels.decoding.waiting import Waiting
 from seqmodels.ensemble import Mean, mean_of
 from seqmodels.errors import DeadlineError
 from seqmodels.kernels import packed
-from seqmodels.models import Model, SequenceClassifier, SequenceGenerator, SequenceTagger, chosen
+from seqmodels.models import Labeller, Model, SequenceClassifier, SequenceGenerator, SequenceTagger, chosen
+from seqmodels.state import State
 
 TOO_LATE = "the deadline passed before the answer was ready"
 
@@ -29,11 +30,13 @@ TOO_LATE = "the deadline passed before the answer was ready"
 @dataclass(frozen=True, eq=False)
 class ForwardRequest:
     """inputs: as in `engine.Request`. labels: BOS ... EOS of the text to score, for generators only. positions: at
-    which steps a tagger's labels are asked for; at all of them where left out. top_logprobs: how many of the likeliest
-    tokens are told at each place of a text to score. deadline, priority, client: as in `engine.Request`.
+    which steps a tagger's labels are asked for; at all of them where left out. state: one row, after what came before
+    these inputs of classifiers and taggers, as `Forward.start` or a result has it. return_state: whether the result
+    comes with the one after them. top_logprobs: how many of the likeliest tokens are told at each place of a text to
+    score. deadline, priority, client: as in `engine.Request`.
 
-    Its result is a tensor: probabilities (C,) of a classifier, (C, 2) where several labels may be right, (S, C) of a
-    tagger; the numbers (K,) of a regression; log-probabilities (T,) of labels. With top_logprobs it is Scored.
+    The values of its result: probabilities (C,) of a classifier, (C, 2) where several labels may be right, (S, C) of a
+    tagger; the numbers (K,) of a regression; log-probabilities (T,) of labels.
     """
 
     id: str
@@ -41,6 +44,8 @@ class ForwardRequest:
     labels: tuple[int, ...] = ()
     deadline: float | None = None
     positions: tuple[int, ...] | None = None
+    state: State | None = None
+    return_state: bool = False
     top_logprobs: int = 0
     priority: int = 0
     client: str = ""
@@ -66,6 +71,14 @@ class Forward:
         self._row_floor = row_floor
         self._device = next(members[0].parameters()).device
         self._waiting: Waiting[ForwardRequest] = Waiting()
+
+    def start(self) -> State:
+        """Of models that read an input in pieces, what it begins from: one row, the members' columns side by side.
+        Raises UnsupportedError of others."""
+        return State(torch.cat([state.values for state in self._starts()], dim=1))
+
+    def _starts(self) -> list[State]:
+        return [model.start(1) for model in self._models if isinstance(model, Labeller)]
 
     @property
     def has_work(self) -> bool:
@@ -105,7 +118,7 @@ class Forward:
             taken.append(request)
         return taken
 
-    def _answers(self, group: Sequence[ForwardRequest]) -> Sequence[Tensor | Scored]:
+    def _answers(self, group: Sequence[ForwardRequest]) -> list[Scores]:
         """Requests of one shape, padded with copies of the first so that none gets other bits when it comes alone."""
         padded = [*group, *[group[0]] * (self._row_floor - len(group))]
         inputs, lengths = None, None
@@ -121,10 +134,24 @@ class Forward:
                 for row, request in enumerate(group)
             ]
         assert inputs is not None
-        answers = self._predictions(inputs, lengths, _labelled(padded, inputs)).cpu()
-        if isinstance(self._models[0], SequenceClassifier):
-            return list(answers[: len(group)])
-        return [answers[row, : _length(request)] for row, request in enumerate(group)]
+        values, states = self._predictions(inputs, lengths, _labelled(padded, inputs), self._states(padded))
+        values = values.cpu()
+        if isinstance(self._models[0], SequenceTagger):
+            own = [values[row, : _length(request)] for row, request in enumerate(group)]
+        else:
+            own = list(values[: len(group)])
+        after = states.to(torch.device("cpu")).split() if states else [None] * len(padded)
+        return [
+            Scores(one, state if request.return_state else None)
+            for request, one, state in zip(group, own, after, strict=False)
+        ]
+
+    def _states(self, requests: Sequence[ForwardRequest]) -> State | None:
+        """What each row goes on from (B, width); None where none of them is a piece of a longer input."""
+        if not any(request.state or request.return_state for request in requests):
+            return None
+        start = self.start()
+        return State(torch.cat([(request.state or start).values.to(self._device) for request in requests]))
 
     def _scores(self, labels: Tensor, inputs: Tensor | None, lengths: Tensor | None) -> Tensor:
         """The log-probability of every token at each place of labels (B, T+1): (B, T, V)."""
@@ -134,9 +161,25 @@ class Forward:
             mean.add(model.predict(labels, inputs, lengths))
         return mean.logprobs
 
-    def _predictions(self, inputs: Tensor, lengths: Tensor | None, labelled: Tensor | None) -> Tensor:
-        """Probabilities of labels, (B, C) or (B, C, 2) of classifiers, (B, S, C) of taggers; a regression's numbers."""
-        logits = [_logits(model, inputs, lengths, labelled) for model in self._models]
+    def _predictions(
+        self, inputs: Tensor, lengths: Tensor | None, labelled: Tensor | None, state: State | None
+    ) -> tuple[Tensor, State | None]:
+        """Probabilities of labels, (B, C) or (B, C, 2) of classifiers, (B, S, C) of taggers; a regression's numbers.
+        And the members' states after the inputs, side by side, if they are given some."""
+        before = self._own(state)
+        pairs = [_logits(*each, inputs, lengths, labelled) for each in zip(self._models, before, strict=True)]
+        after = [own.values for _, own in pairs if own is not None]
+        return self._combined([logits for logits, _ in pairs]), State(torch.cat(after, dim=1)) if after else None
+
+    def _own(self, state: State | None) -> list[State | None]:
+        """Each member's columns."""
+        if state is None:
+            return [None] * len(self._models)
+        widths = [start.width for start in self._starts()]
+        return [State(values) for values in torch.split(state.values, widths, dim=1)]
+
+    def _combined(self, logits: Sequence[Tensor]) -> Tensor:
+        """What the members say together, given what each says."""
         if self._models[0].config.problem_type == "regression":
             return mean_of(logits)
         if len(logits) == 1:
@@ -147,21 +190,25 @@ class Forward:
         return mean.logprobs.exp()
 
 
-def _scored(logprobs: Tensor, scores: Tensor, count: int) -> Tensor | Scored:
+def _scored(logprobs: Tensor, scores: Tensor, count: int) -> Scores:
     """logprobs (T,) of a text; scores of every token at its places, and at those of padding (T', V). count: how many of
     the likeliest are asked for."""
     if not count:
-        return logprobs
+        return Scores(logprobs)
     each = scores[: len(logprobs), None]
     values, tokens = best_candidates(each.new_zeros(len(each), 1), each, count)
-    return Scored(logprobs, tokens[:, :count].cpu(), values[:, :count].cpu())
+    return Scores(logprobs, likeliest=(tokens[:, :count].cpu(), values[:, :count].cpu()))
 
 
-def _logits(model: Model, inputs: Tensor, lengths: Tensor | None, labelled: Tensor | None) -> Tensor:
+def _logits(
+    model: Model, state: State | None, inputs: Tensor, lengths: Tensor | None, labelled: Tensor | None
+) -> tuple[Tensor, State | None]:
     if isinstance(model, SequenceTagger):
-        return model.predict(inputs, lengths, labelled=labelled)[0].float()
-    assert isinstance(model, SequenceClassifier)
-    return model.predict(inputs, lengths)[0].float()
+        logits, after = model.predict(inputs, lengths, state, labelled)
+    else:
+        assert isinstance(model, SequenceClassifier)
+        logits, after = model.predict(inputs, lengths, state)
+    return logits.float(), after
 
 
 def _labelled(requests: Sequence[ForwardRequest], inputs: Tensor) -> Tensor | None:

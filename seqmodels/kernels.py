@@ -140,9 +140,22 @@ class PackedLstm(nn.Module):
         return y.transpose(0, 1), (hidden[None], cell[None])
 
 
+class PackedLayer(nn.Module):
+    """`nn.Linear` for inference, x (..., D) -> (..., O): a row's bits do not depend on how many there are."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self._linear = PackedLinear(layer.weight, layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._linear(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+
+
 def packed(module: nn.Module) -> nn.Module:
-    """The same module for inference, with its LSTM layers, and those without a fused kernel, on packed weights where
-    that is possible, on a CPU. It shares all else with the given one, which stays as it is."""
+    """The same module for inference, with its linear and LSTM layers, and those without a fused kernel, on packed
+    weights where that is possible, on a CPU. It shares all else with the given one, which stays as it is."""
+    if isinstance(module, nn.Linear):
+        return PackedLayer(module)
     if isinstance(module, nn.LSTM):
         return PackedLstm(module) if _packs(module.get_parameter("weight_ih_l0")) else module
     if isinstance(module, UnfusedLayer):

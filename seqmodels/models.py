@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from seqmodels.config import ModelConfig
 from seqmodels.crf import LinearChain
 from seqmodels.decoder import Decoder
-from seqmodels.encoders import build_encoder
+from seqmodels.encoders import RecurrentEncoder, build_encoder
 from seqmodels.errors import UnsupportedError
 from seqmodels.losses import IGNORE, Output, labelled, measured
+from seqmodels.pooling import POOLS, Pool, Steps
 from seqmodels.state import Memory, State
 
 # Logits (..., C), what each should have been (...), and the State after the batch of those that carry one.
@@ -24,6 +25,8 @@ Targeted = tuple[Tensor, Tensor, State | None]
 
 class Labeller(nn.Module):
     """Encoder + linear: what classifier and tagger have in common. They differ in what the linear layer reads."""
+
+    pool: Pool
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -51,19 +54,40 @@ class Labeller(nn.Module):
         """What `forward` compares: logits (..., C) with labels (...), numbers (B, K) with numbers."""
         return self.predict(inputs, lengths)[0], labels, None
 
+    def start(self, rows: int) -> State:
+        """What each row of an input in pieces begins from: the encoder's columns, then those that pooling carries.
+        Raises UnsupportedError where an input cannot come in pieces."""
+        self._check_pieces()
+        assert isinstance(self.encoder, RecurrentEncoder)
+        encoder = self.encoder.start(rows)
+        return _joined(encoder, self.pool.start(rows).to(encoder.values.device))
+
     def predict(
         self, inputs: Tensor, lengths: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State | None]:
-        """What `Output.logits` says, divided by the temperature, and the State after the inputs if one was given."""
-        memory, state = self.encoder(inputs, lengths, state)
-        return self._logits(memory) / self.config.temperature, state
+        """What `Output.logits` says, divided by the temperature; and where a State is given, that of `start` or of what
+        these inputs go on from, the State after them. Raises UnsupportedError as `start` does."""
+        own, before = self._parts(state, inputs)
+        memory, after = self.encoder(inputs, lengths, own)
+        features, carried = self.pool(memory, before)
+        return self._logits(features) / self.config.temperature, None if after is None else _joined(after, carried)
 
-    def _logits(self, memory: Memory) -> Tensor:
-        logits: Tensor = self.head(F.dropout(self.features(memory), self.config.dropout, self.training))
+    def _parts(self, state: State | None, inputs: Tensor) -> tuple[State | None, Tensor]:
+        """The encoder's columns and those that pooling carries."""
+        nothing = self.pool.start(len(inputs)).to(inputs.device)
+        if state is None:
+            return None, nothing
+        self._check_pieces()
+        own, carried = state.values.tensor_split([state.width - nothing.shape[1]], dim=1)
+        return State(own), carried
+
+    def _check_pieces(self) -> None:
+        if reason := self.config.needs_whole:
+            raise UnsupportedError(f"an input is read as a whole here, because {reason}; send it without a state")
+
+    def _logits(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.head(F.dropout(features, self.config.dropout, self.training))
         return logits
-
-    def features(self, memory: Memory) -> Tensor:
-        raise NotImplementedError
 
 
 class SequenceTagger(Labeller):
@@ -71,6 +95,7 @@ class SequenceTagger(Labeller):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
+        self.pool = Steps()
         self.crf = LinearChain(len(config.labels)) if config.crf else None
 
     def forward(self, inputs: Tensor, labels: Tensor, lengths: Tensor | None = None) -> Output:
@@ -80,7 +105,7 @@ class SequenceTagger(Labeller):
         if self.crf is None:
             return super().forward(inputs, labels, lengths)
         memory, _ = self.encoder(inputs, lengths, None)
-        scores, counted = self._logits(memory).float(), labels != IGNORE
+        scores, counted = self._logits(memory.values).float(), labels != IGNORE
         costs, logprobs = self.crf(scores, labels, counted)
         out = labelled(logprobs / self.config.temperature, labels)
         return replace(out, loss=costs.sum() / out.num_targets.clamp(min=1))
@@ -95,18 +120,13 @@ class SequenceTagger(Labeller):
         state: State | None = None,
         labelled: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
-        """labelled (B, S): at which positions labels are asked for, which a CRF has to know; all where left out.
-        Raises UnsupportedError for an input in pieces, with a state, where a CRF has to see the whole."""
-        if self.crf is None:
+        """labelled (B, S): at which positions labels are asked for, which a CRF has to know; all where left out."""
+        if self.crf is None or state is not None:
             return super().predict(inputs, lengths, state)
-        if state is not None:
-            raise UnsupportedError("a tagger with a CRF reads an input as a whole; send it without a state")
         memory, _ = self.encoder(inputs, lengths, None)
-        logprobs = self.crf.logprobs(self._logits(memory).float(), memory.mask if labelled is None else labelled)
+        scores = self._logits(memory.values).float()
+        logprobs = self.crf.logprobs(scores, memory.mask if labelled is None else labelled)
         return logprobs / self.config.temperature, None
-
-    def features(self, memory: Memory) -> Tensor:
-        return memory.values
 
 
 class SequenceClassifier(Labeller):
@@ -114,7 +134,7 @@ class SequenceClassifier(Labeller):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.pool = nn.Linear(self.encoder.output_size, 1) if config.pooling == "attention" else None
+        self.pool = POOLS[config.pooling](self.encoder.output_size)
 
     def predict(
         self, inputs: Tensor, lengths: Tensor | None = None, state: State | None = None
@@ -137,19 +157,6 @@ class SequenceClassifier(Labeller):
             case "regression":
                 return measured(logits, labels, logits.new_tensor(self.config.target_std))
         return super()._loss(logits, labels)
-
-    def features(self, memory: Memory) -> Tensor:
-        """(B, D)"""
-        mask = memory.mask[:, :, None]
-        if self.config.pooling == "last":
-            return memory.summary
-        if self.config.pooling == "mean":
-            return memory.values.masked_fill(~mask, 0).sum(1) / mask.sum(1)
-        if self.config.pooling == "max":
-            return memory.values.masked_fill(~mask, float("-inf")).amax(1)
-        assert self.pool is not None
-        weights: Tensor = self.pool(memory.values).masked_fill(~mask, float("-inf")).softmax(1)  # (B, S, 1)
-        return (weights * memory.values.masked_fill(~mask, 0)).sum(1)
 
 
 class SequenceGenerator(nn.Module):
@@ -279,6 +286,10 @@ def build_model(config: ModelConfig) -> Model:
 def chosen(scores: Tensor, labels: Tensor, label_lengths: Tensor) -> Tensor:
     """scores (B, T, V) of every token -> those of the targets among labels (B, T+1): (B, T), 0 beyond a row's end."""
     return scores.gather(2, labels[:, 1:, None])[:, :, 0].masked_fill(~_targets(labels, label_lengths), 0.0)
+
+
+def _joined(state: State, carried: Tensor) -> State:
+    return State(torch.cat([state.values, carried], dim=1))
 
 
 def _targets(labels: Tensor, label_lengths: Tensor) -> Tensor:

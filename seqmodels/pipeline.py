@@ -22,8 +22,8 @@ from seqmodels.decoding.constraints import Phrases, WordEdges, missing
 from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.padding import ROW_FLOOR
 from seqmodels.decoding.params import SearchParams
-from seqmodels.decoding.request import Event, Failed, Finished, Request, Scored
-from seqmodels.decoding.saved import Maker, SavedState, fingerprint
+from seqmodels.decoding.request import Event, Failed, Finished, Request, Scores
+from seqmodels.decoding.saved import Maker, SavedState, fingerprint, input_state_from_bytes, input_state_to_bytes
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.ensemble import Directories, as_paths, common_reader, load_members, revision_of
 from seqmodels.errors import InputError, SeqModelsError
@@ -34,6 +34,7 @@ from seqmodels.reading import Reader, Reading
 from seqmodels.rendering import CLASSIFIED, Text, TextStream, render_score, render_sequence, render_tags
 from seqmodels.selftest import find_row_floor
 from seqmodels.shortlist import Shortlist, has_shortlist
+from seqmodels.state import State
 from seqmodels.stepper import Decodes, Ensemble, Stepper
 from seqmodels.tokenizer import BOS, EOS, UNK, Tokenizer
 
@@ -90,12 +91,13 @@ class Pipeline:
         stepper = _stepper(models, decoder_weights, average)
         self._maker = Maker(
             revision=self.revision,
-            decoder_weights=decoder_weights,
+            decoder_weights=decoder_weights if stepper else None,
             shortlist=shortlist.fingerprint if shortlist else "",
         )
         floor = find_row_floor(models, stepper, average)
         self.batch_invariant = floor is not None
         self._forward = Forward(models, row_floor=floor or ROW_FLOOR, average=average)
+        self._needs_whole = next(filter(None, (member.config.needs_whole for member in members)), "")
         self._engine, self._stepper = None, stepper
         if stepper:
             self._edges = WordEdges(*(torch.tensor(f, device=stepper.device) for f in self._tokenizer.word_edges()))
@@ -161,20 +163,29 @@ class Pipeline:
         item: a string, {"text"}, {"words"}, {"image": bytes}, {"frames": [bytes]} or {"features": [[...]]}, as the
         model takes; None or a prompt for a language model. params: options of SearchParams over the model's defaults.
         deadline: a time.monotonic(). priority, client: higher goes first; of equal priority, clients take turns.
-        return_state: whether each sequence of the answer comes with a `state`.
-        state: one of those, to go on from it: after all tokens that it holds a language model reads the item as more
-        text, and another model is given the same item again. The answer, its limits and its score are of what is new;
-        greedy and sampled, it is what one longer run would have written. From a sequence that ended with EOS it goes on
-        before that. Beams begin a new search there. Raises InputError, whose `param` is `field` or the option at fault.
+        return_state: whether the answer, or each sequence of it, comes with a `state`.
+        state: one of those, to go on from it. A classifier or tagger reads the item as the next piece of its input: a
+        label is for all pieces so far, tags are those of this one. A language model reads the item as more text after
+        all tokens that the state holds, and another generator is given the same item again. What a generator answers,
+        its limits and its score are of what is new; greedy and sampled, it is what one longer run would have written.
+        From a sequence that ended with EOS it goes on before that. Beams begin a new search there. Raises InputError,
+        whose `param` is `field` or the option at fault.
         """
         if self._engine is None:
-            options = {**(params or {}), "state": state, "return_state": return_state or None}
-            if name := next((name for name, value in options.items() if value is not None), None):
+            if name := next((name for name, value in (params or {}).items() if value is not None), None):
                 raise InputError(f"{name} is an option of generators, and this model answers with labels", param=name)
-            reading = self._reader.read(item, field, truncate)
+            before = self._before(state, return_state)
+            reading = self._reader.read(item, field, truncate, inside=state is not None)
             positions = reading.positions if self.config.architecture == "tagger" else None
             labelling = ForwardRequest(
-                _new_id(), reading.inputs, (), deadline, positions, priority=priority, client=client
+                _new_id(),
+                reading.inputs,
+                deadline=deadline,
+                positions=positions,
+                state=before,
+                return_state=return_state,
+                priority=priority,
+                client=client,
             )
             return Job(labelling, reading)
         search = self._search_params(params or {})
@@ -243,6 +254,18 @@ class Pipeline:
         assert self._stepper is not None
         width, vocab_size = self._stepper.state_width, self._stepper.vocab_size
         return SavedState.from_bytes(state, self._maker, width, vocab_size)
+
+    def _before(self, state: bytes | None, return_state: bool) -> State | None:
+        """Where a classifier or tagger stands in its input. Raises InputError, also where it reads no pieces."""
+        if self._needs_whole and (state is not None or return_state):
+            name = "return_state" if state is None else "state"
+            raise InputError(
+                f"{name} is for input that comes in pieces, which this model cannot read, because {self._needs_whole}; "
+                f"send the whole input without {name}",
+                param=name,
+                code="state_not_supported",
+            )
+        return None if state is None else input_state_from_bytes(state, self._maker, self._forward.start().width)
 
     def _seed(self, search: SearchParams, given: Mapping[str, Any], saved: SavedState | None) -> int:
         """The one given with the request, that of what it goes on from, the model's own, or a new one."""
@@ -314,23 +337,25 @@ class Pipeline:
 
     # -- render --------------------------------------------------------------------------------------------------
 
-    def render(self, job: Job, result: list[Hypothesis] | Tensor | Scored) -> dict[str, Any]:
+    def render(self, job: Job, result: list[Hypothesis] | Scores) -> dict[str, Any]:
         """The answer as plain data: a label, tags, sequences, or log-probabilities."""
         if isinstance(job.request, Request):
             assert isinstance(result, list)
             return self._render_sequences(job, job.request, result)
-        assert isinstance(result, Tensor | Scored)
-        numbers = result.logprobs if isinstance(result, Scored) else result
-        if not numbers.isfinite().all():
+        assert isinstance(result, Scores)
+        if not all(x.isfinite().all() for x in (result.values, result.state.values if result.state else result.values)):
             raise InputError("the model's scores for this input are not finite; its numbers are too large for it")
         if self._engine:
             return render_score(self._tokenizer, job.reading, job.request.labels, result)
-        assert isinstance(result, Tensor)
-        if self.config.architecture == "tagger":
-            return render_tags(self.config.labels, job.reading, result)
-        return CLASSIFIED[self.config.problem_type](self.config.labels, result)
+        answer = self._render_labels(job.reading, result.values)
+        return answer | {"state": input_state_to_bytes(result.state, self._maker)} if result.state else answer
 
-    def num_output_tokens(self, job: Job, result: list[Hypothesis] | Tensor | Scored) -> int:
+    def _render_labels(self, reading: Reading, scores: Tensor) -> dict[str, Any]:
+        if self.config.architecture == "tagger":
+            return render_tags(self.config.labels, reading, scores)
+        return CLASSIFIED[self.config.problem_type](self.config.labels, scores)
+
+    def num_output_tokens(self, job: Job, result: list[Hypothesis] | Scores) -> int:
         """Tokens written, or labels given."""
         if isinstance(result, list):
             return sum(len(hypothesis.logprobs) for hypothesis in result)

@@ -7,7 +7,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ TAKES = {
     "features": "{'features': [[number, ...], ...]}",
     "nothing": "a prompt string, or nothing",
 }
+Filled = TypeVar("Filled", bound=Sequence[Any])
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,8 @@ class Reader:
 
     def read(self, item: Any, field: str, truncate: bool, inside: bool = False) -> Reading:
         """item: as `TAKES` says for this model. Too long is an error unless `truncate`, which keeps the beginning.
-        inside: whether a prompt goes on from another text, so that no space is implied before it."""
+        inside: whether the item goes on from another, so that no space is implied before a prompt or a classifier's
+        text; what a generator's encoder reads is whole."""
         if isinstance(item, Mapping) and len(item) > 1:
             kinds = ", ".join(map(str, item))[:200]
             raise InputError(f"{field} has {kinds}; an input is exactly one of {', '.join(KINDS)}", param=field)
@@ -72,7 +74,7 @@ class Reader:
             return Reading(prompt=self._prompt(item, field, truncate, inside))
         if self._config.input == "text" and self._config.architecture == "tagger":
             return self._words(item, field, truncate)
-        inputs = self._inputs(item, field, truncate)
+        inputs = self._inputs(item, field, truncate, inside)
         steps = 1 if self._config.input == "image" else len(inputs)
         return Reading(inputs, spans=tuple((i, i + 1) for i in range(steps)), positions=tuple(range(steps)))
 
@@ -90,7 +92,7 @@ class Reader:
             raise InputError(f"prefix holds what this model cannot write: {words}; choose other words", param="prefix")
         return ids
 
-    def _inputs(self, item: Any, field: str, truncate: bool) -> Tensor:
+    def _inputs(self, item: Any, field: str, truncate: bool, inside: bool) -> Tensor:
         kind = self._config.input
         if isinstance(item, str):
             item = {"text": item}
@@ -98,26 +100,26 @@ class Reader:
             raise UnsupportedError(f"this model takes {TAKES[kind]}", param=field)
         value = item[kind]
         if kind == "text":
-            return torch.tensor(self._text(value, field, truncate))
+            return torch.tensor(self._text(value, field, truncate, inside))
         if kind == "image":
             if not isinstance(value, bytes):
                 raise InputError("the image must be bytes of an image file", param=field, code="invalid_type")
             return self._preprocessor.image(value, field)
         if not isinstance(value, list | tuple):
             raise InputError(f"{kind} must be a list", param=field, code="invalid_type")
-        if not value:
-            raise InputError(f"{kind} is empty", param=field, code="empty")
-        value = self._bounded(tuple(value), field, truncate)
+        value = self._bounded(tuple(filled(value, kind, field)), field, truncate)
         return self._preprocessor.frames(value, field) if kind == "frames" else self._features(value, field)
 
-    def _text(self, text: Any, field: str, truncate: bool) -> tuple[int, ...]:
+    def _text(self, text: Any, field: str, truncate: bool, inside: bool) -> tuple[int, ...]:
         text = checked_text(text, "the text must be a string", field)
-        if not text.strip():
-            raise InputError("the text is empty", param=field, code="empty")
-        if self._config.architecture != "generator":
-            return self._bounded(tuple(self._source_tokenizer.encode(text)), field, truncate)
-        *ids, end = self._source_tokenizer.encode_source(text)
-        return (*self._bounded(tuple(ids), field, truncate), end)
+        if self._config.architecture == "generator":
+            *ids, end = self._source_tokenizer.encode_source(filled(text, "the text", field))
+            return (*self._bounded(tuple(ids), field, truncate), end)
+        if inside:  # a piece may be a space alone, which some tokenizers have a token for and some not
+            ids = self._source_tokenizer.encode_inside(text)
+        else:
+            ids = self._source_tokenizer.encode(filled(text, "the text", field))
+        return self._bounded(tuple(filled(ids, "the text", field)), field, truncate)
 
     def _features(self, rows: Sequence[Any], field: str) -> Tensor:
         assert isinstance(self._config.encoder, FeatureEncoderConfig)
@@ -144,8 +146,7 @@ class Reader:
             given = item.get("text") if isinstance(item, Mapping) else item
             text = checked_text(given, f"this model takes {TAKES['words']}", field)
             spans = [match.span() for match in WORDS.finditer(text)]
-        if not spans:
-            raise InputError("the text is empty", param=field, code="empty")
+        filled(spans, "the text", field)
         ids, positions = self._source_tokenizer.encode_words([text[start:end] for start, end in spans])
         ids = list(self._bounded(tuple(ids), field, truncate))
         positions = [position for position in positions if position < len(ids)]
@@ -203,6 +204,13 @@ def checked_text(text: Any, otherwise: str, field: str) -> str:
     except UnicodeEncodeError:
         raise InputError("the text holds half of a surrogate pair, which is no character", param=field) from None
     return text
+
+
+def filled(value: Filled, what: str, field: str) -> Filled:
+    """The text or list, if there is more in it than spaces. Raises InputError."""
+    if not value or (isinstance(value, str) and value.isspace()):
+        raise InputError(f"{what} is empty", param=field, code="empty")
+    return value
 
 
 def _prompt_text(item: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from seqmodels.config import ProblemType
 from seqmodels.decoding.params import SearchParams
-from seqmodels.decoding.request import Progress, Request, Scored
+from seqmodels.decoding.request import Progress, Request, Scores
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.reading import Reading
 from seqmodels.tokenizer import EOS, Tokenizer
@@ -59,16 +59,14 @@ def render_tags(labels: Sequence[str], reading: Reading, scores: Tensor) -> dict
     return {"tags": tags}
 
 
-def render_score(
-    tokenizer: Tokenizer, reading: Reading, labels: Sequence[int], scored: Tensor | Scored
-) -> dict[str, Any]:
+def render_score(tokenizer: Tokenizer, reading: Reading, labels: Sequence[int], scored: Scores) -> dict[str, Any]:
     """Log-probabilities (T,) of labels BOS ... EOS; those of a prompt, which is given and not scored, are left out."""
     first = len(reading.prompt)
-    nats = (scored.logprobs if isinstance(scored, Scored) else scored)[first:].tolist()
+    nats = scored.values[first:].tolist()
     offsets = [start for start, _ in reading.spans] + [len(reading.text)]
     score = {"score": math.fsum(nats), "logprobs": nats, **_told(tokenizer, labels[1 + first :], offsets)}
-    if isinstance(scored, Scored):
-        tokens, values = scored.top_tokens[first:].tolist(), scored.top_logprobs[first:].tolist()
+    if scored.likeliest:
+        tokens, values = scored.likeliest[0][first:].tolist(), scored.likeliest[1][first:].tolist()
         score["top_logprobs"] = _likeliest(tokenizer, map(zip, tokens, values))
     return score
 

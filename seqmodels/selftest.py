@@ -14,9 +14,10 @@ from seqmodels.characters import with_spellings
 from seqmodels.config import Average, CharacterConfig, FeatureEncoderConfig, ModelConfig, TextEncoderConfig
 from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.params import SearchParams
-from seqmodels.decoding.request import Finished, Request
+from seqmodels.decoding.request import Finished, Request, Scores
 from seqmodels.forward import Forward, ForwardRequest
 from seqmodels.models import Model, SequenceGenerator
+from seqmodels.state import State
 from seqmodels.stepper import Decodes, Stepper
 
 FLOORS = (4, 8, 16)
@@ -48,6 +49,9 @@ def _answers(
     forward = _sample_forward(model.config)
     worker = Forward(members, row_floor=floor, average=average)
     pairs = list(zip(_each(worker, forward), _all(worker, forward), strict=True))
+    if not any(isinstance(member, SequenceGenerator) or member.config.needs_whole for member in members):
+        pieces = _as_pieces(forward, worker.start().width)
+        pairs += list(zip(_each(worker, pieces), _all(worker, pieces), strict=True))
     if isinstance(model, SequenceGenerator):
         stepper = stepper or Stepper(model)
         searches = _sample_searches(model.config, stepper.output_attentions)
@@ -75,6 +79,10 @@ def _all(
 
 
 def _same(one: object, two: object) -> bool:
+    if isinstance(one, Scores) and isinstance(two, Scores):
+        return _same(one.values, two.values) and _same(one.state, two.state)
+    if isinstance(one, State) and isinstance(two, State):
+        return _same(one.values, two.values)
     return torch.equal(one, two) if isinstance(one, Tensor) and isinstance(two, Tensor) else one == two
 
 
@@ -117,6 +125,21 @@ def _sample_forward(config: ModelConfig) -> list[ForwardRequest]:
         ForwardRequest(str(i), inputs, labels[: 2 + i % 3], positions=_sample_positions(config, inputs))
         for i, inputs in enumerate(_sample_inputs(config))
     ]
+
+
+def _as_pieces(requests: Sequence[ForwardRequest], width: int) -> list[ForwardRequest]:
+    """Each third goes on from a state, each third is to leave one, and the rest do both; among whole inputs."""
+    states = torch.rand(len(requests), 1, width, generator=torch.Generator().manual_seed(0))
+    pieces = [
+        replace(
+            request,
+            id=f"{request.id} as a piece",
+            state=State(states[i]) if i % 3 != 1 else None,
+            return_state=i % 3 != 2,
+        )
+        for i, request in enumerate(requests)
+    ]
+    return [*requests, *pieces]
 
 
 def _sample_positions(config: ModelConfig, inputs: Tensor | None) -> tuple[int, ...] | None:

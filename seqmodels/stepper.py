@@ -19,7 +19,7 @@ from seqmodels.cells import SHARES, UPDATES, CellWeights, MinimalWeights, zoneou
 from seqmodels.config import Average, Cell, ModelConfig, Weights
 from seqmodels.ensemble import mean_of
 from seqmodels.errors import ConfigError
-from seqmodels.kernels import LINEAR, Linear, PackedLinear, packed
+from seqmodels.kernels import LINEAR, Linear, PackedLayer, packed
 from seqmodels.models import SequenceGenerator
 from seqmodels.record import Record
 from seqmodels.recurrent import Recurrent
@@ -302,8 +302,7 @@ def _packed(layer: nn.Linear | None) -> Callable[[Tensor], Tensor]:
     """The layer on packed weights, for inputs of any shape (..., D); what is given where there is none."""
     if layer is None:
         return lambda x: x
-    linear = PackedLinear(layer.weight, layer.bias)
-    return lambda x: linear(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+    return PackedLayer(layer)
 
 
 def _side_by_side(states: Sequence[State]) -> State:

@@ -13,15 +13,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
-from seqmodels.decoding.request import Event, Failed, Finished, Progress
+from seqmodels.decoding.request import Event, Failed, Finished, Progress, Scores
 from seqmodels.errors import DeadlineError
 from serving.models import ServedModel
 from serving.runner import Order, Runner
 from serving.states import Seal
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from seqmodels.decoding.search import Hypothesis
     from seqmodels.pipeline import Job
 
@@ -210,7 +208,7 @@ class Call:
             },
         )
 
-    def _rendered(self, job: "Job", result: "list[Hypothesis] | Tensor") -> dict[str, Any]:
+    def _rendered(self, job: "Job", result: "list[Hypothesis] | Scores") -> dict[str, Any]:
         """As the pipeline renders it, with states as a client may hold them."""
         rendered = self._pipeline.render(job, result)
         for holder in (rendered, *rendered.get("sequences", ())):

@@ -62,4 +62,6 @@ def test_your_own_data_in_five_lines(tmp_path: Path) -> None:
 def test_the_python_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "".join(blocks("python"))
     namespace: dict[str, object] = {}
-    exec(code.replace("models/numbers-en-fr", str(ROOT / "tests/golden/lstm-translator")), namespace)
+    for name, golden in (("numbers-en-fr", "lstm-translator"), ("number-tags", "gru-tagger")):
+        code = code.replace(f"models/{name}", str(ROOT / "tests/golden" / golden))
+    exec(code, namespace)

@@ -9,6 +9,7 @@ from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.saved import SavedState
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.errors import SeqModelsError
+from seqmodels.state import State
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,21 +72,22 @@ class Progress:
 
 
 @dataclass(frozen=True, eq=False)
-class Scored:
-    """A given text's log-probabilities (T,), and the likeliest tokens at each place with theirs (T, K), best first."""
+class Scores:
+    """What a forward pass says of labels or targets, as `ForwardRequest` tells; state: where that leaves the input, one
+    row, for a later request to go on from. likeliest: of a text that is scored, the likeliest tokens at each place and
+    their log-probabilities (T, K), best first."""
 
-    logprobs: Tensor
-    top_tokens: Tensor
-    top_logprobs: Tensor
+    values: Tensor
+    state: State | None = None
+    likeliest: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The whole answer: hypotheses of a generator; a tensor of labels' or targets' scores from a forward pass, or
-    Scored where the likeliest tokens were asked for."""
+    """The whole answer: hypotheses of a generator, or what a forward pass says."""
 
     request_id: str
-    result: list[Hypothesis] | Tensor | Scored
+    result: list[Hypothesis] | Scores
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def scores(name: str) -> list[list[float]]:
     forward = Forward(load_pretrained(HERE / name).model)
     forward.submit(ForwardRequest("golden", torch.arange(4, 10), (2, 5, 6, 7, 3) if "translator" in name else ()))
     (event,) = forward.step()
-    return torch.atleast_2d(event.result).tolist()  # type: ignore[union-attr, arg-type, no-any-return]
+    return torch.atleast_2d(event.result.values).tolist()  # type: ignore[union-attr, arg-type, no-any-return]
 
 
 if __name__ == "__main__":

@@ -163,3 +163,20 @@ def test_the_command_line_goes_on_from_a_state(
     assert more["text"] != second["text"]
     assert "damaged" in damaged
     assert "state is no base64" in no_base64 and "state is no base64" in number
+
+
+def test_the_command_line_reads_an_input_in_pieces(
+    directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], pipelines: dict[str, Pipeline]
+) -> None:
+    def predict(model: str, line: dict[str, Any], *options: str) -> Any:
+        (tmp_path / "lines.jsonl").write_text(json.dumps(line) + "\n")
+        main(["predict", str(directories[model]), str(tmp_path / "lines.jsonl"), *options])
+        return json.loads(capsys.readouterr().out)
+
+    first = predict("classifier", {"text": "the quick"}, "--return-state")
+    second = predict("classifier", {"state": first["state"], "text": " fox"})
+    assert "state" not in second and second == pipelines["classifier"](["the quick fox"])[0]
+    first = predict("tagger", {"words": ["the", "quick"]}, "--return-state")
+    assert "state" in predict("tagger", {"state": first["state"], "words": ["fox"]}, "--return-state")
+    other = predict("classifier", {"state": first["state"], "text": "fox"})
+    assert "was made by a model" in other["error"]["message"]

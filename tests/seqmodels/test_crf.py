@@ -251,5 +251,5 @@ def answers(worker: Forward, requests: list[ForwardRequest]) -> dict[str, Tensor
     found: dict[str, Tensor] = {}
     while worker.has_work:
         for event in worker.step():
-            found[event.request_id] = event.result  # type: ignore[union-attr, assignment]
+            found[event.request_id] = event.result.values  # type: ignore[union-attr]
     return found

@@ -17,6 +17,7 @@ from seqmodels.pipeline import Pipeline
 from seqmodels.preprocessing import Preprocessor
 from seqmodels.pretrained import load_pretrained, save_pretrained
 from seqmodels.selftest import find_row_floor
+from seqmodels.state import State
 from seqmodels.tokenizer import BOS, EOS, Tokenizer
 from tests.seqmodels.builders import make_model
 
@@ -193,8 +194,9 @@ def test_the_self_test_asks_every_member() -> None:
     assert not isinstance(leaky, SequenceGenerator)
     predict = leaky.predict
 
-    def leak(inputs: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, None]:
-        return predict(inputs, lengths)[0] * (1 + 1e-6 * len(inputs)), None
+    def leak(inputs: Tensor, lengths: Tensor | None = None, state: State | None = None) -> tuple[Tensor, State | None]:
+        logits, after = predict(inputs, lengths, state)
+        return logits * (1 + 1e-6 * len(inputs)), after
 
     leaky.predict = leak  # type: ignore[method-assign, assignment]
     assert find_row_floor([sound, sound]) is not None

@@ -104,6 +104,3 @@ def test_a_model_with_inputs_goes_on_with_the_same_ones(pipelines: dict[str, Pip
         pipelines["language model"].prepare("a", state=first["state"])
     with pytest.raises(InputError, match="damaged or no state"):
         pipelines["language model"].prepare("a", state=b"")
-    for option in ({"state": b""}, {"return_state": True}):
-        with pytest.raises(InputError, match="is an option of generators"):
-            pipelines["classifier"].prepare("a", **option)  # type: ignore[arg-type]

@@ -147,6 +147,18 @@ def test_packing_leaves_the_model_as_it_is() -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize(("inputs", "outputs"), [(37, 1), (64, 17), (13, 3)])
+def test_rows_of_a_packed_layer_do_not_depend_on_their_number(inputs: int, outputs: int) -> None:
+    layer, x = nn.Linear(inputs, outputs), torch.randn(16, 12, inputs)
+    twin = packed(layer)
+    together = twin(x)
+    assert torch.allclose(together, layer(x), atol=1e-5)
+    for first, count in ((0, 4), (3, 5), (1, 7)):
+        assert torch.equal(twin(x[first : first + count]), together[first : first + count])
+        assert torch.equal(twin(x[first : first + count, 0]), together[first : first + count, 0])
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("kind", RECURRENCES)
 def test_what_the_first_layer_makes_of_tokens_may_be_looked_up(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_language_model(3, vocab_size=40, recurrent={**RECURRENCES[kind], "hidden_size": 8})

@@ -1,5 +1,6 @@
 """Going on from a saved state equals, bit for bit, never having stopped; and nothing but such a state gets in."""
 
+import base64
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,11 +14,12 @@ from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.generate import generate
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.request import Request
-from seqmodels.decoding.saved import Maker, SavedState
+from seqmodels.decoding.saved import Maker, Position, SavedState
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.errors import InputError
 from seqmodels.models import SequenceGenerator
 from seqmodels.selftest import find_row_floor
+from seqmodels.state import State
 from seqmodels.tokenizer import EOS
 from tests.seqmodels.builders import RECURRENCES, make_language_model, make_translator
 
@@ -215,6 +217,27 @@ def test_bytes_hold_all_of_it(state: SavedState) -> None:
     assert parsed(state.to_bytes(MAKER)) == state
     empty = replace(state, tokens=(), position=state.position.model_copy(update={"num_generated": 0}))
     assert parsed(empty.to_bytes(MAKER)) == empty
+
+
+def test_a_state_by_the_first_program_that_wrote_them_is_read() -> None:
+    first = SavedState(
+        (4, 5, 7),
+        State(torch.tensor([[0.5, -0.25]])).to_bytes(),
+        Position(num_generated=1, step=1, output=0, seed=9, inputs=""),
+    )
+    assert parsed(base64.b64decode(WRITTEN), width=2) == first
+    assert first.to_bytes(MAKER) == base64.b64decode(WRITTEN)
+
+
+WRITTEN = (
+    "oAEAAAAAAAB7Il9fbWV0YWRhdGFfXyI6eyJzdGF0ZSI6IntcInZlcnNpb25cIjoxLFwibWFrZXJcIjp7XCJyZXZpc2lvblwiOlwi"
+    "MWYzYVwiLFwiZGVjb2Rlcl93ZWlnaHRzXCI6XCJmbG9hdDMyXCIsXCJzaG9ydGxpc3RcIjpcIlwifSxcImF0XCI6e1wibnVtX2dl"
+    "bmVyYXRlZFwiOjEsXCJzdGVwXCI6MSxcIm91dHB1dFwiOjAsXCJzZWVkXCI6OSxcImlucHV0c1wiOlwiXCJ9LFwiY2hlY2tzdW1c"
+    "IjpcImE4MDMyZmUzYjY1MTk0NDZjZWEyOTIyMmVjNWZlZDAwZDVmNWY4NTY0ZTk3NWJlOTJiYzA1ODU1MDYxNzVkYzdcIn0ifSwi"
+    "dG9rZW5zIjp7ImR0eXBlIjoiSTY0Iiwic2hhcGUiOlszXSwiZGF0YV9vZmZzZXRzIjpbMCwyNF19LCJ2YWx1ZXMiOnsiZHR5cGUi"
+    "OiJGMzIiLCJzaGFwZSI6WzJdLCJkYXRhX29mZnNldHMiOlsyNCwzMl19fSAgICAgIAQAAAAAAAAABQAAAAAAAAAHAAAAAAAAAAAA"
+    "AD8AAIC+"
+)
 
 
 def test_what_does_not_fit_is_named(state: SavedState) -> None:

@@ -15,15 +15,16 @@ RECURRENT = {"cell": "gru", "hidden_size": 16}
 PICTURE = {"image_size": [8, 8], "channels": [4, 8]}
 
 
-def save_all(directory: Path) -> dict[str, str]:
-    """Name -> directory of a model for each task and each kind of input."""
+def save_all(directory: Path, bidirectional: bool = False) -> dict[str, str]:
+    """Name -> directory of a model for each task and each kind of input. bidirectional: of encoders."""
     torch.manual_seed(1)
     tokenizer = Tokenizer.train([], kind="byte")
     size = tokenizer.vocab_size
-    text = {"input": "text", "vocab_size": size, "embedding_size": 8, "recurrent": RECURRENT}
+    reading = {**RECURRENT, "bidirectional": bidirectional}
+    text = {"input": "text", "vocab_size": size, "embedding_size": 8, "recurrent": reading}
     image = {"input": "image", "backbone": PICTURE}
-    frames = {"input": "frames", "backbone": PICTURE, "recurrent": RECURRENT}
-    features = {"input": "features", "feature_size": 3, "recurrent": RECURRENT}
+    frames = {"input": "frames", "backbone": PICTURE, "recurrent": reading}
+    features = {"input": "features", "feature_size": 3, "recurrent": reading}
     decoder = {"vocab_size": size, "embedding_size": 8, "recurrent": RECURRENT}
     attending = {**decoder, "attention": "general"}
     configs: dict[str, dict[str, Any]] = {

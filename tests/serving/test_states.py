@@ -11,7 +11,8 @@ from seqmodels.errors import ConfigError, InputError
 from seqmodels.pipeline import Pipeline
 from serving.states import Seal, load_state_key, this_place
 
-from .conftest import InProcess, error_of, events_of, in_process
+from .conftest import STATE_KEY, InProcess, error_of, events_of, in_process
+from .model_directories import save_all
 
 HERE, ELSEWHERE = b"here....", b"elsewher"
 
@@ -143,6 +144,43 @@ def test_states_that_do_not_fit(server: InProcess) -> None:
     assert error["param"] == "state" and "other inputs" in error["message"]
     error = error_of(server.post("/v1/generate", {"state": translated[:-1] + "?"}), 400)
     assert error["code"] == "state_invalid"
+
+
+WORDS = ["Ada", "lives", "in", "Oslo", "now"]
+SERIES = [[0.5, 1.0, -2.0], [0.1, 0.2, 0.3], [3.0, 2.0, 1.0], [0.0, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "whole", "pieces"),
+    [
+        ("names", "tag", {"words": WORDS}, [{"words": WORDS[:2]}, {"words": WORDS[2:4]}, {"words": WORDS[4:]}]),
+        ("mood", "classify", "a good day, all in all", ["a good", " day,", " all in all"]),
+        ("series", "classify", {"features": SERIES}, [{"features": SERIES[:1]}, {"features": SERIES[1:]}]),
+        ("topics", "classify", "art and sport", ["art and", " sport"]), ("rating", "classify", "so so", ["so", " so"]),
+    ],
+)  # fmt: skip
+def test_a_long_input_comes_in_pieces(server: InProcess, model: str, path: str, whole: Any, pieces: list[Any]) -> None:
+    """A classifier's last answer is that for the whole; a tagger's answers are those for their own piece of it."""
+    state, answers = None, []
+    for piece in pieces:
+        answers.append(ask(server, path, {"model": model, "inputs": piece, "state": state, "return_state": True}))
+        state = answers[-1].pop("state")
+    expected = ask(server, path, {"model": model, "inputs": whole})
+    assert answers[-1].pop("state_exact") is True
+    if path == "classify":
+        assert answers[-1] == expected
+    else:
+        told = [(tag["label"], tag["score"]) for answer in answers for tag in answer["tags"]]
+        assert told == [(tag["label"], tag["score"]) for tag in expected["tags"]]
+
+
+def test_a_model_that_reads_both_ways_takes_no_pieces(tmp_path: Path) -> None:
+    pipeline = Pipeline.from_pretrained(save_all(tmp_path, bidirectional=True)["names"])
+    with in_process({"names": pipeline}) as both_ways:
+        for field in ("return_state", "state"):
+            body = {"inputs": "Ada", field: True if field == "return_state" else Seal(STATE_KEY, 60, HERE).seal(b"x")}
+            error = error_of(both_ways.post("/v1/tag", body), 400)
+            assert (error["code"], error["param"]) == ("state_not_supported", field)
 
 
 def test_a_replica_of_another_kind_says_so(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
