@@ -112,6 +112,9 @@ def _parser() -> argparse.ArgumentParser:
             action="store_true",
             help=f'{comes_with} a "state" in base64; a line {{"state": ..., "text": ...}} goes on from it',
         )
+    predict.add_argument(
+        "--threshold", type=float, metavar="P", help="a label less likely than this, from 0 to 1, is null"
+    )
     generate.add_argument(
         "--decoder-weights",
         choices=get_args(Weights),
@@ -221,7 +224,13 @@ def _prepared(
                 item, target, truncate=options.truncate, field="the input", target_field="the target"
             )
         return pipeline.prepare(
-            item, params, truncate=options.truncate, field="the input", state=state, return_state=options.return_state
+            item,
+            params,
+            truncate=options.truncate,
+            field="the input",
+            state=state,
+            return_state=options.return_state,
+            threshold=getattr(options, "threshold", None),
         )
     except InputError as error:
         if error.param in params:  # it would be wrong for every line

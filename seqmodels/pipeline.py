@@ -45,6 +45,7 @@ class Job:
 
     request: Request | ForwardRequest
     reading: Reading
+    threshold: float | None = None
 
     @property
     def id(self) -> str:
@@ -155,6 +156,7 @@ class Pipeline:
         deadline: float | None = None,
         state: bytes | None = None,
         return_state: bool = False,
+        threshold: float | None = None,
         priority: int = 0,
         client: str = "",
     ) -> Job:
@@ -168,8 +170,9 @@ class Pipeline:
         label is for all pieces so far, tags are those of this one. A language model reads the item as more text after
         all tokens that the state holds, and another generator is given the same item again. What a generator answers,
         its limits and its score are of what is new; greedy and sampled, it is what one longer run would have written.
-        From a sequence that ended with EOS it goes on before that. Beams begin a new search there. Raises InputError,
-        whose `param` is `field` or the option at fault.
+        From a sequence that ended with EOS it goes on before that. Beams begin a new search there.
+        threshold: a probability below which a label, or a tag's, is None. Raises InputError, whose `param` is `field`
+        or the option at fault.
         """
         if self._engine is None:
             if name := next((name for name, value in (params or {}).items() if value is not None), None):
@@ -187,7 +190,9 @@ class Pipeline:
                 priority=priority,
                 client=client,
             )
-            return Job(labelling, reading)
+            return Job(labelling, reading, self._checked_threshold(threshold))
+        if threshold is not None:
+            raise InputError("threshold is an option of models that answer with labels", param="threshold")
         search = self._search_params(params or {})
         saved = None if state is None else self._saved(state)
         reading = self._reader.read(item, field, truncate, inside=bool(saved and saved.tokens))
@@ -241,6 +246,13 @@ class Pipeline:
             _new_id(), reading.inputs, labels, deadline, top_logprobs=top_logprobs, priority=priority, client=client
         )
         return Job(request, replace(reading, text=target, spans=tuple(spans)))
+
+    def _checked_threshold(self, threshold: float | None) -> float | None:
+        if threshold is not None and self.config.problem_type == "regression":
+            raise InputError("threshold is of probabilities, and this model answers with numbers", param="threshold")
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise InputError(f"threshold is {threshold}, but a probability is between 0 and 1", param="threshold")
+        return threshold
 
     def _search_params(self, given: Mapping[str, Any]) -> SearchParams:
         try:
@@ -347,13 +359,13 @@ class Pipeline:
             raise InputError("the model's scores for this input are not finite; its numbers are too large for it")
         if self._engine:
             return render_score(self._tokenizer, job.reading, job.request.labels, result)
-        answer = self._render_labels(job.reading, result.values)
+        answer = self._render_labels(job, result.values)
         return answer | {"state": input_state_to_bytes(result.state, self._maker)} if result.state else answer
 
-    def _render_labels(self, reading: Reading, scores: Tensor) -> dict[str, Any]:
+    def _render_labels(self, job: Job, scores: Tensor) -> dict[str, Any]:
         if self.config.architecture == "tagger":
-            return render_tags(self.config.labels, reading, scores)
-        return CLASSIFIED[self.config.problem_type](self.config.labels, scores)
+            return render_tags(self.config.labels, job.reading, scores, job.threshold)
+        return CLASSIFIED[self.config.problem_type](self.config.labels, scores, job.threshold)
 
     def num_output_tokens(self, job: Job, result: list[Hypothesis] | Scores) -> int:
         """Tokens written, or labels given."""

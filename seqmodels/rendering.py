@@ -20,40 +20,51 @@ from seqmodels.reading import Reading
 from seqmodels.tokenizer import EOS, Tokenizer
 
 
-def render_label(labels: Sequence[str], scores: Tensor) -> dict[str, Any]:
-    """scores: probabilities (C,)."""
+def render_label(labels: Sequence[str], scores: Tensor, threshold: float | None = None) -> dict[str, Any]:
+    """scores: probabilities (C,). threshold: below which the best label is too unlikely to be told."""
     label = labels[int(scores.argmax())]
     by_label = dict(zip(labels, scores.tolist(), strict=True))
-    return {"label": label, "score": by_label[label], "scores": by_label}
+    return {"label": _unless_unlikely(label, by_label[label], threshold), "score": by_label[label], "scores": by_label}
 
 
-def render_labels(labels: Sequence[str], scores: Tensor) -> dict[str, Any]:
-    """Those that are likelier than not. scores: probabilities (C, 2) of each label's absence and presence."""
+def render_labels(labels: Sequence[str], scores: Tensor, threshold: float | None = None) -> dict[str, Any]:
+    """Those that are at least as likely as the threshold; likelier than not where it is left out. scores: probabilities
+    (C, 2) of each label's absence and presence."""
     by_label = dict(zip(labels, scores[:, 1].tolist(), strict=True))
-    return {"labels": [label for label, score in by_label.items() if score > 0.5], "scores": by_label}
+    told = [label for label, p in by_label.items() if (p > 0.5 if threshold is None else p >= threshold)]
+    return {"labels": told, "scores": by_label}
 
 
-def render_numbers(names: Sequence[str], numbers: Tensor) -> dict[str, Any]:
-    """numbers: (K,)."""
+def render_numbers(names: Sequence[str], numbers: Tensor, threshold: float | None = None) -> dict[str, Any]:
+    """numbers: (K,). They have no probability, so there is no threshold."""
+    assert threshold is None
     return {"values": dict(zip(names, numbers.tolist(), strict=True))}
 
 
-CLASSIFIED: dict[ProblemType, Callable[[Sequence[str], Tensor], dict[str, Any]]] = {
+def _unless_unlikely(label: str, score: float, threshold: float | None) -> str | None:
+    return None if threshold is not None and score < threshold else label
+
+
+CLASSIFIED: dict[ProblemType, Callable[[Sequence[str], Tensor, float | None], dict[str, Any]]] = {
     "single_label_classification": render_label,
     "multi_label_classification": render_labels,
     "regression": render_numbers,
 }
 
 
-def render_tags(labels: Sequence[str], reading: Reading, scores: Tensor) -> dict[str, Any]:
-    """A tag per word or step, per span where the labels are BIO. scores: probabilities (S, C)."""
+def render_tags(
+    labels: Sequence[str], reading: Reading, scores: Tensor, threshold: float | None = None
+) -> dict[str, Any]:
+    """A tag per word or step, per span where the labels are BIO. scores: probabilities (S, C). threshold: below which a
+    label is too unlikely to be told; its place is."""
     best, indices = scores[list(reading.positions)].max(-1)
     names, chances = [labels[i] for i in indices.tolist()], best.tolist()
     spans = bio_spans(names) if is_bio(labels) else [(name, i, i + 1) for i, name in enumerate(names)]
     tags = []
     for name, first, end in spans:
         start, stop = reading.spans[first][0], reading.spans[end - 1][1]
-        tag: dict[str, Any] = {"label": name, "score": math.fsum(chances[first:end]) / (end - first)}
+        score = math.fsum(chances[first:end]) / (end - first)
+        tag: dict[str, Any] = {"label": _unless_unlikely(name, score, threshold), "score": score}
         tag |= {"start": start, "end": stop}
         tags.append(tag | {"text": reading.text[start:stop]} if reading.text else tag)
     return {"tags": tags}

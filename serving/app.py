@@ -74,7 +74,7 @@ def build_app(
     """
     runner = models.runner
     seal = Seal(state_key, settings.state_lifetime_s, this_place(settings.device))
-    service = Service(runner, seal)
+    service = Service(runner, seal, settings.stream_interval_s)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -140,6 +140,8 @@ class Settings(Parsed):
     replicas: PositiveInt = 1
     num_gpus: Annotated[float, Field(ge=0.0)] | None = None  # for each replica; left out: 1 on "cuda", 0 on "cpu"
     autoscaling: Autoscaling | None = None  # in place of a fixed number of replicas
+    # A stream's first piece goes out at once; what comes within so many seconds after a piece goes out together.
+    stream_interval_s: Annotated[float, Field(ge=0.0)] = 0.05
     access_log: bool = True  # a line for each request in Ray Serve's log files; never with its text
     stall_after_s: PositiveFloat = 30.0  # an engine that does not turn for so long counts as dead
     drain_s: PositiveFloat = 20.0  # on shutdown, the time that running requests get to finish

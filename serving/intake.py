@@ -22,6 +22,7 @@ from serving.schema import (
     GenerateRequest,
     GeneratorOptions,
     ImageInput,
+    LabelsRequest,
     RawCaptionRequest,
     ScoreRequest,
     TagRequest,
@@ -74,6 +75,7 @@ def prepare_inputs(model: ServedModel, body: TaskRequest, terms: Terms) -> Work:
             stream=stream,
             state=opened.state if opened else None,
             return_state=body.return_state,
+            threshold=body.threshold if isinstance(body, LabelsRequest) else None,
             **terms.turn,
         )
         for (item, field), opened in zip(items, states, strict=True)

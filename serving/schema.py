@@ -108,14 +108,21 @@ class Resumable(Request):
     return_state: bool = False
 
 
-class ClassifyRequest(Resumable):
+class LabelsRequest(Resumable):
+    """threshold: a probability below which a label, or that of a tag, is null; where several labels may be right, those
+    below it are left out."""
+
+    threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
+class ClassifyRequest(LabelsRequest):
     inputs: Items
     model_config = ConfigDict(
         json_schema_extra={"example": {"inputs": ["a warm and funny film", "not worth the time"]}}
     )
 
 
-class TagRequest(Resumable):
+class TagRequest(LabelsRequest):
     inputs: Items
     model_config = ConfigDict(json_schema_extra={"example": {"inputs": {"words": ["Ada", "lives", "in", "Oslo"]}}})
 
@@ -204,13 +211,15 @@ class Resumed(Strict):
 
 
 class Classification(Resumed):
-    label: str
+    """label: null where its score is below the threshold that was asked for."""
+
+    label: str | None
     score: float
     scores: dict[str, float]
 
 
 class MultiLabelClassification(Resumed):
-    """The labels that are likelier than not."""
+    """The labels that are likelier than not, or as likely as the threshold that was asked for."""
 
     labels: list[str]
     scores: dict[str, float]
@@ -226,9 +235,10 @@ class ClassifyResponse(Response):
 
 
 class Span(Strict):
-    """One labelled span; start and end count characters (or words, frames or steps) of the input."""
+    """One labelled span; start and end count characters (or words, frames or steps) of the input. label: null where its
+    score is below the threshold that was asked for."""
 
-    label: str
+    label: str | None
     score: float
     start: int
     end: int

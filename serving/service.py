@@ -79,9 +79,11 @@ async def ending_at(deadline: float) -> AsyncIterator[None]:
 class Service:
     """Prepares work in a pool, and connects calls with the runner."""
 
-    def __init__(self, runner: Runner[ServedModel], seal: Seal) -> None:
+    def __init__(self, runner: Runner[ServedModel], seal: Seal, stream_interval_s: float) -> None:
+        """stream_interval_s: the least time from one piece of a stream to the next, after the first."""
         self.runner = runner
         self.seal = seal
+        self.stream_interval_s = stream_interval_s
         self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="prepare")
         self._free_threads = asyncio.Semaphore(POOL_THREADS)
         self._calls: dict[str, Call] = {}  # by request id; of the event loop alone
@@ -160,21 +162,28 @@ class Call:
 
     async def answer(self) -> Answer:
         """Wait for every result. Raises the first error, which ends the whole call."""
-        while await self._next():
-            pass
+        while not self._is_over:
+            await self._next()
         return self._answer()
 
     async def stream(self) -> AsyncGenerator[Delta | Answer]:
-        """Text as it is decided, then the same answer as `answer` gives."""
+        """Text as it is decided, then the same answer as `answer` gives. The first piece comes at once; then what comes
+        within an interval comes together, for a message for every token would cost more than the token."""
         texts = [self._pipeline.text_stream(job) for job in self._work.jobs]
-        while event := await self._next():
-            index = self._position[event.request_id]
-            if isinstance(event, Finished):
-                pieces = texts[index].finish(cast("list[Hypothesis]", event.result))
-            else:
-                pieces = texts[index].push(event)
-            for sequence, text, told in pieces:
-                yield Delta(index, sequence, text, told)
+        not_before = 0.0
+        while not self._is_over:
+            events, failure = await self._until(not_before)
+            not_before = time.monotonic() + self._service.stream_interval_s
+            for event in events:
+                index = self._position[event.request_id]
+                if isinstance(event, Finished):
+                    pieces = texts[index].finish(cast("list[Hypothesis]", event.result))
+                else:
+                    pieces = texts[index].push(event)
+                for sequence, text, told in pieces:
+                    yield Delta(index, sequence, text, told)
+            if failure:
+                raise failure
         yield self._answer()
 
     def close(self) -> None:
@@ -183,10 +192,30 @@ class Call:
             self._service.forget(list(self._unfinished))
             self._unfinished.clear()
 
-    async def _next(self) -> Finished | Progress | None:
-        """The next event, None after the last. Raises what a request failed with."""
-        if len(self._results) == len(self._work.jobs):
-            return None
+    @property
+    def _is_over(self) -> bool:
+        return len(self._results) == len(self._work.jobs)
+
+    async def _until(self, moment: float) -> tuple[list[Finished | Progress], Exception | None]:
+        """What comes until then, in `time.monotonic` seconds: at least one event, progress of one output as one; and
+        what a request failed with meanwhile, which ends the call after these."""
+        events: dict[tuple[str, int | None], Finished | Progress] = {}
+        try:
+            while not self._is_over and (not events or time.monotonic() < moment or not self._events.empty()):
+                async with asyncio.timeout(moment - time.monotonic() if events else None):
+                    event = await self._next()
+                key = (event.request_id, event.index if isinstance(event, Progress) else None)
+                if isinstance(event, Progress) and isinstance(earlier := events.get(key), Progress):
+                    event = earlier.then(event)
+                events[key] = event
+        except TimeoutError:
+            pass
+        except Exception as failure:
+            return list(events.values()), failure
+        return list(events.values()), None
+
+    async def _next(self) -> Finished | Progress:
+        """The next event. Raises what a request failed with."""
         async with ending_at(self._work.deadline + GRACE_S):
             event = await self._events.get()
         if isinstance(event, Failed):

@@ -1,7 +1,7 @@
 """Request: what is asked of an engine; and the events that answer it. Tensors and numbers, no text and no HTTP."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -69,6 +69,15 @@ class Progress:
     tokens: list[int]
     logprobs: list[float] | None = None
     top_logprobs: list[list[tuple[int, float]]] | None = None
+
+    def then(self, more: "Progress") -> "Progress":
+        """Both as one, of the same output."""
+        return replace(
+            self,
+            tokens=self.tokens + more.tokens,
+            logprobs=None if self.logprobs is None else self.logprobs + (more.logprobs or []),
+            top_logprobs=None if self.top_logprobs is None else self.top_logprobs + (more.top_logprobs or []),
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,6 +59,13 @@ def test_command_line_in_process(
     (tmp_path / "captions.jsonl").write_text(json.dumps({"image": str(tmp_path / "picture.png")}) + "\n")
     assert main(["generate", str(directories["captioner"]), str(tmp_path / "captions.jsonl")]) == 0
     assert "sequences" in json.loads(capsys.readouterr().out)
+    (tmp_path / "fox.txt").write_text("the fox\n")
+    classify = ["predict", str(directories["classifier"]), str(tmp_path / "fox.txt")]
+    for threshold, told in (("0", True), ("1", False)):
+        assert main([*classify, "--threshold", threshold]) == 0
+        assert (json.loads(capsys.readouterr().out)["label"] is not None) is told
+    assert main([*classify, "--threshold", "1.5"]) == 1
+    assert "threshold is 1.5, but a probability is between 0 and 1" in capsys.readouterr().out
     (tmp_path / "cut.jsonl").write_text('{"text": "the fox"\n')
     captions, beams = (str(directories["captioner"]), str(tmp_path / "captions.jsonl")), "--num-beams"
     mistakes = {

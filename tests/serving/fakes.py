@@ -112,6 +112,7 @@ class FakePipeline:
         deadline: float | None = None,
         state: bytes | None = None,
         return_state: bool = False,
+        threshold: float | None = None,
         priority: int = 0,
         client: str = "",
     ) -> FakeJob:

@@ -133,3 +133,27 @@ def test_a_body_that_does_not_come_expires(server: InProcess) -> None:
 
     assert server.wait(crowd(server, 1, content=endless())) == [408]
     assert server.runner.num_open == 0
+
+
+@pytest.mark.parametrize(("interval_s", "fewest", "most"), [(0.0, 25, 25), (0.1, 2, 8)])
+def test_the_first_words_of_a_stream_come_at_once_and_later_ones_together(
+    interval_s: float, fewest: int, most: int
+) -> None:
+    """Two sequences of a word each 10 ms. A client over ASGI sees the moments at which pieces are sent."""
+    text = " ".join("abcdefghijklmnopqrstuvwxy")
+    body = {"inputs": text, "num_beams": 2, "num_return_sequences": 2, "stream": True}
+    with in_process({"en-de": FakePipeline("translate", step_s=0.01)}, stream_interval_s=interval_s) as server:
+        events = events_of(server.post("/v1/translate", body))
+    deltas = [data for name, data in events if name == "delta"]
+    for sequence, ending in ((0, ""), (1, " #1")):
+        own = [data["delta"] for data in deltas if data["sequence"] == sequence]
+        assert "".join(own) == text.upper() + ending
+        assert own[0] == "A" and fewest <= len(own) <= most + 1
+
+
+def test_what_came_before_a_failure_is_sent() -> None:
+    with in_process({"en-de": FakePipeline("translate", step_s=0.01)}, stream_interval_s=0.2) as server:
+        threading.Timer(0.1, lambda: setattr(server.pipelines["en-de"], "failing_steps", 1)).start()
+        events = events_of(server.post("/v1/translate", {"inputs": "a " * 29, "stream": True}))
+    said = "".join(data["delta"] for name, data in events if name == "delta")
+    assert events[-1][0] == "error" and len(said.split()) >= 4
