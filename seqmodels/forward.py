@@ -7,7 +7,7 @@ Synchronous; knows tensors; knows no thread, no text and no HTTP.
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from seqmodels.config import Average
 from seqmodels.decoding.best import best_candidates
 from seqmodels.decoding.padding import ROW_FLOOR, bucket, grouped, has_steps, pad_inputs
-from seqmodels.decoding.request import Event, Failed, Finished, Scores
+from seqmodels.decoding.request import Event, Failed, Finished, Scores, Times
 from seqmodels.decoding.waiting import Waiting
 from seqmodels.ensemble import Mean, mean_of
 from seqmodels.errors import DeadlineError
@@ -33,7 +33,7 @@ class ForwardRequest:
     which steps a tagger's labels are asked for; at all of them where left out. state: one row, after what came before
     these inputs of classifiers and taggers, as `Forward.start` or a result has it. return_state: whether the result
     comes with the one after them. top_logprobs: how many of the likeliest tokens are told at each place of a text to
-    score. deadline, priority, client: as in `engine.Request`.
+    score. deadline, priority, client, times: as in `engine.Request`.
 
     The values of its result: probabilities (C,) of a classifier, (C, 2) where several labels may be right, (S, C) of a
     tagger; the numbers (K,) of a regression; log-probabilities (T,) of labels.
@@ -49,6 +49,7 @@ class ForwardRequest:
     top_logprobs: int = 0
     priority: int = 0
     client: str = ""
+    times: Times = field(default_factory=Times)
 
 
 class Forward:
@@ -89,6 +90,7 @@ class Forward:
         return len(self._waiting)
 
     def submit(self, request: ForwardRequest) -> None:
+        request.times.submitted = time.monotonic()
         self._waiting.add(request)
 
     def cancel(self, request_id: str) -> None:
@@ -101,9 +103,11 @@ class Forward:
         events: list[Event] = [Failed(request.id, DeadlineError(TOO_LATE)) for request in late]
         taken = self._take()
         for group in grouped(taken, _shape):
-            events += [
-                Finished(request.id, result) for request, result in zip(group, self._answers(group), strict=True)
-            ]
+            results = self._answers(group)
+            now = time.monotonic()
+            for request, result in zip(group, results, strict=True):
+                request.times.first_token = request.times.finished = now
+                events.append(Finished(request.id, result))
         return events
 
     def _take(self) -> list[ForwardRequest]:
@@ -115,6 +119,7 @@ class Forward:
                 break
             self._waiting.take(request)
             positions_of[request.client] += positions
+            request.times.admitted = time.monotonic()
             taken.append(request)
         return taken
 

@@ -86,6 +86,7 @@ class Pipeline:
         self.members = tuple(member.revision for member in members)
         self.average = average
         self.decoder_weights = decoder_weights
+        self._max_rows = max_rows
         self._reader = Reader(self._pretrained)
         self._shortlist = shortlist
         models = [member.model for member in members]
@@ -339,13 +340,19 @@ class Pipeline:
         return self._forward.has_work or bool(self._engine and self._engine.has_work)
 
     def load(self) -> dict[str, int]:
-        """How busy it is: requests waiting, decoder rows in use and in all; and of the tokens in front of outputs, how
-        many were read so far, and how many were not since another output began alike."""
-        waiting = self._forward.num_waiting + (self._engine.num_waiting if self._engine else 0)
-        rows = (self._engine.num_rows, self._engine.max_rows) if self._engine else (0, 0)
-        read, saved = self._engine.prefill_tokens if self._engine else (0, 0)
-        counts = {"prefill_tokens_read": read, "prefill_tokens_saved": saved}
-        return {"waiting": waiting, "rows_live": rows[0], "rows_total": rows[1], **counts}
+        """How busy it is: requests waiting, decoder rows in use, asked for by those who wait, and in all (an input for
+        a forward pass is one row); and of the tokens in front of outputs, how many were read so far, and how many were
+        not since another output began alike."""
+        passes, engine = self._forward.num_waiting, self._engine
+        read, saved = engine.prefill_tokens if engine else (0, 0)
+        return {
+            "waiting": passes + (engine.num_waiting if engine else 0),
+            "rows_live": engine.num_rows if engine else 0,
+            "rows_waiting": passes + (engine.num_rows_waiting if engine else 0),
+            "rows_total": self._max_rows,
+            "prefill_tokens_read": read,
+            "prefill_tokens_saved": saved,
+        }
 
     # -- render --------------------------------------------------------------------------------------------------
 

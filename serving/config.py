@@ -49,11 +49,11 @@ class Limits(Strict):
 
 
 class Autoscaling(Strict):
-    """How many replicas Ray Serve keeps, by the number of requests that each is working on."""
+    """How many replicas Ray Serve keeps, by the decoder rows that are in use or asked for."""
 
     min_replicas: PositiveInt = 1
     max_replicas: PositiveInt = 4
-    target_ongoing_requests: PositiveFloat = 32.0
+    target_occupancy: PositiveFloat = 0.7  # of the rows of the fullest model in a replica
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -19,6 +19,7 @@ from seqmodels.pipeline import Pipeline
 from seqmodels.shortlist import has_shortlist
 from serving.app import build_app
 from serving.auth import ApiKey, load_keys
+from serving.autoscaling import METRIC, ByOccupancy, occupancy
 from serving.cluster import DEPLOYMENT
 from serving.config import ModelSet, Settings
 from serving.http import Exchange
@@ -40,11 +41,13 @@ class ModelServer:
         self.state_key = state_key
         join_ray()
         torch.set_num_threads(self.settings.num_threads)  # Ray has set OMP_NUM_THREADS to its own idea
+        self.metrics = Metrics()
         self.runner: Runner[ServedModel] = Runner(
-            max_requests=self.settings.max_requests, stall_after_s=self.settings.stall_after_s
+            max_requests=self.settings.max_requests,
+            stall_after_s=self.settings.stall_after_s,
+            stepped=self.metrics.stepped,
         )
         self.models = Models(self.runner, partial(load_pipeline, self.settings))
-        self.metrics = Metrics()
 
     async def reconfigure(self, models: dict[str, Any]) -> None:
         """Called by Serve with `user_config`: after the constructor, before the replica takes requests, and whenever
@@ -73,7 +76,14 @@ class ModelServer:
             raise RuntimeError(f"the engine has not turned for {self.settings.stall_after_s} s")
         if self.runner.broken_models:
             raise RuntimeError(f"every step fails: {', '.join(self.runner.broken_models)}")
-        self.metrics.loaded({name: model.load for name, model in self.models.served.items()})
+        self.metrics.loaded(self._loads())
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve where replicas are scaled."""
+        return {METRIC: occupancy(list(self._loads().values()))}
+
+    def _loads(self) -> dict[str, dict[str, int]]:
+        return {name: model.load for name, model in self.models.served.items()}
 
     def report(self) -> dict[str, Any]:
         """What this replica serves, for `python -m serving swap`, which asks every one."""
@@ -124,7 +134,14 @@ def deployment_options(settings: Settings) -> dict[str, Any]:
         "max_surge_percent": 25,  # the new replica stands before the old one goes
     }
     if settings.autoscaling:
-        options["autoscaling_config"] = settings.autoscaling.model_dump()
+        options["autoscaling_config"] = {
+            "min_replicas": settings.autoscaling.min_replicas,
+            "max_replicas": settings.autoscaling.max_replicas,
+            "policy": {
+                "policy_function": ByOccupancy,
+                "policy_kwargs": {"target": settings.autoscaling.target_occupancy},
+            },
+        }
     else:
         options["num_replicas"] = settings.replicas
     return options

@@ -135,6 +135,7 @@ class Front:
             async with ending_at(terms.deadline):
                 body, work = await self.service.in_pool(in_pool, await read_body(request, self.limits.body_bytes))
         exchange.model, exchange.revision = work.model.name, work.model.revision
+        exchange.times = [job.request.times for job in work.jobs]
         return body, work
 
 

@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from seqmodels.decoding.request import Times
 from serving.auth import ANYBODY, PRIORITIES, ApiKey, find_key
 from serving.errors import HttpError, http_error
 from serving.rates import Rates
@@ -52,6 +53,7 @@ class Exchange:
     model: str | None = None
     revision: str | None = None
     usage: dict[str, int] = field(default_factory=dict)  # input_tokens and output_tokens
+    times: list[Times] = field(default_factory=list)  # of its inputs
     first_byte_s: float | None = None
     seconds: float = 0.0
 

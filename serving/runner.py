@@ -87,12 +87,21 @@ class _Leave(Generic[M]):
 class Runner(Generic[M]):
     """Turns `models` in a thread of its own, from `start` to `stop`. Other methods may be called by any thread."""
 
-    def __init__(self, models: Iterable[M] = (), *, max_requests: int = 1024, stall_after_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        models: Iterable[M] = (),
+        *,
+        max_requests: int = 1024,
+        stall_after_s: float = 30.0,
+        stepped: Callable[[str, float], None] = lambda model, seconds: None,
+    ) -> None:
+        """stepped: called in the thread after each good step of a model, with the seconds that it took."""
         self.models = {
             model.name: model for model in models
         }  # never changed, only replaced: read it as often as needed
         self.max_requests = max_requests
         self.stall_after_s = stall_after_s
+        self._stepped = stepped
         self._deliver: Deliver = _nobody
         self._inbox: SimpleQueue[Order[M] | _Cancel | _Leave[M] | None] = SimpleQueue()
         self._lock = threading.Lock()
@@ -246,6 +255,7 @@ class Runner(Generic[M]):
             self._leaving.append(model)
 
     def _step(self, model: M) -> list[Event]:
+        started_at = time.monotonic()
         try:
             events = model.pipeline.step()
         except Exception:
@@ -253,6 +263,7 @@ class Runner(Generic[M]):
             model.failures += 1
             return self._fail([id for id, order in self._running.items() if order.model is model], EngineError())
         model.failures = 0
+        self._stepped(model.name, time.monotonic() - started_at)
         return [event for event in events if self._passes_on(event)]
 
     def _passes_on(self, event: Event) -> bool:

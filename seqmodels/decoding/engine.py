@@ -87,8 +87,10 @@ class Engine:
         self._max_positions_per_step = max_positions_per_step
         self._row_floor = row_floor
         self._waiting: Waiting[Request] = Waiting()
+        self._rows_waiting = 0
         self._newcomers: list[Newcomer] = []
         self._leavers: list[Leaver] = []
+        self._first: list[Request] = []  # who have their first token in this step
         self._sources = Sources(self._model, row_floor)
         self._prefill = Prefill(self._model, row_floor, prefix_cache_states)
         self._lanes: dict[LaneKey, Lane] = {}
@@ -109,6 +111,11 @@ class Engine:
         return sum(request.params.width for request in self._live())
 
     @property
+    def num_rows_waiting(self) -> int:
+        """Decoder rows that those who wait have asked for."""
+        return self._rows_waiting
+
+    @property
     def prefill_tokens(self) -> tuple[int, int]:
         """Tokens read outside the search so far, and those that were not since others began alike."""
         return self._prefill.tokens_read, self._prefill.tokens_saved
@@ -123,6 +130,8 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request. Raises InputError where it could never be answered."""
         self.check(request)
+        request.times.submitted = time.monotonic()
+        self._rows_waiting += request.params.width
         self._waiting.add(request)
 
     def check(self, request: Request) -> None:
@@ -187,8 +196,12 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, wherever it is; its rows are free at the next step. Unknown ids are ignored."""
-        self._sources.forget(self._waiting.remove(request_id))
+        self._no_longer_wait(self._waiting.remove(request_id))
         self._drop({request_id})
+
+    def _no_longer_wait(self, requests: Sequence[Request]) -> None:
+        self._rows_waiting -= sum(request.params.width for request in requests)
+        self._sources.forget(requests)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -199,13 +212,15 @@ class Engine:
         events += self._leave()
         if self._lanes:
             self._advance()
+            for request in self._first:
+                request.times.first_token = time.monotonic()
             events += self._retire()
         return events
 
     def _expire(self) -> list[Event]:
         now = time.monotonic()
         expired = self._waiting.expired(now)
-        self._sources.forget(expired)
+        self._no_longer_wait(expired)
         late = [request.id for request in expired]
         passed = {request.id for request in self._live() if request.deadline is not None and request.deadline <= now}
         late += self._drop(passed) if passed else []
@@ -246,6 +261,8 @@ class Engine:
             self._waiting.take(request)
             rows, positions = rows - request.params.width, positions - cost
             rows_of[request.client] += request.params.width
+            self._rows_waiting -= request.params.width
+            request.times.admitted = time.monotonic()
             taken.append(request)
         encoded = self._sources.encode(taken, self._waiting.near_the_front(rows_of), positions)
         self._newcomers += map(self._newcomer, taken, encoded)
@@ -274,6 +291,7 @@ class Engine:
         self._newcomers = [newcomer for newcomer in self._newcomers if not newcomer.unread.done]
         for group in grouped(ready, lambda newcomer: LaneKey.of(newcomer.request, self._model.attends)):
             self._join(group)
+        self._first = [newcomer.request for newcomer in ready]
 
     def _join(self, newcomers: Sequence[Newcomer]) -> None:
         """Put those of one lane key into their lane, and their states at the end of the engine's."""
@@ -326,6 +344,7 @@ class Engine:
     def _finish(self, lane: Lane, r: int, outputs: list[Hypothesis]) -> list[Event]:
         """The answer of a request of a lane; none yet where the states of its outputs are to be read."""
         request, begun = lane.requests[r], lane.begun[r]
+        request.times.finished = time.monotonic()
         if begun is None:
             return [Finished(request.id, outputs)]
         unread = []

@@ -1,7 +1,7 @@
 """Request: what is asked of an engine; and the events that answer it. Tensors and numbers, no text and no HTTP."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -10,6 +10,17 @@ from seqmodels.decoding.saved import SavedState
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.errors import SeqModelsError
 from seqmodels.state import State
+
+
+@dataclass
+class Times:
+    """When a request came, got rows, had its first token and was answered, in `time.monotonic` seconds; None till then.
+    Of a forward pass, the first token is the answer."""
+
+    submitted: float | None = None
+    admitted: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +33,7 @@ class Request:
     deadline: a time.monotonic() after which the answer is of no use. priority: higher goes first. client: for whom;
     of equal priority, those with the fewest rows in use go first.
     state: what it goes on from, with the same inputs; the prefix then begins with all tokens of that state.
-    return_state: whether its hypotheses come with theirs.
+    return_state: whether its hypotheses come with theirs. times: filled in by who works on it.
     """
 
     id: str
@@ -40,6 +51,7 @@ class Request:
     client: str = ""
     state: SavedState | None = None
     return_state: bool = False
+    times: Times = field(default_factory=Times)
 
     @property
     def num_continued(self) -> int:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -342,12 +343,18 @@ def test_an_error_leaves_nobody_behind(pipelines: dict[str, Pipeline], directori
 
 def test_load_tells_how_busy_it_is(pipelines: dict[str, Pipeline]) -> None:
     counts = {"prefill_tokens_read": 0, "prefill_tokens_saved": 0}
-    idle = {"waiting": 0, "rows_live": 0, "rows_total": 256}
+    idle = {"waiting": 0, "rows_live": 0, "rows_waiting": 0, "rows_total": 256}
     assert Pipeline(pipelines["translator"]._pretrained).load() == idle | counts
     job = pipelines["translator"].prepare("the fox", {"num_beams": 3})
     pipelines["translator"].submit(job)
-    assert pipelines["translator"].load()["waiting"] == 1
+    load = pipelines["translator"].load()
+    assert (load["waiting"], load["rows_waiting"]) == (1, 3)
+    late, gone = (pipelines["translator"].prepare("the dog", {"num_beams": 2}, deadline=at) for at in (0.0, None))
+    pipelines["translator"].submit(late)
+    pipelines["translator"].submit(gone)
+    pipelines["translator"].cancel(gone.id)
     pipelines["translator"].step()
+    assert pipelines["translator"].load()["rows_waiting"] == 0
     assert pipelines["translator"].load()["rows_live"] == 3
     pipelines["translator"].cancel(job.id)
     assert pipelines["translator"].load()["rows_live"] == 0
@@ -360,6 +367,32 @@ def test_load_tells_how_busy_it_is(pipelines: dict[str, Pipeline]) -> None:
         load = pipeline.load()
         assert (load["prefill_tokens_read"], load["prefill_tokens_saved"]) == counted
     assert torch.is_inference_mode_enabled() is False
+
+
+def test_times_are_those_of_the_steps(pipelines: dict[str, Pipeline]) -> None:
+    pipeline = pipelines["translator"]
+    first, second = (pipeline.prepare("the fox", {"num_beams": 200, "max_new_tokens": 4}) for _ in range(2))
+    moments = [time.monotonic()]
+    for job in (first, second):  # the second waits for the rows of the first
+        pipeline.submit(job)
+    while pipeline.has_work:
+        pipeline.step()
+        moments.append(time.monotonic())
+
+    def step_of(moment: float | None) -> int:
+        assert moment is not None
+        return next(number for number, end in enumerate(moments) if moment <= end)
+
+    one, two = first.request.times, second.request.times
+    assert step_of(one.admitted) == step_of(one.first_token) == 1 and step_of(one.finished) <= 4
+    assert step_of(two.admitted) == step_of(two.first_token) == step_of(one.finished) + 1
+    assert one.submitted and two.submitted and one.submitted < two.submitted <= moments[1]
+    labelled = pipelines["classifier"].prepare("the fox")
+    assert labelled.request.times.submitted is None
+    pipelines["classifier"].run([labelled])
+    times = labelled.request.times
+    assert times.submitted and times.admitted and times.finished
+    assert times.submitted <= times.admitted < times.finished == times.first_token
 
 
 @pytest.mark.parametrize(

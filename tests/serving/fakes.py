@@ -15,13 +15,18 @@ from typing import Any
 
 from PIL import Image
 
-from seqmodels.decoding.request import Event, Failed, Finished, Progress
+from seqmodels.decoding.request import Event, Failed, Finished, Progress, Times
 from seqmodels.errors import DeadlineError, InputError, TooLongError, UnsupportedError
 from seqmodels.rendering import Piece
 from serving.runner import Model
 
 MAX_WORDS = 30
 _numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class FakeRequest:
+    times: Times = field(default_factory=Times)
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class FakeJob:
     params: dict[str, Any]
     num_input_tokens: int
     deadline: float | None
+    request: FakeRequest = field(default_factory=lambda: FakeRequest())
 
 
 @dataclass
@@ -220,7 +226,7 @@ class FakePipeline:
         ]
 
     def load(self) -> dict[str, int]:
-        return {"rows_live": len(self.live), "rows_total": 256, "waiting": 0}
+        return {"rows_live": len(self.live), "rows_waiting": 0, "rows_total": 256, "waiting": 0}
 
     def num_details(self, job: FakeJob) -> int:
         return int(job.params.get("top_logprobs", 0)) * sum(map(len, job.outputs))

@@ -119,7 +119,7 @@ def test_health(server: InProcess) -> None:
     assert head.status_code == 200 and head.content == b""
     report = server.get("/readyz")
     assert report.status_code == 200 and report.json()["ready"] and report.json()["num_threads"] >= 1
-    load = {"rows_live": 0, "rows_total": 256, "waiting": 0, "batch_invariant": True}
+    load = {"rows_live": 0, "rows_waiting": 0, "rows_total": 256, "waiting": 0, "batch_invariant": True}
     assert report.json()["models"]["mood"] == {"revision": "0123456789ab", **load} and report.json()["refused"] == []
     assert server.get("/docs").status_code == 200
 
