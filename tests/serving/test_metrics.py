@@ -1,6 +1,9 @@
 """What is counted of a request, and how many replicas the rows that are asked for call for."""
 
 import inspect
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +16,10 @@ from serving.deployments import deployment_options
 from serving.http import Exchange
 from serving.metrics import Metrics, seconds_per_token
 
+from .fakes import FakePipeline
 from .test_deployment import settings
+
+COUNTERS = ("seqmodels_requests", "seqmodels_errors", "seqmodels_tokens")
 
 
 class Recorder:
@@ -106,3 +112,21 @@ def test_serve_knows_the_policy() -> None:
     policy = config.policy.get_policy()
     policy = policy(**config.policy.policy_kwargs) if isinstance(policy, type) else policy
     assert (config.max_replicas, policy(context({"a": 1.8}))[0]) == (5, pytest.approx(2.0))
+
+
+def test_the_dashboard_shows_what_is_counted_and_nothing_else(told: list[tuple[str, float, dict[str, str]]]) -> None:
+    """By the names that Ray's exporter gives: `ray_` in front, `_total` behind a counter."""
+    dashboard = (Path(__file__).parents[2] / "deploy" / "grafana.json").read_text()
+    panels = json.loads(dashboard)["panels"]
+    shown = set(re.findall(r"ray_(seqmodels_[a-z_]+)", dashboard))
+    ours = vars(Metrics()).values()
+    counted = {f"{one.name}_total" if one.name in COUNTERS else f"{one.name}_bucket" for one in ours if one}
+    gauges = {f"seqmodels_{name}" for name in FakePipeline("translate").load()} | {
+        "seqmodels_prefill_tokens_saved", "seqmodels_prefill_tokens_read",
+    }  # fmt: skip
+    assert shown == counted | gauges
+    assert len({panel["id"] for panel in panels}) == len(panels) == 12
+    for panel in panels:
+        assert panel["title"] and all(
+            target["expr"].count("(") == target["expr"].count(")") for target in panel["targets"]
+        )
