@@ -1,5 +1,6 @@
 """API keys: read, hashed, found; how often and how urgently each may ask."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from serving import auth
 from serving.auth import ENVIRONMENT_VARIABLE, ApiKey, find_key, hash_key, load_keys
 from serving.rates import RateError, Rates
 
-from .conftest import api_key, error_of, in_process
+from .conftest import INPUTS, api_key, error_of, in_process
 
 KEY = "0123456789abcdef"
 BODY = {"inputs": "a good day"}
@@ -104,3 +105,26 @@ def test_a_priority_is_asked_for_within_what_the_key_allows(allowed: Any, asked:
         if status != 200:
             assert error_of(response, status)["param"] == "x-request-priority"
         assert server.post("/v1/classify", BODY, headers=bearer(KEY)).status_code == 200
+
+
+@pytest.mark.parametrize("path", [*INPUTS, "/v1/score", "/v1/completions"])
+def test_every_pipeline_is_told_whose_request_it_is_and_how_urgent(path: str) -> None:
+    bodies = {"/v1/score": {"targets": "a", "model": "story"}, "/v1/completions": {"prompt": "a", "model": "story"}}
+    told: list[tuple[int, str]] = []
+    with in_process(keys=(api_key(KEY, name="search", priority="high"),)) as server:
+        for pipeline in server.pipelines.values():
+            for name in ("prepare", "prepare_score"):
+                setattr(pipeline, name, spied(getattr(pipeline, name), told))
+        body = bodies.get(path) or {"inputs": INPUTS[path]}
+        for urgency in ("high", "low"):
+            response = server.post(path, body, headers=bearer(KEY, x_request_priority=urgency))
+            assert response.status_code == 200, response.text
+    assert told == [(1, "search"), (-1, "search")]
+
+
+def spied(prepare: Callable[..., Any], told: list[tuple[int, str]]) -> Callable[..., Any]:
+    def spying(*args: Any, **options: Any) -> Any:
+        told.append((options["priority"], options["client"]))
+        return prepare(*args, **options)
+
+    return spying
