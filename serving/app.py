@@ -24,7 +24,7 @@ from serving.completions import CompletionRequest, CompletionResponse
 from serving.config import Settings
 from serving.errors import HttpError
 from serving.front import LINES, Front, is_image
-from serving.http import Guard, Observe, router_error
+from serving.guard import Guard, Observe, router_error
 from serving.models import Models, ServedModel
 from serving.rates import Rates
 from serving.service import Service

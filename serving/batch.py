@@ -23,7 +23,8 @@ from seqmodels.config import Strict
 from seqmodels.errors import QueueFullError
 from serving.config import Limits
 from serving.errors import HttpError, invalid_request
-from serving.http import exchange_of, unless
+from serving.guard import exchange_of
+from serving.http import unless
 
 URLS = ("classify", "tag", "translate", "caption", "generate", "score", "completions")
 AGAIN_S = 0.1  # after which a line that met a full queue is tried again

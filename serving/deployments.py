@@ -22,7 +22,7 @@ from serving.auth import ApiKey, load_keys
 from serving.autoscaling import METRIC, ByOccupancy, occupancy
 from serving.cluster import DEPLOYMENT
 from serving.config import ModelSet, Settings
-from serving.http import Exchange
+from serving.guard import Exchange
 from serving.logs import join_ray, log_request
 from serving.metrics import Metrics
 from serving.models import Models, ServedModel

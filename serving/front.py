@@ -24,16 +24,8 @@ from serving.batch import BatchResponse
 from serving.completions import CompletionRequest, CompletionWriter
 from serving.config import Limits
 from serving.errors import HttpError, http_error, invalid_request
-from serving.http import (
-    EventStream,
-    Exchange,
-    exchange_of,
-    priority_of,
-    read_body,
-    seconds_allowed,
-    server_sent_event,
-    unless_client_leaves,
-)
+from serving.guard import Exchange, exchange_of, priority_of
+from serving.http import EventStream, read_body, seconds_allowed, server_sent_event, unless_client_leaves
 from serving.models import Models, ServedModel
 from serving.service import Answer, Call, Delta, Service, Work, ending_at
 

@@ -1,4 +1,4 @@
-"""The parts of HTTP that no framework does the way we need: bounded bodies, clients that leave, event streams, a guard.
+"""The parts of HTTP that no framework does the way we need: bounded bodies, clients that leave, event streams.
 
 Knows ASGI; knows no model and no route.
 """
@@ -6,64 +6,18 @@ Knows ASGI; knows no model and no route.
 import asyncio
 import contextlib
 import json
-import logging
-import re
-import time
-import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
-from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
-from seqmodels.decoding.request import Times
-from serving.auth import ANYBODY, PRIORITIES, ApiKey, find_key
-from serving.errors import HttpError, http_error
-from serving.rates import Rates
-
-logger = logging.getLogger(__name__)
+from serving.errors import HttpError
 
 R = TypeVar("R")
 
-WITHOUT_KEY = ("/healthz", "/readyz")
-HOST = re.compile(r"(?P<name>[^:\[\]]+|\[[0-9a-fA-F:.]+\])(:\d+)?")
-EXCHANGE = "seqmodels.exchange"  # where in a request's scope its Exchange is
-PRIORITY_HEADER = "x-request-priority"
 TIMEOUT_HEADER = "x-request-timeout-seconds"  # Ray Serve's own name for it
-CLIENT_LEFT = 499  # never sent: the client is gone; for counting only
-
-
-@dataclass
-class Exchange:
-    """A request and its answer, as logs and metrics tell of them: no text, no key."""
-
-    request_id: str
-    method: str
-    key: ApiKey = ANYBODY
-    route: str = (
-        "none"  # a path that is no route is a client's invention: one name for all, or metrics grow without end
-    )
-    status: int = CLIENT_LEFT
-    code: str | None = None  # of an error, also of one inside a stream
-    model: str | None = None
-    revision: str | None = None
-    usage: dict[str, int] = field(default_factory=dict)  # input_tokens and output_tokens
-    times: list[Times] = field(default_factory=list)  # of its inputs
-    first_byte_s: float | None = None
-    seconds: float = 0.0
-
-
-Observe = Callable[[Exchange], None]
-
-
-def exchange_of(request: Request) -> Exchange:
-    exchange: Exchange = request.scope[EXCHANGE]
-    return exchange
 
 
 async def read_body(request: Request, most: int) -> bytes:
@@ -99,22 +53,6 @@ def seconds_allowed(request: Request, most: float) -> float:
         message = f"the header {TIMEOUT_HEADER} is not a positive number of seconds"
         raise HttpError(400, message, "invalid_value", TIMEOUT_HEADER)
     return min(most, seconds - min(0.2, seconds / 2))
-
-
-def priority_of(request: Request) -> int:
-    """How urgent the client says it is: its header, at most what its key allows. Raises HttpError for another word."""
-    key = exchange_of(request).key
-    highest = PRIORITIES[key.priority]
-    header = request.headers.get(PRIORITY_HEADER)
-    if header is None:
-        return min(PRIORITIES["normal"], highest)
-    if header not in PRIORITIES:
-        message = f"the header {PRIORITY_HEADER} is none of {', '.join(PRIORITIES)}"
-        raise HttpError(400, message, "invalid_value", PRIORITY_HEADER)
-    if PRIORITIES[header] > highest:
-        message = f"{PRIORITY_HEADER} is {header}, but this key may ask for at most {key.priority}"
-        raise HttpError(403, message, "priority_not_allowed", PRIORITY_HEADER)
-    return PRIORITIES[header]
 
 
 async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, R]) -> R:
@@ -173,99 +111,3 @@ def server_sent_event(data: Any, event: str | None = None) -> bytes:
     line = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     name = f"event: {event}\n" if event else ""
     return f"{name}data: {line}\n\n".encode()
-
-
-def told_error(error: BaseException) -> HttpError:
-    """Any exception as the client is told of it, those of the router too."""
-    if isinstance(error, HTTPException):
-        message, code = ROUTER_ERRORS.get(error.status_code, OTHER_ROUTER_ERROR)
-        return HttpError(error.status_code, message, code, headers=dict(error.headers or {}))
-    return http_error(error)
-
-
-async def router_error(request: Request, error: Exception) -> Response:
-    """An answer to what the router does not know."""
-    return _error_response(told_error(error), exchange_of(request))
-
-
-def _error_response(told: HttpError, exchange: Exchange) -> Response:
-    exchange.code = told.code
-    return JSONResponse(told.body, told.status, headers=told.headers)
-
-
-ROUTER_ERRORS = {
-    404: ("there is nothing at this path; /docs lists what there is", "not_found"),
-    405: ("this path does not take this method; /docs lists what it takes", "method_not_allowed"),
-}
-OTHER_ROUTER_ERROR = ("the request could not be read", "invalid_request")
-
-
-class Guard:
-    """Around the whole app: nothing gets in without a key, no exception gets out, every answer is counted."""
-
-    def __init__(
-        self, app: ASGIApp, keys: Sequence[ApiKey], rates: Rates, hosts: Sequence[str] | None, observe: Observe
-    ) -> None:
-        """hosts: names by which clients may call the service; any where None."""
-        self.app = app
-        self.keys = keys
-        self.hosts = hosts
-        self.rates = rates
-        self.observe = observe
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        exchange = scope[EXCHANGE] = Exchange(_request_id(scope), scope["method"])
-        started_at = time.monotonic()
-
-        async def send_and_note(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                exchange.status = message["status"]
-                exchange.first_byte_s = time.monotonic() - started_at
-            await send(message)
-
-        try:
-            if scope["path"] not in WITHOUT_KEY:
-                self._check_host(scope)
-                exchange.key = self._key(scope)
-                self.rates.take(exchange.key)
-            await self.app(scope, receive, send_and_note)
-        except ClientDisconnect:
-            exchange.status = CLIENT_LEFT
-        except Exception as error:
-            if exchange.status != CLIENT_LEFT:
-                raise  # after the first byte there is no other status to give
-            told = told_error(error)
-            if told.status == 500:
-                logger.exception("unexpected error: %s", scope["path"][:100])
-            await _error_response(told, exchange)(scope, receive, send_and_note)
-        finally:
-            exchange.route = getattr(scope.get("route"), "path", exchange.route)
-            exchange.seconds = time.monotonic() - started_at
-            self.observe(exchange)
-
-    def _check_host(self, scope: Scope) -> None:
-        """A browser that was sent here under a name of somebody else's tells that name."""
-        host = HOST.fullmatch(Headers(scope=scope).get("host", ""))
-        name = host["name"].strip("[]").lower() if host else ""
-        if self.hosts is not None and not any(fnmatchcase(name, allowed) for allowed in self.hosts):
-            message = "this server is not known by the name in the header Host; see allowed_hosts"
-            raise HttpError(421, message, "host_not_allowed", "host")
-
-    def _key(self, scope: Scope) -> ApiKey:
-        """The one that came with the request. Raises HttpError where it has none of ours."""
-        if not self.keys:
-            return ANYBODY
-        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        key = find_key(given.strip(), self.keys) if scheme.lower() == "bearer" else None
-        if key is None:
-            message = "this server asks for a key: send the header `Authorization: Bearer KEY`"
-            raise HttpError(401, message, "invalid_api_key", headers={"www-authenticate": "Bearer"})
-        return key
-
-
-def _request_id(scope: Scope) -> str:
-    """The client's, which Ray's proxy gives to every request that has none and tells in the answer; cut short."""
-    return Headers(scope=scope).get("x-request-id", "")[:100] or uuid.uuid4().hex

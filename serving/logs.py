@@ -5,7 +5,7 @@ A line tells who asked for what, how it went and how long it took. It never hold
 
 import logging
 
-from serving.http import Exchange
+from serving.guard import Exchange
 
 RAY = "ray.serve"
 access = logging.getLogger(f"{RAY}.seqmodels")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from ray.serve import metrics
 
 from seqmodels.decoding.request import Times
-from serving.http import Exchange
+from serving.guard import Exchange
 
 SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
 STEP_SECONDS = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0]

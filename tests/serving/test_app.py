@@ -7,7 +7,7 @@ import pytest
 from seqmodels.pipeline import Pipeline
 from serving.app import build_app
 from serving.config import ModelSet, Settings
-from serving.http import Exchange
+from serving.guard import Exchange
 from serving.models import Models
 from serving.runner import Runner
 

@@ -13,7 +13,7 @@ from seqmodels.decoding.request import Times
 from serving import metrics
 from serving.autoscaling import ByOccupancy, occupancy
 from serving.deployments import deployment_options
-from serving.http import Exchange
+from serving.guard import Exchange
 from serving.metrics import Metrics, seconds_per_token
 
 from .fakes import FakePipeline
