@@ -1,54 +1,114 @@
-"""Client: the service from Python, with typed answers.
+"""Clients: the service from Python, with typed answers.
 
     with Client("http://127.0.0.1:8000") as client:
         client.translate(["A dog runs."], num_beams=5).results[0].sequences[0].text
 
-Inputs are what the service takes; pictures may be given as bytes. Options are the fields of serving/schema.py.
+    async with AsyncClient("http://127.0.0.1:8000") as client:
+        (await client.translate(["A dog runs."], num_beams=5)).results[0].sequences[0].text
+
+Both have the same methods. Inputs are what the service takes; pictures may be given as bytes. Options are the fields of
+serving/schema.py, and `timeout_s` and `priority` of one request in place of the client's. All raise ServiceError, and
+InputError for what cannot be sent. What is asked again, and when, is in serving/questions.py.
 """
 
-import base64
-import json
-from collections.abc import Generator, Iterator, Mapping
+import asyncio
+import contextlib
+import functools
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Generic, ParamSpec, Self, TypeVar, overload
 
 import httpx
-from pydantic import BaseModel, TypeAdapter
 
-from seqmodels.errors import SeqModelsError
-from serving.schema import (
-    ClassifyResponse,
-    ErrorResponse,
-    GenerateResponse,
-    ModelCard,
-    ModelList,
-    ScoreResponse,
-    TagResponse,
-)
+from serving import questions
+from serving.http import PRIORITY_HEADER
+from serving.questions import Asking, Delta, Question, ServiceError
 
-Answer = TypeVar("Answer", bound=BaseModel)
+__all__ = ["AsyncClient", "Client", "Delta", "ServiceError"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-class ServiceError(SeqModelsError):
-    """The service refused a request or failed. `status` is HTTP's (0 inside a stream); `code` and `param` say more."""
+class _Asks(Generic[P, T]):
+    """A method that asks one question for one answer."""
 
-    def __init__(self, status: int, body: Any) -> None:
-        try:
-            detail = ErrorResponse.model_validate(body).error
-        except ValueError:  # an answer from something in between, such as a proxy
-            super().__init__(f"status {status}, with no message of the service")
-            self.status, self.code, self.param = status, "unknown", None
-            return
-        super().__init__(detail.message)
-        self.status, self.code, self.param = status, detail.code, detail.param
+    def __init__(self, build: Callable[P, Question[T]]) -> None:
+        self._build = build
+
+    @overload
+    def __get__(self, client: None, owner: type) -> Callable[P, Question[T]]: ...
+    @overload
+    def __get__(self, client: "Client", owner: type) -> Callable[P, T]: ...
+    @overload
+    def __get__(self, client: "AsyncClient", owner: type) -> Callable[P, Coroutine[Any, Any, T]]: ...
+    def __get__(self, client: "Client | AsyncClient | None", owner: type) -> Callable[P, Any]:
+        return _method(self._build, None if client is None else client._ask)
 
 
-class Client:
+class _Streams(Generic[P, T]):
+    """A method that asks questions in turn and gives their answers part by part."""
+
+    def __init__(self, build: Callable[P, Iterable[Question[T]]]) -> None:
+        self._build = build
+
+    @overload
+    def __get__(self, client: None, owner: type) -> Callable[P, Iterable[Question[T]]]: ...
+    @overload
+    def __get__(self, client: "Client", owner: type) -> Callable[P, Generator[T]]: ...
+    @overload
+    def __get__(self, client: "AsyncClient", owner: type) -> Callable[P, AsyncGenerator[T]]: ...
+    def __get__(self, client: "Client | AsyncClient | None", owner: type) -> Callable[P, Any]:
+        return _method(self._build, None if client is None else client._parts)
+
+
+def _method(build: Callable[P, Any], run: Callable[[Any], Any] | None) -> Callable[P, Any]:
+    """`build`, and `run` on what it gives; `build` alone, for who reads its help, where there is no client."""
+    if run is None:
+        return build
+
+    @functools.wraps(build)
+    def method(*args: P.args, **kwargs: P.kwargs) -> Any:
+        return run(build(*args, **kwargs))
+
+    return method
+
+
+class _Methods:
+    """What both clients can be asked."""
+
+    classify = _Asks(questions.classify)
+    tag = _Asks(questions.tag)
+    translate = _Asks(questions.translate)
+    caption = _Asks(questions.caption)
+    generate = _Asks(questions.generate)
+    score = _Asks(questions.score)
+    models = _Asks(questions.models)
+    stream = _Streams(questions.stream)
+    batch = _Streams(questions.batch)
+
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8000",
+        api_key: str | None = None,
+        timeout_s: float = 70.0,
+        priority: str | None = None,
+    ) -> None:
+        """timeout_s: how long to wait for an answer, which the server is told. priority: low, normal or high; the
+        server's usual one where it is None."""
+        given = {"authorization": api_key and f"Bearer {api_key}", PRIORITY_HEADER: priority}
+        self._url = url
+        self._timeout_s = timeout_s
+        self._headers = {name: value for name, value in given.items() if value}
+
+
+class Client(_Methods):
     """Asks one service. Not for several threads at once; each may have its own."""
 
-    def __init__(self, url: str = "http://127.0.0.1:8000", api_key: str | None = None, timeout_s: float = 70.0) -> None:
-        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout_s)
+    @functools.cached_property
+    def _http(self) -> httpx.Client:
+        return httpx.Client(base_url=self._url, headers=self._headers)
 
     def __enter__(self) -> Self:
         return self
@@ -61,94 +121,82 @@ class Client:
     def close(self) -> None:
         self._http.close()
 
-    def classify(self, inputs: Any, **options: Any) -> ClassifyResponse:
-        return self._ask("classify", ClassifyResponse, inputs, options)
-
-    def tag(self, inputs: Any, **options: Any) -> TagResponse:
-        return self._ask("tag", TagResponse, inputs, options)
-
-    def translate(self, inputs: Any, **options: Any) -> GenerateResponse:
-        return self._ask("translate", GenerateResponse, inputs, options)
-
-    def caption(self, inputs: Any, **options: Any) -> GenerateResponse:
-        return self._ask("caption", GenerateResponse, inputs, options)
-
-    def generate(self, inputs: Any = None, **options: Any) -> GenerateResponse:
-        return self._ask("generate", GenerateResponse, inputs, options)
-
-    def score(self, targets: str | list[str], inputs: Any = None, **options: Any) -> ScoreResponse:
-        return self._ask("score", ScoreResponse, inputs, {"targets": targets, **options})
-
-    def models(self) -> list[ModelCard]:
-        return self._parse(ModelList, self._http.get("/v1/models")).data
-
     def is_ready(self) -> bool:
         """Whether the service can be reached and is warm."""
         try:
-            return self._http.get("/readyz").status_code == 200
-        except httpx.TransportError:
+            return self._ask(questions.ready())
+        except ServiceError:
             return False
 
-    def stream(self, task: str, inputs: Any = None, **options: Any) -> Generator[tuple[int, int, str]]:
-        """Text as it is decided: (input, sequence, more text). Closing it early ends the work on the server."""
-        body = {**_body(inputs, options), "stream": True}
-        with self._http.stream("POST", f"/v1/{task}", json=body) as response:
-            if response.status_code != 200:
-                response.read()
-                raise _error(response)
-            for event, data in _events(response.iter_lines()):
-                if event == "error":
-                    raise ServiceError(0, data)
-                if event == "delta":
-                    yield data["index"], data["sequence"], data["delta"]
+    def _ask(self, question: Question[T]) -> T:
+        (answer,) = self._parts([question])
+        return answer
 
-    def _ask(self, task: str, shape: type[Answer], inputs: Any, options: Mapping[str, Any]) -> Answer:
-        return self._parse(shape, self._http.post(f"/v1/{task}", json=_body(inputs, options)))
+    def _parts(self, asked: Iterable[Question[T]]) -> Generator[T]:
+        for question in asked:
+            yield from self._run(Asking(question, self._url, self._timeout_s))
 
-    def _parse(self, shape: type[Answer], response: httpx.Response) -> Answer:
-        if response.status_code != 200:
-            raise _error(response)
-        return TypeAdapter(shape).validate_json(response.content)
-
-
-def _body(inputs: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(options) if inputs is None else {"inputs": _encoded(inputs), **options}
+    def _run(self, asking: Asking[T]) -> Generator[T]:
+        while True:
+            try:
+                with self._http.stream(**asking.request()) as response:
+                    asking.begin(response)
+                    for chunk in response.iter_bytes():
+                        yield from asking.read(chunk)
+                    yield from asking.end()
+                return
+            except (httpx.HTTPError, ServiceError) as error:
+                pause_s = asking.pause_after(error)
+            time.sleep(pause_s)
 
 
-def _encoded(item: Any) -> Any:
-    """Bytes, wherever they stand, in base64; bytes alone are a picture."""
-    if isinstance(item, bytes):
-        return {"image": _base64(item)}
-    if isinstance(item, list):
-        return [_encoded(one) for one in item]
-    if isinstance(item, dict):
-        return {name: _encoded_value(value) for name, value in item.items()}
-    return item
+class AsyncClient(_Methods):
+    """Asks one service from one event loop, with any number of requests at a time. Who leaves a stream or a batch
+    before its end closes it: `async with contextlib.aclosing(client.stream(...)) as pieces`."""
 
+    @functools.cached_property
+    def _http(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self._url, headers=self._headers, limits=httpx.Limits(max_connections=None))
 
-def _encoded_value(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_encoded_value(one) for one in value]
-    return _base64(value) if isinstance(value, bytes) else value
+    async def __aenter__(self) -> Self:
+        return self
 
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
 
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
+    async def close(self) -> None:
+        await self._http.aclose()
 
+    async def is_ready(self) -> bool:
+        """Whether the service can be reached and is warm."""
+        try:
+            return await self._ask(questions.ready())
+        except ServiceError:
+            return False
 
-def _error(response: httpx.Response) -> ServiceError:
-    try:
-        return ServiceError(response.status_code, response.json())
-    except ValueError:
-        return ServiceError(response.status_code, None)
+    async def _ask(self, question: Question[T]) -> T:
+        (answer,) = [part async for part in self._parts([question])]
+        return answer
 
+    async def _parts(self, asked: Iterable[Question[T]]) -> AsyncGenerator[T]:
+        for question in asked:
+            async with contextlib.aclosing(self._run(Asking(question, self._url, self._timeout_s))) as parts:
+                async for part in parts:
+                    yield part
 
-def _events(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
-    """Server-sent events: name and data."""
-    name = "message"
-    for line in lines:
-        if line.startswith("event: "):
-            name = line.removeprefix("event: ")
-        elif line.startswith("data: "):
-            yield name, json.loads(line.removeprefix("data: "))
-            name = "message"
+    async def _run(self, asking: Asking[T]) -> AsyncGenerator[T]:
+        while True:
+            try:
+                async with self._http.stream(**asking.request()) as response:
+                    asking.begin(response)
+                    async for chunk in response.aiter_bytes():
+                        for part in asking.read(chunk):
+                            yield part
+                    for part in asking.end():
+                        yield part
+                return
+            except (httpx.HTTPError, ServiceError) as error:
+                pause_s = asking.pause_after(error)
+            await asyncio.sleep(pause_s)

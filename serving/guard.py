@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from seqmodels.decoding.request import Times
 from serving.auth import ANYBODY, PRIORITIES, ApiKey, find_key
 from serving.errors import HttpError, http_error
+from serving.http import PRIORITY_HEADER
 from serving.rates import Rates
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,6 @@ logger = logging.getLogger(__name__)
 WITHOUT_KEY = ("/healthz", "/readyz")
 HOST = re.compile(r"(?P<name>[^:\[\]]+|\[[0-9a-fA-F:.]+\])(:\d+)?")
 EXCHANGE = "seqmodels.exchange"  # where in a request's scope its Exchange is
-PRIORITY_HEADER = "x-request-priority"
 CLIENT_LEFT = 499  # never sent: the client is gone; for counting only
 ROUTER_ERRORS = {
     404: ("there is nothing at this path; /docs lists what there is", "not_found"),

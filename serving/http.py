@@ -17,6 +17,7 @@ from serving.errors import HttpError
 
 R = TypeVar("R")
 
+PRIORITY_HEADER = "x-request-priority"
 TIMEOUT_HEADER = "x-request-timeout-seconds"  # Ray Serve's own name for it
 
 
