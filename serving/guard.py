@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from seqmodels.decoding.request import Times
 from serving.auth import ANYBODY, PRIORITIES, ApiKey, find_key
 from serving.errors import HttpError, http_error
-from serving.http import PRIORITY_HEADER
+from serving.http import PRIORITY_HEADER, told_by
 from serving.rates import Rates
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class Guard:
                 self._check_host(scope)
                 exchange.key = self._key(scope)
                 self.rates.take(exchange.key)
-            await self.app(scope, receive, send_and_note)
+            await self.app(scope, told_by(receive), send_and_note)
         except ClientDisconnect:
             exchange.status = CLIENT_LEFT
         except Exception as error:

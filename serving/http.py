@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from serving.errors import HttpError
 
@@ -80,6 +80,18 @@ async def _client_leaves(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     raise ClientDisconnect
+
+
+def told_by(receive: Receive) -> Receive:
+    """As Ray's proxy tells of a client that leaves: by a message, or by an error where it has ended the call itself."""
+
+    async def receive_or_leave() -> Message:
+        try:
+            return await receive()
+        except Exception:
+            return {"type": "http.disconnect"}
+
+    return receive_or_leave
 
 
 class EventStream(Response):
