@@ -160,9 +160,8 @@ def _serve(config: ServeConfig) -> None:
 def _start_ray(config: ServeConfig) -> None:
     import ray
 
-    num_cpus = max(
-        os.cpu_count() or 1, config.most_replicas * config.num_threads
-    )  # room for what was asked, even on few cores
+    # Room for what was asked, even on few cores.
+    num_cpus = max(os.cpu_count() or 1, config.most_replicas * config.num_threads)
     ray.init(num_cpus=num_cpus, include_dashboard=False, logging_level=logging.ERROR)
 
 

@@ -63,7 +63,7 @@ def build_app(
     models: Models,
     settings: Settings,
     *,
-    state_key: bytes = b"",
+    state_key: bytes,
     keys: Sequence[ApiKey] = (),
     observe: Observe = lambda exchange: None,
 ) -> FastAPI:

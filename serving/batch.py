@@ -10,6 +10,7 @@ out while later lines are still being read; a full queue holds a line back, and 
 
 import asyncio
 import json
+import logging
 from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any, Literal
@@ -23,8 +24,10 @@ from seqmodels.config import Strict
 from seqmodels.errors import QueueFullError
 from serving.config import Limits
 from serving.errors import HttpError, invalid_request
-from serving.guard import exchange_of
+from serving.guard import exchange_of, told_error
 from serving.http import unless
+
+logger = logging.getLogger(__name__)
 
 URLS = ("classify", "tag", "translate", "caption", "generate", "score", "completions")
 AGAIN_S = 0.1  # after which a line that met a full queue is tried again
@@ -99,8 +102,11 @@ class BatchResponse(Response):
             parsed = _parse(line)
             custom_id = parsed.custom_id
             status, body = await self._ask(parsed, request_id)
-        except HttpError as error:
-            status, body = error.status, json.dumps(error.body).encode()
+        except Exception as error:  # a fault of ours ends its own line alone
+            told = told_error(error)
+            if told.status == 500:
+                logger.exception("a line of a batch failed")
+            status, body = told.status, json.dumps(told.body).encode()
         about = {"custom_id": custom_id, "status_code": status, "request_id": request_id}
         return _line(about, body)
 
@@ -212,7 +218,7 @@ def _parse(line: bytes) -> BatchLine:
         raise invalid_request(error) from None
     if parsed.body.get("stream"):
         raise HttpError(
-            400, "body.stream is true, but a batch answers in whole lines; leave it out", "invalid_value", "body.stream"
+            400, "body.stream is set, but a batch answers in whole lines; leave it out", "invalid_value", "body.stream"
         )
     return parsed
 

@@ -102,8 +102,12 @@ def change_models(wanted: ModelSet) -> list[dict[str, Any]]:
         if deployment["name"] == DEPLOYMENT:
             deployment["user_config"] = wanted.model_dump(mode="json")
     _apply(ServeApplicationSchema.model_validate(schema))
-    _wait_until_running(lambda: False)
-    return reports()
+    while True:
+        _wait_until_running(lambda: False)
+        told = reports()
+        if all(report["wanted"] == wanted.model_dump(mode="json") for report in told):
+            return told
+        time.sleep(POLL_S)
 
 
 def reports() -> list[dict[str, Any]]:

@@ -45,6 +45,7 @@ class Models:
     """The models of one replica. `apply` belongs to one thread at a time; the rest may be called by any."""
 
     def __init__(self, runner: Runner[ServedModel], load: Load) -> None:
+        self.wanted: ModelSet | None = None  # what was last applied
         self.aliases: dict[str, str] = {}
         self.refused: dict[str, str] = {}  # name -> why what was last wanted under it is not served
         self.runner = runner
@@ -96,6 +97,7 @@ class Models:
             # An alias is only what it was said to be: one of a model that was refused and never served is none.
             self.aliases = {alias: name for alias, name in wanted.aliases.items() if name in self.served}
             self.refused = refused
+            self.wanted = wanted
             for name in self.served:
                 if name not in wanted.models:
                     self.runner.let_go(name)
@@ -123,6 +125,7 @@ class Models:
     def report(self) -> dict[str, Any]:
         """What is served, as plain data, for whoever operates the service."""
         return {
+            "wanted": self.wanted and self.wanted.model_dump(mode="json"),
             "revisions": {name: model.revision for name, model in self.served.items()},
             "aliases": self.aliases,
             "refused": self.refused,

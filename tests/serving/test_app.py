@@ -11,7 +11,7 @@ from serving.guard import Exchange
 from serving.models import Models
 from serving.runner import Runner
 
-from .conftest import INPUTS, PNG, TEXTS, InProcess, api_key, error_of, events_of, in_process
+from .conftest import INPUTS, PNG, STATE_KEY, TEXTS, InProcess, api_key, error_of, events_of, in_process
 from .fakes import FakePipeline, classification, png, tags
 
 
@@ -216,7 +216,7 @@ def test_every_request_is_told_of_without_what_it_said() -> None:
     seen: list[Exchange] = []
     models = Models(Runner(), lambda directories: FakePipeline("translate"))  # type: ignore[arg-type, return-value]
     models.apply(ModelSet(models={"en-de": "unused"}))
-    app = build_app(models, Settings(), keys=[api_key(KEY, name="search")], observe=seen.append)
+    app = build_app(models, Settings(), state_key=STATE_KEY, keys=[api_key(KEY, name="search")], observe=seen.append)
     with InProcess(app, models).running() as server:
         server.headers = {"authorization": f"Bearer {KEY}", "x-request-id": "mine"}
         server.post("/v1/translate", {"inputs": "a secret"})

@@ -1,10 +1,14 @@
 """/v1/batch: answers in order, each what its own request would get, while later lines are still being read."""
 
 import asyncio
+import itertools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+from serving import batch
 
 from .conftest import InProcess, api_key, error_of, in_process
 
@@ -214,3 +218,22 @@ def test_a_batch_has_an_end() -> None:
         answers = ask(server, b"".join(line("a " * 20, str(i)) for i in range(100)))
         assert answers[-1]["error"]["code"] == "deadline_passed" and 1 <= len(answers) < 100
         assert all(answer["response"]["status_code"] == 200 for answer in answers[:-1])
+
+
+def test_a_fault_of_ours_ends_its_own_line_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with in_process() as server:
+        monkeypatch.setattr("serving.batch.call", failing_once(batch.call))
+        answers = ask(server, line("a", "first") + line("b", "second"))
+    assert [answer["response"]["status_code"] for answer in answers] == [500, 200]
+    assert answers[0]["response"]["body"]["error"]["code"] == "internal_error" and "secret" not in str(answers)
+
+
+def failing_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    calls = itertools.count()
+
+    async def calling(*args: Any) -> Any:
+        if next(calls) == 0:
+            raise ZeroDivisionError("secret")
+        return await function(*args)
+
+    return calling

@@ -11,10 +11,13 @@ from .conftest import InProcess, in_process
 from .fakes import FakePipeline
 
 
-async def ask_and_leave(server: InProcess, body: dict[str, Any], after_chunks: int) -> list[bytes]:
+async def ask_and_leave(
+    server: InProcess, body: dict[str, Any], after_chunks: int, by_error: bool = False
+) -> list[bytes]:
     """Speak ASGI by hand: send a request, take so many chunks (or none, and wait a little), close the connection.
 
-    after_chunks=-1 closes it while the head of the response is on its way.
+    after_chunks=-1 closes it while the head of the response is on its way. by_error: it is told by an error, as Ray's
+    proxy may do, and not by a message.
     """
     taken: list[bytes] = []
     leave = asyncio.Event()
@@ -26,6 +29,8 @@ async def ask_and_leave(server: InProcess, body: dict[str, Any], after_chunks: i
             sent = True
             return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
         await leave.wait()
+        if by_error:
+            raise RuntimeError("the call was cancelled")
         return {"type": "http.disconnect"}
 
     async def send(message: dict[str, Any]) -> None:
@@ -49,13 +54,14 @@ async def ask_and_leave(server: InProcess, body: dict[str, Any], after_chunks: i
     return taken
 
 
+@pytest.mark.parametrize("by_error", [True, False])
 @pytest.mark.parametrize("stream", [True, False])
-def test_rows_are_free_at_the_next_step(stream: bool) -> None:
+def test_rows_are_free_at_the_next_step(stream: bool, by_error: bool) -> None:
     pipeline = FakePipeline("translate", step_s=0.02)
     with in_process({"slow": pipeline}) as server:
         body = {"inputs": ["a " * 30, "b " * 30], "stream": stream}
         started_at = time.monotonic()
-        taken = server.wait(ask_and_leave(server, body, after_chunks=2 if stream else 0))
+        taken = server.wait(ask_and_leave(server, body, 2 if stream else 0, by_error))
         assert len(taken) == (2 if stream else 0)
         while server.runner.num_open:
             assert time.monotonic() < started_at + 0.5, "rows are still held"

@@ -265,6 +265,19 @@ def test_a_model_that_is_replaced_answers_what_it_was_asked() -> None:
         assert isinstance(outbox.end_of(again), Finished) and old.steps == steps
 
 
+def test_who_was_prepared_for_a_model_that_has_gone_since_is_answered_by_it() -> None:
+    old, new = FakePipeline("translate", "a"), FakePipeline("translate", "a")
+    with turning(old) as (runner, outbox):
+        late = order(old)
+        runner.serve(new.model)
+        runner.submit([first := order(new)])
+        assert isinstance(outbox.end_of(first), Finished)
+        until(lambda: not runner._leaving)
+        runner.submit([late])
+        assert isinstance(outbox.end_of(late), Finished) and len(new.submitted) == 1
+        until(lambda: not runner._leaving)
+
+
 def test_a_model_that_is_let_go_answers_what_it_was_asked() -> None:
     gone, kept = FakePipeline("translate", "gone", step_s=0.01), FakePipeline("translate", "kept")
     with turning(gone, kept) as (runner, outbox):
