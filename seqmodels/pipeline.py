@@ -52,6 +52,11 @@ class Job:
         return self.request.id
 
     @property
+    def width(self) -> int:
+        """Decoder rows that it fills; 1 of a forward pass."""
+        return self.request.params.width if isinstance(self.request, Request) else 1
+
+    @property
     def num_input_tokens(self) -> int:
         """Tokens, frames or steps read, and those of a text to score."""
         scored = len(self.request.labels[1:-1]) if isinstance(self.request, ForwardRequest) else 0
@@ -247,6 +252,13 @@ class Pipeline:
             _new_id(), reading.inputs, labels, deadline, top_logprobs=top_logprobs, priority=priority, client=client
         )
         return Job(request, replace(reading, text=target, spans=tuple(spans)))
+
+    def goes_on_exactly(self, job: Job, width: int) -> bool:
+        """Whether a job that goes on from a state gets the bits of one that never stopped, on one kind of processor.
+        width: of the job that gave the state; with attention, another one may give other last bits."""
+        if self._stepper is None:
+            return self.batch_invariant and self.config.pooling != "attention"
+        return self.batch_invariant and (not self._stepper.attends or job.width == width)
 
     def _checked_threshold(self, threshold: float | None) -> float | None:
         if threshold is not None and self.config.problem_type == "regression":

@@ -82,7 +82,11 @@ def prepare_inputs(model: ServedModel, body: TaskRequest, terms: Terms) -> Work:
     ]
     name = "output_attentions" if options.get("output_attentions") else "top_logprobs"
     _check_details(sum(map(pipeline.num_details, jobs)), limits, name, "lower max_new_tokens, or send fewer inputs")
-    exact = {job.id: one.exact and pipeline.batch_invariant for job, one in zip(jobs, states, strict=True) if one}
+    exact = {
+        job.id: opened.from_here and pipeline.goes_on_exactly(job, opened.width)
+        for job, opened in zip(jobs, states, strict=True)
+        if opened
+    }
     return Work(model, jobs, terms.deadline, exact)
 
 

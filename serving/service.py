@@ -242,7 +242,7 @@ class Call:
         rendered = self._pipeline.render(job, result)
         for holder in (rendered, *rendered.get("sequences", ())):
             if "state" in holder:
-                holder["state"] = self._service.seal.seal(holder["state"])
+                holder["state"] = self._service.seal.seal(holder["state"], job.width)
         if job.id in self._work.exact:
             rendered["state_exact"] = self._work.exact[job.id]
         return rendered

@@ -1,8 +1,9 @@
 """States that clients hold: sealed, so that what comes back is what went out, from this service and not too long ago.
 
-A sealed state is base64 of: version (1 byte), when it expires (8, seconds since 1970), where it was made (8), the
-pipeline's own state, and a signature of all that (32, HMAC-SHA256). It is signed and not encrypted: it holds numbers
-and tokens of its own client's text. Who holds one may go on from it as often as he likes. Knows no HTTP.
+A sealed state is base64 of: version (1 byte), when it expires (8, seconds since 1970), where it was made (8), by how
+many decoder rows (4), the pipeline's own state, and a signature of all that (32, HMAC-SHA256). It is signed and not
+encrypted: it holds numbers and tokens of its own client's text. Who holds one may go on from it as often as he likes.
+Knows no HTTP.
 """
 
 import base64
@@ -20,17 +21,19 @@ import torch
 from seqmodels.errors import ConfigError, InputError
 
 VERSION = 1
-HEADER = struct.Struct(">BQ8s")
+HEADER = struct.Struct(">BQ8sI")
 SIGNATURE_BYTES = 32
 MIN_KEY_LENGTH = 32
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What was in a sealed state. exact: whether going on from it here gives the bits of one that never stopped."""
+    """What was in a sealed state. width: decoder rows of the request that gave it. from_here: whether it was made where
+    the same numbers come out."""
 
     state: bytes
-    exact: bool
+    width: int
+    from_here: bool
 
 
 class Seal:
@@ -42,8 +45,8 @@ class Seal:
         self._lifetime_s = lifetime_s
         self._place = place
 
-    def seal(self, state: bytes) -> str:
-        body = HEADER.pack(VERSION, int(time.time() + self._lifetime_s), self._place) + state
+    def seal(self, state: bytes, width: int) -> str:
+        body = HEADER.pack(VERSION, int(time.time() + self._lifetime_s), self._place, width) + state
         return base64.urlsafe_b64encode(body + self._sign(body)).decode("ascii").rstrip("=")
 
     def open(self, sealed: str, field: str) -> Opened:
@@ -56,14 +59,14 @@ class Seal:
         if len(body) < HEADER.size or not hmac.compare_digest(signature, self._sign(body)):
             message = f"{field} is not what this service gave, or was changed; send what return_state gave, as it was"
             raise InputError(message, param=field, code="state_invalid")
-        version, expires_at, place = HEADER.unpack_from(body)
+        version, expires_at, place, width = HEADER.unpack_from(body)
         if version != VERSION:
             message = f"{field} is of version {version}, but this service knows version {VERSION}; begin anew"
             raise InputError(message, param=field, code="state_invalid")
         if expires_at < time.time():
             message = f"{field} is older than the {self._lifetime_s:.0f} s that this service keeps one; begin anew"
             raise InputError(message, param=field, code="state_expired")
-        return Opened(body[HEADER.size :], place == self._place)
+        return Opened(body[HEADER.size :], width, place == self._place)
 
     def _sign(self, body: bytes) -> bytes:
         return hmac.digest(self._key, body, "sha256")

@@ -15,8 +15,8 @@ RECURRENT = {"cell": "gru", "hidden_size": 16}
 PICTURE = {"image_size": [8, 8], "channels": [4, 8]}
 
 
-def save_all(directory: Path, bidirectional: bool = False) -> dict[str, str]:
-    """Name -> directory of a model for each task and each kind of input. bidirectional: of encoders."""
+def save_all(directory: Path, bidirectional: bool = False, pooling: str = "last") -> dict[str, str]:
+    """Name -> a directory for each task and each kind of input. bidirectional: of encoders; pooling: of mood."""
     torch.manual_seed(1)
     tokenizer = Tokenizer.train([], kind="byte")
     size = tokenizer.vocab_size
@@ -28,7 +28,7 @@ def save_all(directory: Path, bidirectional: bool = False) -> dict[str, str]:
     decoder = {"vocab_size": size, "embedding_size": 8, "recurrent": RECURRENT}
     attending = {**decoder, "attention": "general"}
     configs: dict[str, dict[str, Any]] = {
-        "mood": {"architecture": "classifier", "encoder": text, "labels": ["bad", "good"]},
+        "mood": {"architecture": "classifier", "encoder": text, "labels": ["bad", "good"], "pooling": pooling},
         "names": {"architecture": "tagger", "encoder": text, "labels": ["O", "B-NAME", "I-NAME"]},
         "motion": {"architecture": "tagger", "encoder": frames, "labels": ["left", "right"]},
         "series": {"architecture": "classifier", "encoder": features, "labels": ["up", "down"]},

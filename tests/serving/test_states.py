@@ -9,7 +9,7 @@ import pytest
 
 from seqmodels.errors import ConfigError, InputError
 from seqmodels.pipeline import Pipeline
-from serving.states import Seal, load_state_key, this_place
+from serving.states import Opened, Seal, load_state_key, this_place
 
 from .conftest import STATE_KEY, InProcess, error_of, events_of, in_process
 from .model_directories import save_all
@@ -19,26 +19,26 @@ HERE, ELSEWHERE = b"here....", b"elsewher"
 
 def test_what_was_sealed_comes_out() -> None:
     seal = Seal(b"key", 60, HERE)
-    sealed = seal.seal(b"state")
-    assert seal.open(sealed, "state").state == b"state" and seal.open(sealed, "state").exact
-    assert not Seal(b"key", 60, ELSEWHERE).open(sealed, "state").exact
+    sealed = seal.seal(b"state", 3)
+    assert seal.open(sealed, "state") == Opened(b"state", width=3, from_here=True)
+    assert not Seal(b"key", 60, ELSEWHERE).open(sealed, "state").from_here
 
 
 def test_nothing_else_comes_out() -> None:
     seal = Seal(b"key", 60, HERE)
-    data = bytearray(base64.urlsafe_b64decode(seal.seal(b"some state") + "=="))
+    data = bytearray(base64.urlsafe_b64decode(seal.seal(b"some state", 3) + "=="))
     for place in range(len(data)):
         changed = bytes(data[:place]) + bytes([data[place] ^ 1]) + bytes(data[place + 1 :])
         refuse(seal, base64.urlsafe_b64encode(changed).decode(), "state_invalid")
         refuse(seal, base64.urlsafe_b64encode(bytes(data[:place])).decode(), "state_invalid")
-    for text in ("", "=", "a", "ä", "+/", "A" * 10_000, "\x00", seal.seal(b"x") + "A"):
+    for text in ("", "=", "a", "ä", "+/", "A" * 10_000, "\x00", seal.seal(b"x", 1) + "A"):
         refuse(seal, text, "state_invalid")
-    refuse(Seal(b"another key", 60, HERE), seal.seal(b"state"), "state_invalid")
+    refuse(Seal(b"another key", 60, HERE), seal.seal(b"state", 3), "state_invalid")
 
 
 def test_it_expires(monkeypatch: pytest.MonkeyPatch) -> None:
     seal = Seal(b"key", 60, HERE)
-    sealed = seal.seal(b"state")
+    sealed = seal.seal(b"state", 3)
     now = __import__("time").time()
     monkeypatch.setattr("time.time", lambda: now + 59)
     assert seal.open(sealed, "state").state == b"state"
@@ -178,9 +178,27 @@ def test_a_model_that_reads_both_ways_takes_no_pieces(tmp_path: Path) -> None:
     pipeline = Pipeline.from_pretrained(save_all(tmp_path, bidirectional=True)["names"])
     with in_process({"names": pipeline}) as both_ways:
         for field in ("return_state", "state"):
-            body = {"inputs": "Ada", field: True if field == "return_state" else Seal(STATE_KEY, 60, HERE).seal(b"x")}
+            body = {
+                "inputs": "Ada",
+                field: True if field == "return_state" else Seal(STATE_KEY, 60, HERE).seal(b"x", 1),
+            }
             error = error_of(both_ways.post("/v1/tag", body), 400)
             assert (error["code"], error["param"]) == ("state_not_supported", field)
+
+
+def test_where_the_last_bits_may_differ_the_answer_says_so(server: InProcess, tmp_path: Path) -> None:
+    """With attention, where as many rows go on as went before; without, in any width; never with attention pooling."""
+    two = {"do_sample": True, "seed": 1, "num_return_sequences": 2, "max_new_tokens": 3}
+    for path, inputs, narrower in (("translate", "a day", False), ("generate", "a day", True)):
+        state = ask(server, path, {"inputs": inputs, **two, "return_state": True})["sequences"][1]["state"]
+        inputs = inputs if path == "translate" else ""
+        assert ask(server, path, {"inputs": inputs, **two, "state": state})["state_exact"] is True
+        one = {**two, "num_return_sequences": 1}
+        assert ask(server, path, {"inputs": inputs, **one, "state": state})["state_exact"] is narrower
+    pipeline = Pipeline.from_pretrained(save_all(tmp_path, pooling="attention")["mood"])
+    with in_process({"mood": pipeline}) as weighing:
+        state = ask(weighing, "classify", {"inputs": "a day", "return_state": True})["state"]
+        assert ask(weighing, "classify", {"inputs": " more", "state": state})["state_exact"] is False
 
 
 def test_a_replica_of_another_kind_says_so(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
