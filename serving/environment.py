@@ -7,10 +7,11 @@ import math
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from seqmodels.errors import ConfigError
@@ -37,6 +38,7 @@ def prepared(settings: Settings) -> Iterator[None]:
         _set(haproxy(settings, directory))
         yield
     finally:
+        _end_those_that_name(directory)
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -67,6 +69,14 @@ def haproxy(settings: Settings, directory: str) -> dict[str, str]:
     }
 
 
+def _end_those_that_name(directory: str) -> None:
+    """Ray ends its HAProxy, but where Ray itself was killed that one would go on, and keep the port."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended by itself, or is another user's
+            if directory.encode() in (process / "cmdline").read_bytes():
+                os.kill(int(process.name), signal.SIGTERM)
+
+
 def set_token() -> None:
     """Have Ray's processes ask each other for a token, and make one where there is none, for its owner alone."""
     _set({"RAY_AUTH_MODE": "token"})
@@ -77,9 +87,9 @@ def set_token() -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
-    except FileExistsError:
-        pass
     except OSError as error:
+        if path.is_file():  # as it is for all but the first service
+            return
         raise ConfigError(
             f"no token for Ray can be kept in {path}: {error.strerror}; set RAY_AUTH_TOKEN_PATH to a file that can be "
             "written, here and for `swap`"

@@ -141,6 +141,18 @@ async def _client_leaves(receive: Receive) -> None:
     raise ClientDisconnect
 
 
+def _told_by(receive: Receive) -> Receive:
+    """As Ray's proxy tells of a client that leaves: by a message, or by an error where it has ended the call itself."""
+
+    async def receive_or_leave() -> Message:
+        try:
+            return await receive()
+        except Exception:
+            return {"type": "http.disconnect"}
+
+    return receive_or_leave
+
+
 class EventStream(Response):
     """Server-sent events. `close` is called however the response ends, even before its first byte."""
 
@@ -229,7 +241,7 @@ class Guard:
                 self._check_host(scope)
                 exchange.key = self._key(scope)
                 self.rates.take(exchange.key)
-            await self.app(scope, receive, send_and_note)
+            await self.app(scope, _told_by(receive), send_and_note)
         except ClientDisconnect:
             exchange.status = CLIENT_LEFT
         except Exception as error:

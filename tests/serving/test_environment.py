@@ -1,6 +1,11 @@
 """What Ray is told by the environment, without Ray: the token of its cluster, the files of a profile."""
 
 import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,8 +54,10 @@ def test_files_of_haproxy_are_private_and_go_with_the_service(tmp_path: Path) ->
         assert directory.stat().st_mode & 0o777 == 0o700
         ours = [name for name, value in os.environ.items() if value.startswith(str(directory))]
         assert len(ours) == 5 and os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] == str(HAPROXY)
+        left = subprocess.Popen([sys.executable, "-c", "input()", str(directory)], stdin=subprocess.PIPE)
         assert os.access(HAPROXY, os.X_OK) and os.access(os.environ["SEQMODELS_HAPROXY"], os.X_OK)
     assert not directory.exists()
+    assert left.wait(10) == -signal.SIGTERM  # an HAProxy that Ray did not end would keep the port
 
 
 def test_a_socket_path_that_would_be_too_long(tmp_path: Path) -> None:
@@ -63,3 +70,18 @@ def test_a_socket_path_that_would_be_too_long(tmp_path: Path) -> None:
 def test_the_plain_profile_leaves_ray_as_it_is() -> None:
     with prepared(Settings()):
         assert not [name for name in os.environ if name.startswith("RAY_SERVE_")]
+
+
+def test_what_the_script_changes_in_rays_configuration(tmp_path: Path) -> None:
+    """Ray's own template, so that a change of it is noticed here."""
+    from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+
+    file = tmp_path / "haproxy.cfg"
+    client = HAPROXY_CONFIG_TEMPLATE.replace("{% if config.timeout_client_s is not none %}timeout", "timeout")
+    file.write_text(client)
+    true = shutil.which("true") or pytest.skip("no `true` here")
+    subprocess.run([str(HAPROXY), "-db", "-f", str(file)], check=True, env={**os.environ, "SEQMODELS_HAPROXY": true})
+    changed = file.read_text()
+    binds = re.findall(r"^ *bind (.*)", changed, re.M)
+    assert [bind.split(":")[0] for bind in binds] == ["{{ config.frontend_host }}", "{{ config.grpc_frontend_host }}"]
+    assert "mode 600 level admin" in changed and "timeout http-request" in changed and "splice" not in changed

@@ -200,6 +200,8 @@ def test_a_batch_answers_while_lines_are_still_sent(address: str) -> None:
             while f"number-{number}".encode() not in received:
                 received += service.recv(4096) or pytest.fail(received.decode())
         service.sendall(b"0\r\n\r\n")
+        while not received.endswith(b"0\r\n\r\n"):
+            received += service.recv(4096) or pytest.fail(received.decode())
 
 
 def connected(address: str) -> socket.socket:
@@ -210,6 +212,7 @@ def connected(address: str) -> socket.socket:
 def test_silent_clients_are_left_and_others_served(client: Client, address: str) -> None:
     """Those that send nothing, half a head, half a body, or a byte now and then."""
     head = b"POST /v1/classify HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 99\r\n"
+    head += f"authorization: Bearer {KEY}\r\n".encode()
     began = time.monotonic()
     with ExitStack() as stack:
         silent = [stack.enter_context(connected(address)) for _ in range(6)]
