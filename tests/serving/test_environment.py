@@ -54,7 +54,11 @@ def test_files_of_haproxy_are_private_and_go_with_the_service(tmp_path: Path) ->
         assert directory.stat().st_mode & 0o777 == 0o700
         ours = [name for name, value in os.environ.items() if value.startswith(str(directory))]
         assert len(ours) == 5 and os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] == str(HAPROXY)
-        left = subprocess.Popen([sys.executable, "-c", "input()", str(directory)], stdin=subprocess.PIPE)
+        left = subprocess.Popen(
+            [sys.executable, "-c", "print(flush=True); input()", str(directory)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert left.stdout and left.stdout.readline()  # it runs, so its arguments can be read
         assert os.access(HAPROXY, os.X_OK) and os.access(os.environ["SEQMODELS_HAPROXY"], os.X_OK)
     assert not directory.exists()
     assert left.wait(10) == -signal.SIGTERM  # an HAProxy that Ray did not end would keep the port
