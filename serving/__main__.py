@@ -22,6 +22,7 @@ from seqmodels.errors import ConfigError, SeqModelsError
 from serving import auth, swap
 from serving.auth import ENVIRONMENT_VARIABLE, MIN_LENGTH, load_keys
 from serving.config import ServeConfig, named_models
+from serving.environment import prepared
 from serving.states import load_state_key
 
 # Before Ray is imported: nothing is sent anywhere, and Ray does not repeat its advice about GPUs.
@@ -55,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return COMMANDS[arguments[0]](arguments[1:])
         config = read_config(arguments)
         _check(config)
-        _serve(config)
+        with prepared(config.settings):
+            _serve(config)
     except (SeqModelsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -73,6 +75,12 @@ def read_config(arguments: Sequence[str]) -> ServeConfig:
     parser.add_argument("target", nargs="+", help="MODEL_DIR, NAME=MODEL_DIR, or one YAML file (see below)")
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1, so this machine only)")
     parser.add_argument("--port", type=int, help="default: 8000")
+    parser.add_argument(
+        "--profile",
+        choices=["plain", "haproxy"],
+        help="what stands before the replicas: Ray's own proxy (plain, the default), or HAProxy, which is faster and "
+        "leaves clients that fall silent",
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: auto, a GPU when there is one")
     parser.add_argument("--num-threads", type=int, help="torch threads of each replica (default: 1)")
     parser.add_argument("--replicas", type=int, help="processes that answer (default: 1)")
@@ -162,7 +170,12 @@ def _start_ray(config: ServeConfig) -> None:
 
     # Room for what was asked, even on few cores.
     num_cpus = max(os.cpu_count() or 1, config.most_replicas * config.num_threads)
-    ray.init(num_cpus=num_cpus, include_dashboard=False, logging_level=logging.ERROR)
+    ray.init(
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        _metrics_export_port=config.metrics_port,
+    )
 
 
 def _say_where(config: ServeConfig) -> None:

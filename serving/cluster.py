@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import AuthenticationError
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ServeApplicationSchema, ServeDeploySchema
@@ -73,6 +74,10 @@ def connect(address: str) -> None:
             f"no Ray cluster can be reached at {address!r}; start it, or give the --address of its head, HOST:PORT"
         )
         raise DeploymentError(message) from None
+    except AuthenticationError:
+        raise DeploymentError(
+            f"the Ray cluster at {address!r} asks for its token; set RAY_AUTH_TOKEN_PATH to the file that holds it"
+        ) from None
     quiet()
 
 

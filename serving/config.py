@@ -112,6 +112,11 @@ class Settings(Parsed):
 
     host: str = "127.0.0.1"  # loopback unless told otherwise
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    # What stands before the replicas of a service begun here: Ray's own proxy, or HAProxy, which is faster and leaves
+    # clients that fall silent. On a cluster its nodes' environment says so; see docs/serving.md.
+    profile: Literal["plain", "haproxy"] = "plain"
+    # Of Ray's exporter, for Prometheus, on all of the machine's addresses. Left out: one that is free.
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     # Names by which clients may call this service, as `example.org` or `*.example.org`, so that no page of another site
     # can reach it under a name of its own. Left out: those of this machine where host is loopback, any elsewhere.
     allowed_hosts: list[str] | None = None

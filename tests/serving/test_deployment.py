@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from ray.serve import Application
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
@@ -39,6 +40,27 @@ def test_the_cluster_example_is_what_ray_expects(monkeypatch: pytest.MonkeyPatch
         type(application).model_fields
     )
     assert not unknown, "Ray ignores fields that it does not know"
+
+
+def test_the_example_for_kubernetes_holds_the_same_application_and_gives_it_no_rights() -> None:
+    service = yaml.safe_load((EXAMPLES / "rayservice.yaml").read_text())
+    assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
+    given = yaml.safe_load(service["spec"]["serveConfigV2"])
+    ServeDeploySchema.model_validate(given)
+    assert given == yaml.safe_load((EXAMPLES / "serve.yaml").read_text())
+    cluster = service["spec"]["rayClusterConfig"]
+    assert cluster["rayVersion"] == ray.__version__
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert pod["securityContext"]["runAsNonRoot"] and container["securityContext"]["readOnlyRootFilesystem"]
+        assert not container["securityContext"]["allowPrivilegeEscalation"]
+        assert {"requests", "limits"} == set(container["resources"])
+        variables = {variable["name"]: variable for variable in container["env"]}
+        assert variables["RAY_AUTH_MODE"]["value"] == "token" and "secretKeyRef" in str(variables["RAY_AUTH_TOKEN"])
+        mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        assert set(mounted) == {volume["name"] for volume in pod["volumes"]} and mounted["temporary"] == "/tmp"
+    assert "readinessProbe" in cluster["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
 
 
 def test_the_example_for_one_machine_is_a_config() -> None:

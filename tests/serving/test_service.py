@@ -5,6 +5,7 @@ What is served must be what the pipeline answers offline, to the last bit.
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +72,19 @@ def wait_until(ready: Callable[[], bool], service: subprocess.Popen[bytes], log:
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="module")
-def address(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+both_profiles = pytest.mark.parametrize("address", ["plain", "haproxy"], indirect=True)
+
+
+@pytest.fixture(scope="module", params=["plain"])
+def address(
+    request: pytest.FixtureRequest, models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """One service for all tests of a profile, which is "plain" where a test does not name it."""
     directory, port = tmp_path_factory.mktemp("service"), free_port()
-    config = {"models": models, "port": port, "limits": {"max_new_tokens": 4000}, "drain_s": 5.0}
+    Path(RAY_HOME).mkdir(exist_ok=True)
+    config = {
+        "models": models, "port": port, "limits": {"max_new_tokens": 4000}, "drain_s": 5.0, "profile": request.param
+    }  # fmt: skip
     (directory / "service.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     log = directory / "log"
     service = begin(log, str(directory / "service.yaml"))
@@ -102,6 +113,7 @@ def plain(answer: Any) -> Any:
     return answer.model_dump(exclude_none=True)["results"]
 
 
+@both_profiles
 def test_every_endpoint_answers_as_the_pipeline_does_offline(client: Client, offline: dict[str, Pipeline]) -> None:
     texts = ["a good day", "x" * 30, "Grüße"]
     for name in ("mood", "topics", "rating"):  # one label, several, numbers
@@ -149,6 +161,7 @@ def test_completion_in_openai_shape(address: str) -> None:
     assert lines[-1] == "data: [DONE]" and '"finish_reason":"length"' in lines[-2]
 
 
+@both_profiles
 def test_a_stream_says_what_the_answer_says(client: Client) -> None:
     options: dict[str, Any] = {"max_new_tokens": 30, "num_return_sequences": 2, "do_sample": True, "seed": 9}
     pieces = ["", ""]
@@ -157,6 +170,7 @@ def test_a_stream_says_what_the_answer_says(client: Client) -> None:
     assert pieces == [sequence.text for sequence in client.generate("once", **options).results[0].sequences]
 
 
+@both_profiles
 def test_a_client_that_leaves_frees_its_rows(client: Client, address: str) -> None:
     for _ in range(10):
         stream = client.stream("generate", "on", max_new_tokens=4000, min_new_tokens=4000)
@@ -169,6 +183,59 @@ def test_a_client_that_leaves_frees_its_rows(client: Client, address: str) -> No
     while (report := httpx.get(f"{address}/readyz").json())["requests"] or report["models"]["story"]["rows_live"]:
         assert time.monotonic() < limit, report
         time.sleep(0.05)
+
+
+@both_profiles
+def test_a_batch_answers_while_lines_are_still_sent(address: str) -> None:
+    head = (
+        "POST /v1/batch HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/x-ndjson\r\n"
+        f"authorization: Bearer {KEY}\r\ntransfer-encoding: chunked\r\n\r\n"
+    )
+    with connected(address) as service:
+        service.sendall(head.encode())
+        for number in range(2):
+            body = {"model": "mood", "inputs": "a good day"}
+            line = json.dumps({"custom_id": f"number-{number}", "url": "/v1/classify", "body": body}) + "\n"
+            service.sendall(f"{len(line):x}\r\n{line}\r\n".encode())
+            received = b""
+            while f"number-{number}".encode() not in received:
+                received += service.recv(4096) or pytest.fail(received.decode())
+        service.sendall(b"0\r\n\r\n")
+        while not received.endswith(b"0\r\n\r\n"):
+            received += service.recv(4096) or pytest.fail(received.decode())
+
+
+def connected(address: str) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=20)
+
+
+@pytest.mark.parametrize("address", ["haproxy"], indirect=True)
+def test_silent_clients_are_left_and_others_served(client: Client, address: str) -> None:
+    """Those that send nothing, half a head, half a body, or a byte now and then."""
+    head = b"POST /v1/classify HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 99\r\n"
+    head += f"authorization: Bearer {KEY}\r\n".encode()
+    began = time.monotonic()
+    with ExitStack() as stack:
+        silent = [stack.enter_context(connected(address)) for _ in range(6)]
+        for one, sent in zip(silent, [b"", b"", head[:20], head, head + b"\r\n{"], strict=False):
+            one.sendall(sent)
+        while time.monotonic() < began + 9:
+            silent[-1].sendall(b"x")
+            assert client.classify("a good day", model="mood").results
+            time.sleep(0.5)
+        for one in silent:
+            one.settimeout(max(began + 13 - time.monotonic(), 0.1))
+            assert one.recv(4096).startswith((b"HTTP/1.1 408 ", b"HTTP/1.1 400 "))
+
+
+@pytest.mark.parametrize("address", ["haproxy"], indirect=True)
+def test_haproxy_listens_where_it_was_told_and_keeps_its_files_to_itself(client: Client, address: str) -> None:
+    (own,) = Path(RAY_HOME).glob("h*/*/haproxy.cfg")
+    config = own.read_text()
+    assert re.findall(r"^ *bind (.*)", config, re.M) == [address.removeprefix("http://")]
+    assert re.findall(r"stats socket (\S+) mode 600", config) == [str(own.with_name("admin"))]
+    assert own.parents[1].stat().st_mode & 0o777 == 0o700
+    assert re.search("timeout http-request 10s", config) and re.search("retry-on conn-failure$", config, re.M)
 
 
 def test_deadline(address: str) -> None:
@@ -208,6 +275,7 @@ def swap(*arguments: str) -> str:
     return done.stdout
 
 
+@both_profiles
 def test_a_model_changes_under_load_without_a_lost_answer(
     client: Client, address: str, models: dict[str, str], offline: dict[str, Pipeline]
 ) -> None:
