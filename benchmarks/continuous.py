@@ -35,7 +35,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -54,6 +54,14 @@ from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.request import Request
 from seqmodels.models import SequenceGenerator
+
+
+class Measured(Protocol):
+    @property
+    def rate(self) -> float: ...
+    @property
+    def p99_ms(self) -> float: ...
+
 
 Policy = Callable[[deque[Request], Engine], None]
 Clock = Callable[[], float]
@@ -227,7 +235,7 @@ def compare(points: Mapping[str, Sequence[Point]], bound_ms: float) -> dict[str,
     return result
 
 
-def knee(points: Sequence[Point], bound_ms: float) -> float:
+def knee(points: Sequence[Measured], bound_ms: float) -> float:
     """The highest rate that held, and as far towards the next as p99 allows; 0 where none held."""
     held = [index for index, point in enumerate(points) if point.p99_ms <= bound_ms]
     if not held:
