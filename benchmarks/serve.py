@@ -358,6 +358,7 @@ def overload(
         offered=OVERLOAD * at,
         goodput=during.goodput,
         of_best=during.goodput / best,
+        p99_ms=during.p99_ms,
         statuses=during.statuses,
         wrong=during.wrong,
         memory_before_mib=before,

@@ -63,7 +63,11 @@ class CheckpointError(SeqModelsError):
 
 
 class QueueFullError(SeqModelsError):
-    """No room for another request now; try again later."""
+    """No room for another request now; try again after so many seconds."""
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class DeadlineError(SeqModelsError):

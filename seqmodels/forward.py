@@ -89,6 +89,10 @@ class Forward:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    def waiting(self) -> dict[tuple[int, str], int]:
+        """How many wait, by priority and client."""
+        return self._waiting.counts()
+
     def submit(self, request: ForwardRequest) -> None:
         request.times.submitted = time.monotonic()
         self._waiting.add(request)

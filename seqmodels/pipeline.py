@@ -7,6 +7,7 @@ is served. `prepare` and `render` may be called from any thread; the others belo
 
 import secrets
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from seqmodels.decoding.constraints import Phrases, WordEdges, missing
 from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.padding import ROW_FLOOR
 from seqmodels.decoding.params import SearchParams
-from seqmodels.decoding.request import Event, Failed, Finished, Request, Scores
+from seqmodels.decoding.request import Event, Failed, Finished, Request, Scores, Times
 from seqmodels.decoding.saved import Maker, SavedState, fingerprint, input_state_from_bytes, input_state_to_bytes
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.ensemble import Directories, as_paths, common_reader, load_members, revision_of
@@ -50,6 +51,22 @@ class Job:
     @property
     def id(self) -> str:
         return self.request.id
+
+    @property
+    def deadline(self) -> float | None:
+        return self.request.deadline
+
+    @property
+    def priority(self) -> int:
+        return self.request.priority
+
+    @property
+    def client(self) -> str:
+        return self.request.client
+
+    @property
+    def times(self) -> Times:
+        return self.request.times
 
     @property
     def width(self) -> int:
@@ -350,6 +367,11 @@ class Pipeline:
     @property
     def has_work(self) -> bool:
         return self._forward.has_work or bool(self._engine and self._engine.has_work)
+
+    def waiting(self) -> Mapping[tuple[int, str], int]:
+        """Requests that wait for their turn, by priority and client."""
+        waiting = Counter(self._forward.waiting())
+        return waiting + Counter(self._engine.waiting()) if self._engine else waiting
 
     def load(self) -> dict[str, int]:
         """How busy it is: requests waiting, decoder rows in use, asked for by those who wait, and in all (an input for

@@ -27,6 +27,8 @@ TAKEN = len("/" + 56 * "f" + "/admin" + ".4194304.tmp")
 def prepared(settings: Settings) -> Iterator[None]:
     """The environment for a service begun here; when that ends, its profile's files go. Raises ConfigError."""
     set_token()
+    # Ray runs replicas at 15, behind all other work of the machine; here they are what it is for.
+    _set({"RAY_worker_niceness": "0"})
     if settings.profile == "plain":
         yield
         return

@@ -67,7 +67,7 @@ def http_error(error: BaseException) -> HttpError:
         case InputError():
             return HttpError(422 if error.code == EMPTY else 400, str(error), error.code, error.param)
         case QueueFullError():
-            return HttpError(429, str(error), "queue_full", headers={"retry-after": "1"})
+            return HttpError(429, str(error), "queue_full", headers={"retry-after": str(error.retry_after_s)})
         case RateError():
             return HttpError(429, str(error), "rate_limited", headers={"retry-after": str(error.retry_after_s)})
         case DeadlineError():

@@ -123,7 +123,7 @@ class Front:
             body = read(data)
             return body, prepare(self.models.find(body.model, tasks), body, terms)
 
-        with self.service.runner.place():
+        with self.service.runner.place(self.models.of_tasks(tasks), terms):
             async with ending_at(terms.deadline):
                 body, work = await self.service.in_pool(in_pool, await read_body(request, self.limits.body_bytes))
         exchange.model, exchange.revision = work.model.name, work.model.revision

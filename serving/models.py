@@ -57,6 +57,9 @@ class Models:
         """By name."""
         return self.runner.models
 
+    def of_tasks(self, tasks: Sequence[str]) -> list[ServedModel]:
+        return [model for model in self.served.values() if model.task in tasks]
+
     def find(self, name: str | None, tasks: Sequence[str]) -> ServedModel:
         """The model of that name or alias or, without one, the only one with such a task. Raises HttpError."""
         served = self.served

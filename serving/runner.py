@@ -9,17 +9,19 @@ others are turned; one that is replaced answers what it was asked and then is le
 """
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
-from seqmodels.decoding.request import Event, Failed, Finished
+from seqmodels.decoding.request import Event, Failed, Finished, Times
 from seqmodels.errors import QueueFullError, SeqModelsError
 from serving.errors import ClosingError, EngineError
+from serving.pace import Pace, Turn, wait_s
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +29,22 @@ IDLE_WAIT_S = 0.5  # how long an idle thread sleeps before it says again that it
 FAILURES_IN_A_ROW = 8  # failed steps without a good one between, after which a model counts as broken
 
 
-class Prepared(Protocol):
+class Wanted(Protocol):
+    """What decides when a request has its turn, and until when its answer is of use."""
+
+    @property
+    def deadline(self) -> float | None: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def client(self) -> str: ...
+
+
+class Prepared(Wanted, Protocol):
     @property
     def id(self) -> str: ...
+    @property
+    def times(self) -> Times: ...
 
 
 class Engine(Protocol):
@@ -41,6 +56,7 @@ class Engine(Protocol):
     def step(self) -> list[Event]: ...
     def cancel(self, request_id: str) -> None: ...
     def load(self) -> dict[str, int]: ...
+    def waiting(self) -> Mapping[tuple[int, str], int]: ...
 
 
 Deliver = Callable[[list[Event]], None]
@@ -54,9 +70,21 @@ class Model:
     pipeline: Engine
     failures: int = 0  # failed steps since the last good one
     load: dict[str, int] = field(init=False)  # its gauges, as of the last turn
+    num_running: int = 0  # requests given to the pipeline and not yet ended
+    pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self) -> None:
         self.load = self.pipeline.load()
+
+    def turn(self, num_running: int) -> Turn:
+        """What its pace is told of the turn that has just ended; it had so many requests before that."""
+        if not self.num_running:
+            return Turn()
+        waiting = self.pipeline.waiting()
+        with_rows = num_running - sum(waiting.values())
+        rows = self.load["rows_live"] / with_rows if with_rows else 0.0  # of each; a forward pass has none
+        room = (self.load["rows_total"] - self.load["rows_live"]) / rows if rows else math.inf
+        return Turn(with_rows, waiting, 0.0 if waiting else room)
 
     @property
     def is_broken(self) -> bool:
@@ -138,8 +166,14 @@ class Runner(Generic[M]):
         self._inbox.put(_Leave(leaving))
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """Hold one place for a call while its body is read and prepared. Raises QueueFullError or ClosingError."""
+    def place(self, models: Collection[M] = (), wanted: Wanted | None = None) -> Iterator[None]:
+        """Hold one place for a call while its body is read and prepared. Raises QueueFullError or ClosingError.
+
+        models: of which it will ask one, where that is known; wanted: how. If none of them can answer in time, the call
+        is refused here, before anything is read.
+        """
+        if models and wanted:
+            _check_time(models, wanted)
         with self._lock:
             self._check_room(1)
             self._num_reserved += 1
@@ -151,9 +185,13 @@ class Runner(Generic[M]):
 
     def submit(self, orders: Sequence[Order[M]]) -> None:
         """Accept all the orders or, raising QueueFullError or ClosingError, none."""
+        for order in orders:
+            _check_time([order.model], order.job)
         with self._lock:
             self._check_room(len(orders))
             self._open.update((order.job.id, order) for order in orders)
+            for order in orders:
+                order.model.pace.comes(order.job.priority, order.job.client)
         for order in orders:
             self._inbox.put(order)
 
@@ -214,10 +252,16 @@ class Runner(Generic[M]):
     def turn(self, wait_s: float = 0.0) -> list[Event]:
         """One turn; if there is nothing to do, wait so long for something to arrive."""
         events = self._take_in(wait_s)
-        for model in (*self.models.values(), *self._leaving):
+        began = time.monotonic()
+        models = (*self.models.values(), *self._leaving)
+        running = [model.num_running for model in models]
+        for model in models:
             if model.pipeline.has_work:
                 events += self._step(model)
             model.load = model.pipeline.load()
+        seconds = time.monotonic() - began
+        for model, num_running in zip(models, running, strict=True):
+            model.pace.turned(seconds if num_running else None, model.turn(num_running))
         self._leaving = [model for model in self._leaving if model.pipeline.has_work and not model.is_broken]
         return events
 
@@ -238,6 +282,7 @@ class Runner(Generic[M]):
             return events
 
     def _begin(self, order: Order[M]) -> list[Event]:
+        order.model.pace.came(order.job.priority, order.job.client)
         try:
             order.model.pipeline.submit(order.job)
         except SeqModelsError as error:
@@ -246,6 +291,7 @@ class Runner(Generic[M]):
             logger.exception("submit failed: model %s", order.model.name)
             return self._fail([order.job.id], EngineError())
         self._running[order.job.id] = order
+        order.model.num_running += 1
         if self.models.get(order.model.name) is not order.model:  # replaced while this request was being prepared
             self._turn_until_done(order.model)
         return []
@@ -268,10 +314,12 @@ class Runner(Generic[M]):
 
     def _passes_on(self, event: Event) -> bool:
         """Note an end; false for an event of a request that has ended here already."""
-        is_running = event.request_id in self._running
-        if isinstance(event, Finished | Failed):
-            self._close(event.request_id)
-        return is_running
+        if not isinstance(event, Finished | Failed):
+            return event.request_id in self._running
+        order = self._close(event.request_id)
+        if order and isinstance(event, Finished):
+            order.model.pace.finished(order.job.times)
+        return order is not None
 
     def _fail(self, request_ids: Sequence[str], error: SeqModelsError) -> list[Event]:
         for request_id in request_ids:
@@ -292,7 +340,24 @@ class Runner(Generic[M]):
         """Forget a request; its order, if a pipeline was working on it."""
         with self._lock:
             self._open.pop(request_id, None)
-        return self._running.pop(request_id, None)
+        order = self._running.pop(request_id, None)
+        if order:
+            order.model.num_running -= 1
+        return order
+
+
+def _check_time(models: Collection[Model], wanted: Wanted) -> None:
+    """Raises QueueFullError where no model can answer in time."""
+    if wanted.deadline is None:
+        return
+    seconds = min(model.pace.seconds(wanted.priority, wanted.client) for model in models)
+    allowed = wanted.deadline - time.monotonic()
+    if seconds > allowed:
+        raise QueueFullError(
+            f"an answer would take about {seconds:.1f} s now, and this request can wait {max(allowed, 0.0):.1f} s; try "
+            "again later, or allow more time",
+            wait_s(seconds, allowed),
+        )
 
 
 def _nobody(events: list[Event]) -> None:

@@ -105,6 +105,10 @@ class Engine:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    def waiting(self) -> dict[tuple[int, str], int]:
+        """How many have no rows yet, by priority and client."""
+        return self._waiting.counts()
+
     @property
     def num_rows(self) -> int:
         """Decoder rows in use, or held for those that read their prefixes, or their outputs again."""

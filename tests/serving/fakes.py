@@ -38,7 +38,13 @@ class FakeJob:
     params: dict[str, Any]
     num_input_tokens: int
     deadline: float | None
+    priority: int = 0
+    client: str = ""
     request: FakeRequest = field(default_factory=lambda: FakeRequest())
+
+    @property
+    def times(self) -> Times:
+        return self.request.times
 
 
 @dataclass
@@ -189,6 +195,7 @@ class FakePipeline:
         self.submitted.append(job)
         if job.source == "refuse at submit":
             raise InputError("refused", param="inputs")
+        job.times.submitted = job.times.admitted = time.monotonic()
         self.live[job.id] = (job, 0)
 
     def cancel(self, request_id: str) -> None:
@@ -217,6 +224,7 @@ class FakePipeline:
         longest = max(map(len, job.outputs))
         if job.kind in ("classify", "tag", "score") or done == longest:
             del self.live[request_id]
+            job.times.finished = time.monotonic()
             return [Finished(request_id, job.outputs)]  # type: ignore[arg-type]
         self.live[request_id] = (job, done + 1)
         return [
@@ -227,6 +235,9 @@ class FakePipeline:
 
     def load(self) -> dict[str, int]:
         return {"rows_live": len(self.live), "rows_waiting": 0, "rows_total": 256, "waiting": 0}
+
+    def waiting(self) -> dict[tuple[int, str], int]:
+        return {}
 
     def num_details(self, job: FakeJob) -> int:
         return int(job.params.get("top_logprobs", 0)) * sum(map(len, job.outputs))

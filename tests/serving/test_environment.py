@@ -74,6 +74,7 @@ def test_a_socket_path_that_would_be_too_long(tmp_path: Path) -> None:
 def test_the_plain_profile_leaves_ray_as_it_is() -> None:
     with prepared(Settings()):
         assert not [name for name in os.environ if name.startswith("RAY_SERVE_")]
+        assert os.environ.get("RAY_worker_niceness") == "0"  # noqa: SIM112
 
 
 def test_what_the_script_changes_in_rays_configuration(tmp_path: Path) -> None:

@@ -102,6 +102,34 @@ def test_full_queue_refuses_all_of_a_list_or_none() -> None:
         assert len(pipeline.submitted) == 4
 
 
+def test_what_cannot_be_answered_in_time_is_refused_at_once() -> None:
+    pipeline = FakePipeline("translate", step_s=0.02)
+
+    def wanted(seconds: float) -> Order[Model]:
+        return Order(pipeline.model, pipeline.prepare("one two three", {}, deadline=time.monotonic() + seconds))
+
+    with turning(pipeline) as (runner, outbox):
+        known = wanted(60)
+        runner.submit([known])  # takes four turns; before it, nothing is known
+        assert isinstance(outbox.end_of(known), Finished)
+        until(lambda: not pipeline.model.pace.seconds(0, ""))
+        runner.submit([wanted(0.01)])  # nothing runs, so it may try
+        running = Order(pipeline.model, pipeline.prepare("a " * 30, {}))
+        runner.submit([running])
+        until(lambda: bool(outbox.of(running)))
+        with pytest.raises(QueueFullError, match=r"an answer would take about 0\.\d s now, and this .* 0\.0 s") as full:
+            runner.submit([wanted(0.01)])
+        assert full.value.retry_after_s == 1
+        with pytest.raises(QueueFullError), runner.place([pipeline.model], wanted(0.01).job):
+            pass
+        with runner.place([pipeline.model], wanted(60).job):
+            pass
+        assert runner.num_open == 1
+        runner.cancel([running.job.id])
+        until(lambda: not pipeline.live)
+        until(lambda: not pipeline.model.pace.seconds(0, ""))  # so that the next one may try
+
+
 def test_cancel_frees_rows_at_the_next_turn_without_an_event() -> None:
     pipeline = FakePipeline("translate", step_s=0.01)
     with turning(pipeline) as (runner, outbox):
