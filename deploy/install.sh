@@ -9,3 +9,4 @@ python3 -m venv "$directory"
 "$directory/bin/pip" install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
 "$directory/bin/pip" install --no-cache-dir --constraint constraints.txt ".[serve]"
 "$directory/bin/python" -c "import serving.deployments"
+"$directory/bin/pip" uninstall --quiet --yes pip # what serves installs nothing
