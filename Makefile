@@ -1,10 +1,11 @@
 # One line of help each: `make` alone prints them.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format serve bench gpu kill-storm invariance clean
+.PHONY: help install demo test check format serve bench gpu kill-storm invariance audit sbom clean
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+TOOLS := build/tools
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -55,6 +56,20 @@ kill-storm: $(INSTALLED)  ## kill training runs 1,000 times, at every phase and 
 
 invariance: $(INSTALLED)  ## 10,000 random schedules of the engine, bit for bit, and a soak of 10,000 requests
 	$(BIN)/python -m tests.seqmodels.invariance
+
+# What looks at dependencies has many of its own, so it lives apart.
+$(TOOLS): Makefile
+	$(PYTHON) -m venv $@
+	$@/bin/pip install -q pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	touch $@
+
+audit: $(TOOLS)  ## ask PyPI whether a pinned dependency has a known fault
+	$(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt || \
+		{ echo "audit: a dependency has a fault, or could not be looked up; see above"; exit 1; }
+
+sbom: $(TOOLS)  ## write what the image installs to build/sbom.json, in CycloneDX's form
+	sh deploy/install.sh build/image
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o build/sbom.json build/image
 
 clean:  ## remove what was built, but no trained model
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

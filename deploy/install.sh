@@ -7,5 +7,6 @@ directory=$1
 python3 -m venv "$directory"
 # torch first and alone, so that nothing else can choose another build of it
 "$directory/bin/pip" install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
-"$directory/bin/pip" install --no-cache-dir --constraint constraints.txt ".[serve]"
+"$directory/bin/pip" install --no-cache-dir --constraint constraints.txt ".[serve,trace]"
 "$directory/bin/python" -c "import serving.deployments"
+"$directory/bin/pip" uninstall --quiet --yes pip # what serves installs nothing

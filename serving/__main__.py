@@ -117,6 +117,10 @@ def _check(config: ServeConfig) -> None:
 
     load_keys(config.api_keys_file)
     load_state_key(config.state_key_file)
+    if config.tracing:
+        from serving.traces import exporter_of
+
+        exporter_of(config.tracing)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', which torch cannot use here; use cpu")
     on_gpu = config.device != "cpu" and torch.cuda.is_available()

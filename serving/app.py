@@ -84,7 +84,9 @@ def build_app(
 
     summary = "Recurrent sequence models over HTTP"
     # Its page loads nothing from elsewhere: the service is also for machines without a way out.
-    app = FastAPIOffline(title="seqmodels", summary=summary, redoc_url=None, lifespan=lifespan)
+    # And FastAPI's own traces and logs, which an OpenTelemetry in the environment would begin, tell what clients sent.
+    silent = {"tracing": False, "metrics": False, "logs": False}
+    app = FastAPIOffline(title="seqmodels", summary=summary, redoc_url=None, lifespan=lifespan, telemetry=silent)
     rates = Rates(settings.requests_per_minute, settings.most_replicas)
     app.add_middleware(Guard, keys=keys, rates=rates, hosts=settings.hosts, observe=observe)
     if settings.cors_origins:  # around the guard, for a browser asks without a key whether it may ask

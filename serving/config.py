@@ -79,6 +79,16 @@ class Parsed(Strict):
             raise ConfigError(f"a value is not plain data: {error}") from None
 
 
+class Tracing(Strict):
+    """Where spans of requests go, by OpenTelemetry."""
+
+    # MODULE:NAME of what makes an exporter, called without arguments: OTLP's reads OTEL_EXPORTER_OTLP_ENDPOINT and its
+    # like from the environment, and is installed with the extra `trace`.
+    exporter: str = "opentelemetry.exporter.otlp.proto.http.trace_exporter:OTLPSpanExporter"
+    # Of the requests whose clients name no trace. Where one does, in the header traceparent, it has decided.
+    sampling_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+
+
 class ModelSet(Parsed):
     """The part of a service that may change while it runs: Ray Serve's `user_config`, which reaches every replica."""
 
@@ -148,6 +158,7 @@ class Settings(Parsed):
     # A stream's first piece goes out at once; what comes within so many seconds after a piece goes out together.
     stream_interval_s: Annotated[float, Field(ge=0.0)] = 0.05
     access_log: bool = True  # a line for each request in Ray Serve's log files; never with its text
+    tracing: Tracing | None = None  # `{}` for all defaults; left out, no trace is kept
     stall_after_s: PositiveFloat = 30.0  # an engine that does not turn for so long counts as dead
     drain_s: PositiveFloat = 20.0  # on shutdown, the time that running requests get to finish
     limits: Limits = Limits()

@@ -7,7 +7,7 @@ requests is the app's own work; the limits given to Serve here are a backstop, s
 
 import asyncio
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fastapi import FastAPI
@@ -29,11 +29,16 @@ from serving.models import Models, ServedModel
 from serving.runner import Runner
 from serving.states import load_state_key
 
+if TYPE_CHECKING:
+    from serving.traces import Traces
+
 HEALTH_CHECK_PERIOD_S = 5.0
 
 
 class ModelServer:
     """One replica: its models, the runner that turns them, and the app in front."""
+
+    traces: "Traces | None" = None
 
     def __init__(self, settings: dict[str, Any], keys: tuple[ApiKey, ...], state_key: bytes) -> None:
         self.settings = Settings.parse(settings)
@@ -42,6 +47,7 @@ class ModelServer:
         join_ray()
         torch.set_num_threads(self.settings.num_threads)  # Ray has set OMP_NUM_THREADS to its own idea
         self.metrics = Metrics()
+        self.traces = traces_of(self.settings)
         self.runner: Runner[ServedModel] = Runner(
             max_requests=self.settings.max_requests,
             stall_after_s=self.settings.stall_after_s,
@@ -65,8 +71,15 @@ class ModelServer:
 
     def _answered(self, exchange: Exchange) -> None:
         self.metrics.answered(exchange)
+        if self.traces:
+            self.traces.answered(exchange)
         if self.settings.access_log:
             log_request(exchange)
+
+    def __del__(self) -> None:
+        """Called by Serve when the replica ends, which does not end as a program does."""
+        if self.traces:
+            self.traces.end()
 
     def check_health(self) -> None:
         """Called by Serve every few seconds; a replica that fails it is replaced. The gauges are set here too."""
@@ -88,6 +101,14 @@ class ModelServer:
     def report(self) -> dict[str, Any]:
         """What this replica serves, for `python -m serving swap`, which asks every one."""
         return self.models.report()
+
+
+def traces_of(settings: Settings) -> "Traces | None":
+    if settings.tracing is None:
+        return None
+    from serving.traces import Traces  # and with it much that nobody else needs
+
+    return Traces(settings.tracing)
 
 
 def load_pipeline(settings: Settings, directories: list[str]) -> Pipeline:

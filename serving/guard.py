@@ -42,6 +42,7 @@ class Exchange:
 
     request_id: str
     method: str
+    traceparent: str | None = None  # the client's trace, as W3C writes it
     key: ApiKey = ANYBODY
     route: str = "none"  # one name for all paths that are none: clients invent them, and metrics would grow without end
     status: int = CLIENT_LEFT
@@ -113,7 +114,8 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = scope[EXCHANGE] = Exchange(_request_id(scope), scope["method"])
+        headers = Headers(scope=scope)
+        exchange = scope[EXCHANGE] = Exchange(_request_id(scope), scope["method"], headers.get("traceparent"))
         started_at = time.monotonic()
 
         async def send_and_note(message: Message) -> None:

@@ -83,7 +83,8 @@ def address(
     directory, port = tmp_path_factory.mktemp("service"), free_port()
     Path(RAY_HOME).mkdir(exist_ok=True)
     config = {
-        "models": models, "port": port, "limits": {"max_new_tokens": 4000}, "drain_s": 5.0, "profile": request.param
+        "models": models, "port": port, "limits": {"max_new_tokens": 4000}, "drain_s": 5.0, "profile": request.param,
+        "tracing": {"exporter": "opentelemetry.sdk.trace.export:ConsoleSpanExporter", "sampling_ratio": 0.0},
     }  # fmt: skip
     (directory / "service.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     log = directory / "log"
@@ -262,6 +263,39 @@ def test_each_request_is_logged_once_without_what_it_said(client: Client, addres
     assert (told["request_id"], told["client"], told["route"]) == (request_id, hash_key(KEY)[:8], "/v1/classify")
     assert (told["status"], told["input_tokens"]) == (200, 26)
     assert "nobody may log" not in log.read_text() and KEY not in log.read_text()
+
+
+def test_a_request_is_traced_where_its_client_is_without_what_it_said(
+    client: Client, address: str, offline: dict[str, Pipeline]
+) -> None:
+    """By an exporter that prints: what a replica prints, Ray keeps in a file."""
+    trace, caller = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    headers = {"authorization": f"Bearer {KEY}", "traceparent": f"00-{trace}-{caller}-01"}
+    body = {"model": "mood", "inputs": ["a text that nobody may log", "another"]}
+    client.classify("an untraced one", model="mood")
+    response = httpx.post(f"{address}/v1/classify?q=nobody+may+log", json=body, headers=headers)
+    assert response.status_code == 200
+    limit = time.monotonic() + 60  # spans go out every few seconds
+    while len(spans := printed_spans()) < 3:
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+    (request,) = (span for span in spans if span["name"] == "/v1/classify")
+    first, second = (span for span in spans if span["name"] == "input")
+    assert {span["context"]["trace_id"] for span in spans} == {f"0x{trace}"}
+    assert request["parent_id"] == f"0x{caller}" and request["kind"] == "SpanKind.SERVER"
+    assert first["parent_id"] == second["parent_id"] == request["context"]["span_id"]
+    told = request["attributes"]
+    assert (told["http.route"], told["http.response.status_code"]) == ("/v1/classify", 200)
+    assert (told["seqmodels.model"], told["seqmodels.revision"]) == ("mood", offline["mood"].revision)
+    assert told["seqmodels.request_id"] == response.headers["x-request-id"]
+    assert told["seqmodels.input_tokens"] == response.json()["usage"]["input_tokens"]
+    assert 0 <= first["attributes"]["seqmodels.queue_s"] <= first["attributes"]["seqmodels.first_token_s"]
+    assert "nobody" not in json.dumps(spans) and KEY not in json.dumps(spans)
+
+
+def printed_spans() -> list[dict[str, Any]]:
+    printed = "".join(path.read_text() for path in Path(RAY_HOME).glob("ray/session_2*/logs/worker-*.out"))
+    return [json.loads(one) for one in re.findall(r"^\{$.*?^\}$", printed, re.M | re.S)]
 
 
 def whole_lines(log: Path) -> list[str]:
