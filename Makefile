@@ -1,6 +1,6 @@
 # One line of help each: `make` alone prints them.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format serve bench gpu kill-storm invariance clean
+.PHONY: help install demo test check format serve bench gpu kill-storm invariance fuzz clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -55,6 +55,9 @@ kill-storm: $(INSTALLED)  ## kill training runs 1,000 times, at every phase and 
 
 invariance: $(INSTALLED)  ## 10,000 random schedules of the engine, bit for bit, and a soak of 10,000 requests
 	$(BIN)/python -m tests.seqmodels.invariance
+
+fuzz: $(INSTALLED)  ## ask the service a million requests in this process, four fifths of them damaged
+	$(BIN)/python -m tests.serving.fuzz
 
 clean:  ## remove what was built, but no trained model
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
