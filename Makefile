@@ -1,6 +1,6 @@
 # One line of help each: `make` alone prints them.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format serve bench gpu kill-storm invariance audit sbom clean
+.PHONY: help install demo test check format serve bench gpu kill-storm invariance audit sbom fuzz chaos clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -42,6 +42,7 @@ bench: $(INSTALLED)  ## run the benchmarks; each prints one JSON line per result
 	$(BIN)/python -m benchmarks.continuous
 	$(BIN)/python -m benchmarks.prefixes
 	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.serve
 
 gpu: $(INSTALLED)  ## with a CUDA device: the tests and benchmarks that need one
 	$(BIN)/python -m pytest -m gpu -n 8
@@ -70,6 +71,12 @@ audit: $(TOOLS)  ## ask PyPI whether a pinned dependency has a known fault
 sbom: $(TOOLS)  ## write what the image installs to build/sbom.json, in CycloneDX's form
 	sh deploy/install.sh build/image
 	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o build/sbom.json build/image
+
+fuzz: $(INSTALLED)  ## ask the service a million requests in this process, four fifths of them damaged
+	$(BIN)/python -m tests.serving.fuzz
+
+chaos: $(INSTALLED)  ## kill replicas 50 times, leave 1,000 streams, swap models 100 times, hold 1,000 silent connections
+	$(BIN)/python -m tests.serving.chaos
 
 clean:  ## remove what was built, but no trained model
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

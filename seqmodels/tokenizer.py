@@ -47,6 +47,10 @@ class Tokenizer:
         self._leading_space = fields["pre_tokenizer"].get("use_regex", False)
         self._holds_words = fields["decoder"] is None  # which are joined with spaces
         self._holds_bytes = not self._holds_words and fields["decoder"]["type"] == "ByteLevel"
+        if self._holds_bytes and not self._leading_space:  # of kind "byte"
+            # The library keeps the last ten thousand words that it has spelt. Here each text is one, of up to 256 bytes
+            # and 40 times as much memory, and bytes need no remembering.
+            self._backend.model._resize_cache(0)
         self._reads_lines = self._holds_words and fields["pre_tokenizer"]["type"] == "Sequence"  # since version 0.1.0
 
     @classmethod

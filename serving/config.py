@@ -34,6 +34,8 @@ class Limits(Strict):
     words: PositiveInt = 2_000  # in one pre-split item
     image_bytes: PositiveInt = 4 * 2**20  # of one picture or frame, after base64
     frames: PositiveInt = 64
+    # Of all pictures in one request together, which take about a second to draw: few bytes can ask for very many.
+    pixels: PositiveInt = 64_000_000
     features: PositiveInt = 1_000_000  # numbers in one item: steps times feature size
     num_beams: PositiveInt = 16
     num_return_sequences: PositiveInt = 16  # n and best_of of completions likewise

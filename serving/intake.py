@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from seqmodels.errors import InputError, TooLongError
+from seqmodels.preprocessing import num_pixels
 from serving.completions import CompletionRequest
 from serving.config import Limits
 from serving.errors import EMPTY, shown
@@ -149,12 +150,28 @@ def prepare_completion(model: ServedModel, body: CompletionRequest, terms: Terms
 def named_items(inputs: Any, field: str, limits: Limits) -> list[tuple[PipelineItem, str]]:
     """Each item as a pipeline takes it, and its name for error messages. Raises InputError."""
     if not isinstance(inputs, list):
-        return [(pipeline_item(inputs, field, limits), field)]
+        return _drawable([(pipeline_item(inputs, field, limits), field)], field, limits)
     if not inputs:
         raise InputError(f"{field} is an empty list; give at least one item", param=field, code=EMPTY)
     _check_size(len(inputs), limits.inputs, "items", field)
     names = [f"{field}[{index}]" for index in range(len(inputs))]
-    return [(pipeline_item(item, name, limits), name) for item, name in zip(inputs, names, strict=True)]
+    items = [(pipeline_item(item, name, limits), name) for item, name in zip(inputs, names, strict=True)]
+    return _drawable(items, field, limits)
+
+
+def _drawable(items: list[tuple[PipelineItem, str]], field: str, limits: Limits) -> list[tuple[PipelineItem, str]]:
+    """The same, unless drawing all their pictures would take too long: 34 bytes of WebP can be 20 million pixels. One
+    picture alone is for its model to refuse."""
+    pictures = [picture for item, _ in items if isinstance(item, dict) for picture in _pictures(item)]
+    pixels = 0
+    for picture in pictures if len(pictures) > 1 else []:
+        pixels += num_pixels(picture)
+        _check_size(pixels, limits.pixels, "pixels or more", field)
+    return items
+
+
+def _pictures(item: dict[str, Any]) -> list[bytes]:
+    return item["frames"] if "frames" in item else [item["image"]] if "image" in item else []
 
 
 def pipeline_item(item: Input | None, field: str, limits: Limits) -> PipelineItem:

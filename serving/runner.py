@@ -352,9 +352,9 @@ def _check_time(models: Collection[Model], wanted: Wanted) -> None:
         return
     seconds = min(model.pace.seconds(wanted.priority, wanted.client) for model in models)
     allowed = wanted.deadline - time.monotonic()
-    if seconds > allowed:
+    if 0 < allowed < seconds:  # one whose time is over already is told just that
         raise QueueFullError(
-            f"an answer would take about {seconds:.1f} s now, and this request can wait {max(allowed, 0.0):.1f} s; try "
+            f"an answer would take about {seconds:.1f} s now, and this request can wait {allowed:.1f} s; try "
             "again later, or allow more time",
             wait_s(seconds, allowed),
         )

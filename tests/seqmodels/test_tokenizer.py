@@ -1,5 +1,7 @@
 """Tokenizers round-trip text, and never read a special token out of it."""
 
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from seqmodels.errors import ConfigError, ModelDirectoryError
 from seqmodels.tokenizer import BOS, EOS, PAD, UNK, Kind, Tokenizer
 
+ROOT = Path(__file__).parents[2]
 TEXTS = [
     "A dog runs over the street.",
     "Ein Hund läuft über die Straße.",
@@ -29,6 +32,22 @@ def test_byte_based_kinds_round_trip_every_text(kind: Kind, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert not {PAD, UNK, BOS, EOS} & set(ids)
+
+
+def test_bytes_are_not_kept() -> None:
+    """Each text would be a word of its own in the library's cache: 100 MB of a server's memory."""
+    script = """
+import random
+from pathlib import Path
+from seqmodels.tokenizer import Tokenizer
+tokenizer, chance = Tokenizer.train([], "byte"), random.Random(0)
+held = lambda: int(Path("/proc/self/statm").read_text().split()[1])
+before = held()
+for _ in range(6000):
+    tokenizer.encode("".join(chance.choices("abcdefgh", k=200)))
+assert held() - before < 2500, f"{held() - before} pages more"  # of 4 kB
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("kind", KINDS)

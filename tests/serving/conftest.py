@@ -90,17 +90,22 @@ def api_key(key: str, **fields: Any) -> ApiKey:
 STATE_KEY = b"a key of tests alone"
 
 
-@contextmanager
-def in_process(
-    pipelines: Mapping[str, Any] | None = None, keys: tuple[ApiKey, ...] = (), **fields: Any
-) -> Iterator[InProcess]:
-    """An app over these pipelines, or over fakes; fields: of its ServeConfig."""
-    wanted = dict(pipelines or all_fakes())
+def app_over(pipelines: Mapping[str, Any], keys: tuple[ApiKey, ...] = (), **fields: Any) -> tuple[FastAPI, Models]:
+    """An app that serves these pipelines; fields: of its ServeConfig."""
+    wanted = dict(pipelines)
     config = ServeConfig.parse({"models": {name: name for name in wanted}, "drain_s": 1.0, **fields})
     runner: Runner[ServedModel] = Runner(max_requests=config.max_requests, stall_after_s=config.stall_after_s)
     models = Models(runner, lambda directories: wanted[directories[0]])
     models.apply(config.model_set)
-    app = build_app(models, config.settings, keys=keys, state_key=STATE_KEY)
+    return build_app(models, config.settings, keys=keys, state_key=STATE_KEY), models
+
+
+@contextmanager
+def in_process(
+    pipelines: Mapping[str, Any] | None = None, keys: tuple[ApiKey, ...] = (), **fields: Any
+) -> Iterator[InProcess]:
+    """The same, running; over fakes where no pipelines are given."""
+    app, models = app_over(pipelines or all_fakes(), keys, **fields)
     with InProcess(app, models).running() as server:
         yield server
 

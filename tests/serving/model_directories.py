@@ -15,9 +15,9 @@ RECURRENT = {"cell": "gru", "hidden_size": 16}
 PICTURE = {"image_size": [8, 8], "channels": [4, 8]}
 
 
-def save_all(directory: Path, bidirectional: bool = False, pooling: str = "last") -> dict[str, str]:
+def save_all(directory: Path, bidirectional: bool = False, pooling: str = "last", seed: int = 1) -> dict[str, str]:
     """Name -> a directory for each task and each kind of input. bidirectional: of encoders; pooling: of mood."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     tokenizer = Tokenizer.train([], kind="byte")
     size = tokenizer.vocab_size
     reading = {**RECURRENT, "bidirectional": bidirectional}

@@ -76,6 +76,16 @@ def test_raw_picture_above_the_limit() -> None:
         assert error["param"] == "inputs" and f"has {len(png())} bytes" in error["message"]
 
 
+def test_pictures_that_are_together_above_the_limit() -> None:
+    """Each is small enough; drawing them would keep a thread long after the client's deadline."""
+    with in_process(limits={"pixels": 2 * 4 * 3}) as server:
+        assert server.post("/v1/caption", {"inputs": [{"image": PNG}] * 2}).status_code == 200
+        error = error_of(server.post("/v1/caption", {"inputs": [{"image": PNG}] * 3}), 413)
+        assert error["param"] == "inputs" and "has 36 pixels or more" in error["message"]
+        error = error_of(server.post("/v1/tag", {"inputs": {"frames": [PNG] * 3}}), 413)
+        assert error["param"] == "inputs" and "at most 24" in error["message"]
+
+
 def test_generate_from_a_prompt_and_freely(server: InProcess) -> None:
     body = {"inputs": "once upon", "do_sample": True, "seed": 5, "num_return_sequences": 2}
     (result,) = server.post("/v1/generate", body).json()["results"]

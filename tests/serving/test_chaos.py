@@ -1,0 +1,53 @@
+"""`make chaos` in small: a replica that is really killed, clients that leave, swaps, silent connections.
+
+What breaks a promise must be found, too: answers that are wrong, requests that are lost.
+"""
+
+import json
+import subprocess
+import sys
+import time
+
+from .chaos import Load, soon_after
+from .running import ROOT
+
+
+def test_in_small() -> None:
+    small = ["--kills", "1", "--leaves", "20", "--swaps", "5", "--silent", "30"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.serving.chaos", *small], cwd=ROOT, capture_output=True, text=True, timeout=550
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    parts = {part["part"]: part for part in map(json.loads, ran.stdout.splitlines())}
+    assert list(parts) == ["kills", "leaves", "swaps", "silent"]
+    assert parts["kills"]["with_client"]["right"] and parts["swaps"]["refused"] == 1 and parts["silent"]["right"]
+
+
+class OneAnswer:
+    def is_right(self, name: str, text: str, answer: dict[str, str]) -> bool:
+        return answer["results"] == "right"
+
+
+def test_wrong_and_lost_answers_are_counted() -> None:
+    answers = iter([{"results": "right"}, {"results": "wrong"}])
+
+    def ask(name: str, text: str) -> dict[str, str]:
+        try:
+            return next(answers)
+        except StopIteration:
+            time.sleep(0.01)
+            raise RuntimeError("500") from None
+
+    load = Load("", OneAnswer())  # type: ignore[arg-type]
+    with load.asking(1, ask):
+        while not load.failures:
+            time.sleep(0.01)
+    assert (load.right, load.wrong) == (1, 1) and "500" in load.failures[0][2]
+
+
+def test_who_may_fail_when_a_replica_is_killed() -> None:
+    kills = [10.0, 20.0]
+    assert soon_after(9.9, 10.2, kills)
+    assert not soon_after(9.9, 15.1, kills)  # told too late
+    assert not soon_after(10.1, 10.2, kills)  # asked when it was dead already
+    assert not soon_after(9.5, 9.9, kills)  # failed for nothing
