@@ -151,6 +151,6 @@ def test_a_node_dies_and_another_comes(nodes: Nodes, models: dict[str, str], ask
     times = sorted(at for at, _, _ in answers)
     assert times[0] < killed_at and times[-1] > back_at
     longest_gap = max(later - at for at, later in itertools.pairwise(times))
-    assert longest_gap < 20  # seconds; half of one where the machine does nothing else
+    assert longest_gap < 20  # seconds; it was 0.6 on a busy machine, 2 on a very busy one
     for _, seed, answer in answers:
         assert answer == story(["on"], **options(seed))
