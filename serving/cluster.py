@@ -5,6 +5,7 @@ service begun here and one deployed from a file are the same and change in the s
 deployment's `user_config`. Only this file speaks to Serve's controller.
 """
 
+import contextlib
 import logging
 import socket
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayActorError
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ServeApplicationSchema, ServeDeploySchema
@@ -109,9 +110,10 @@ def change_models(wanted: ModelSet) -> list[dict[str, Any]]:
     _apply(ServeApplicationSchema.model_validate(schema))
     while True:
         _wait_until_running(lambda: False)
-        told = reports()
-        if all(report["wanted"] == wanted.model_dump(mode="json") for report in told):
-            return told
+        with contextlib.suppress(RayActorError):  # of a replica that has just died; one comes in its place
+            told = reports()
+            if all(report["wanted"] == wanted.model_dump(mode="json") for report in told):
+                return told
         time.sleep(POLL_S)
 
 

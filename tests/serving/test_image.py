@@ -5,6 +5,7 @@ on a read-only root, without rights (in_container.sh), with the settings of serv
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -117,9 +118,12 @@ def test_what_is_installed_from_what_is_copied_serves(models: dict[str, str], tm
         else:
             (build / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / path, build / path)
-    subprocess.run(["sh", "deploy/install.sh", str(venv)], cwd=build, stdout=subprocess.DEVNULL, check=True)
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # not what stands here
+    subprocess.run(["sh", "deploy/install.sh", str(venv)], cwd=build, env=own, stdout=subprocess.DEVNULL, check=True)
     listing = "import importlib.metadata as m; [print(d.name, d.version) for d in m.distributions()]"
-    told = subprocess.run([venv / "bin" / "python", "-c", listing], capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(
+        [venv / "bin" / "python", "-c", listing], env=own, capture_output=True, text=True, check=True
+    ).stdout
     installed = {plain(name): version.split("+")[0] for name, version in map(str.split, told.splitlines())}
     pinned = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
     pins = {plain(name): version for name, version in pinned.items()}

@@ -3,6 +3,7 @@
 What is served must be what the pipeline answers offline, to the last bit.
 """
 
+import atexit
 import json
 import os
 import re
@@ -38,6 +39,7 @@ START_S = 120
 
 # Where the service's Ray keeps its files and its address, apart from other tests' Ray; the path must be short.
 RAY_HOME = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+atexit.register(shutil.rmtree, RAY_HOME, ignore_errors=True)
 ENVIRONMENT = {**os.environ, "SEQMODELS_API_KEYS": KEY, "RAY_TMPDIR": RAY_HOME}
 
 
@@ -77,7 +79,7 @@ def address(
     """One service for all tests of a profile, which is "plain" where a test does not name it."""
     directory, port = tmp_path_factory.mktemp("service"), free_port()
     Path(RAY_HOME).mkdir(exist_ok=True)
-    config = {
+    config: dict[str, Any] = {
         "models": models, "port": port, "limits": {"max_new_tokens": 4000}, "drain_s": 5.0, "profile": request.param,
         "tracing": {"exporter": "opentelemetry.sdk.trace.export:ConsoleSpanExporter", "sampling_ratio": 0.0},
     }  # fmt: skip

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from seqmodels.pretrained import load_pretrained
 from serving import cluster
 from serving.__main__ import main
-from serving.config import ModelSet
+from serving.config import ModelSet, ServeConfig
 
 from .test_main import one_line_error
 
@@ -91,6 +92,23 @@ def test_mistakes_change_nothing(
         with pytest.raises(SystemExit) as ended:
             main(contradiction)
         assert ended.value.code == 2
+
+
+def test_a_replica_that_dies_meanwhile_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ModelSet.parse({"models": {"mood": "models/mood"}})
+    told = [{"wanted": wanted.model_dump(mode="json")}]
+    answers: list[Any] = [RayActorError(), [{"wanted": None}], told]
+
+    def reports() -> Any:
+        if isinstance(answer := answers.pop(0), Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(cluster, "_ours", lambda: cluster.application(ServeConfig.parse(wanted.model_dump())))
+    monkeypatch.setattr(cluster, "_apply", lambda application: None)
+    monkeypatch.setattr(cluster, "_wait_until_running", lambda is_stopped: None)
+    monkeypatch.setattr(cluster, "reports", reports)
+    assert cluster.change_models(wanted) == told and not answers
 
 
 def test_no_cluster_is_there(capsys: pytest.CaptureFixture[str]) -> None:
