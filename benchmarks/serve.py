@@ -47,7 +47,7 @@ from benchmarks.load import Ask, Load, Outcome
 from benchmarks.workload import read_column
 from seqmodels.pipeline import Pipeline
 
-SHARES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15)  # of what closed loops reached
+SHARES = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5)  # of what closed loops reached
 CLIENTS = 48
 LIST = 16  # sentences in one request
 OVERLOAD = 10
