@@ -1,6 +1,6 @@
 # One line of help each: `make` alone prints them.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format serve bench gpu kill-storm invariance fuzz clean
+.PHONY: help install demo test check format serve bench gpu kill-storm invariance fuzz soak clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -58,6 +58,10 @@ invariance: $(INSTALLED)  ## 10,000 random schedules of the engine, bit for bit,
 
 fuzz: $(INSTALLED)  ## ask the service a million requests in this process, four fifths of them damaged
 	$(BIN)/python -m tests.serving.fuzz
+
+soak: $(INSTALLED)  ## half an hour at 70 % load: memory must not grow; then 5 minutes with a leak, which must be found
+	$(BIN)/python -m tests.serving.soak
+	$(BIN)/python -m tests.serving.soak --minutes 5 --plant-leak 10000
 
 clean:  ## remove what was built, but no trained model
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
