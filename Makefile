@@ -1,6 +1,6 @@
 # One line of help each: `make` alone prints them.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format serve bench gpu kill-storm invariance audit sbom fuzz chaos clean
+.PHONY: help install demo test check format serve bench gpu kill-storm invariance audit sbom fuzz soak chaos clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -77,6 +77,10 @@ fuzz: $(INSTALLED)  ## ask the service a million requests in this process, four 
 
 chaos: $(INSTALLED)  ## kill replicas 50 times, leave 1,000 streams, swap models 100 times, hold 1,000 silent connections
 	$(BIN)/python -m tests.serving.chaos
+
+soak: $(INSTALLED)  ## half an hour at 70 % load: memory must not grow; then 5 minutes with a leak, which must be found
+	$(BIN)/python -m tests.serving.soak
+	$(BIN)/python -m tests.serving.soak --minutes 5 --plant-leak 10000
 
 clean:  ## remove what was built, but no trained model
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -102,8 +102,7 @@ class Tally:
         return f"{self.num_asked} asked in {seconds:.0f} s, slowest {self.slowest_s:.2f} s, memory {memory}"
 
     def weigh(self) -> None:
-        """Compare memory with what it was when all was warm. A peak after the last look is not growth: what was asked
-        for and given back may be the allocator's still, so it is told to let go first."""
+        """Compare memory with what it was when all was warm."""
         resident = resident_mb()
         if self.warm_mb is None:
             self.warm_mb = resident
@@ -111,7 +110,7 @@ class Tally:
 
 
 def resident_mb() -> float:
-    """Memory of this process, after all that can be freed is."""
+    """Memory of this process, once the allocator has let go of what is free."""
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,5 +1,5 @@
 """What the fuzz asks: valid requests, with answers that the library gave beforehand, and what becomes of them when they
-are damaged. A request depends on a seed and its number alone, so each can be made again.
+are damaged. A request depends on a seed and its number alone (but for when its state expires), and can be made again.
 
 Knows what goes over the wire; knows no app.
 """
