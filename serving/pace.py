@@ -17,7 +17,11 @@ from dataclasses import dataclass, field
 from seqmodels.decoding.request import Times
 
 OF_TURNS, OF_SECONDS = 0.1, 0.2  # how much the newest counts
-CAUTION = 1.25  # an estimate that is right in the mean would be too short for half of all requests
+# An estimate is multiplied by a factor, for one that is right in the mean would be too short for half of all requests.
+# The factor grows with each request that was let in and was not ready in time, and shrinks with each that was, so that
+# in the long run at most one in ten is late.
+CAUTION, MOST_CAUTION = 1.25, 2.0
+GROWS, SHRINKS = 1.1, 0.99
 
 Waiting = Mapping[tuple[int, str], int]  # requests without rows, by priority and client
 
@@ -37,6 +41,7 @@ class Pace:
     def __init__(self) -> None:
         self._turns = 0.0  # of a request; 0 where none has been answered
         self._turn_s = 0.0
+        self._caution = CAUTION
         self._now = Turn()
         self._coming: Counter[tuple[int, str]] = Counter()
         self._lock = threading.Lock()
@@ -57,21 +62,31 @@ class Pace:
             self._turn_s = _mixed(self._turn_s, seconds, OF_SECONDS)
         self._now = turn
 
-    def finished(self, times: Times) -> None:
-        """Note a request that was answered."""
+    def finished(self, times: Times, was_estimated: bool) -> None:
+        """Note a request that was answered. was_estimated: whether it was let in by an estimate that was not 0."""
         if times.admitted is not None and times.finished is not None and self._turn_s:
             turns = max(1.0, (times.finished - times.admitted) / self._turn_s)
             self._turns = _mixed(self._turns, turns, OF_TURNS)
+        if was_estimated:
+            self._caution = max(CAUTION, self._caution * SHRINKS)
+
+    def expired(self, times: Times, was_estimated: bool, now: float) -> None:
+        """Note a request whose deadline has passed. It would have taken longer than until now."""
+        if times.admitted is not None and self._turn_s:
+            turns = (now - times.admitted) / self._turn_s
+            self._turns = max(self._turns, _mixed(self._turns, turns, OF_TURNS))
+        if was_estimated:
+            self._caution = min(MOST_CAUTION, self._caution * GROWS)
 
     def seconds(self, priority: int, client: str) -> float:
-        """What a new request would take, with some caution; 0 where nothing runs or nothing is known."""
+        """What a new request would take, with caution; 0 where nothing runs or nothing is known."""
         turn = self._now
         if not turn.running:
             return 0.0
         with self._lock:
             queue = self._coming + Counter(turn.waiting)
         ahead = max(0.0, _ahead(queue, priority, client) - turn.room)
-        return CAUTION * self._turns * self._turn_s * (1 + ahead / turn.running)
+        return self._caution * self._turns * self._turn_s * (1 + ahead / turn.running)
 
 
 def _ahead(waiting: Waiting, priority: int, client: str) -> int:

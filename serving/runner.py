@@ -94,12 +94,14 @@ class Model:
 M = TypeVar("M", bound=Model)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Order(Generic[M]):
-    """One prepared request on its way to one model."""
+    """One prepared request on its way to one model. was_estimated: whether the time that it will take was, when it was
+    accepted."""
 
     model: M
     job: Prepared
+    was_estimated: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ class Runner(Generic[M]):
     def submit(self, orders: Sequence[Order[M]]) -> None:
         """Accept all the orders or, raising QueueFullError or ClosingError, none."""
         for order in orders:
-            _check_time([order.model], order.job)
+            order.was_estimated = _check_time([order.model], order.job) > 0
         with self._lock:
             self._check_room(len(orders))
             self._open.update((order.job.id, order) for order in orders)
@@ -318,7 +320,7 @@ class Runner(Generic[M]):
             return event.request_id in self._running
         order = self._close(event.request_id)
         if order and isinstance(event, Finished):
-            order.model.pace.finished(order.job.times)
+            order.model.pace.finished(order.job.times, order.was_estimated)
         return order is not None
 
     def _fail(self, request_ids: Sequence[str], error: SeqModelsError) -> list[Event]:
@@ -343,13 +345,16 @@ class Runner(Generic[M]):
         order = self._running.pop(request_id, None)
         if order:
             order.model.num_running -= 1
+            now = time.monotonic()
+            if order.job.deadline is not None and order.job.deadline < now:
+                order.model.pace.expired(order.job.times, order.was_estimated, now)
         return order
 
 
-def _check_time(models: Collection[Model], wanted: Wanted) -> None:
-    """Raises QueueFullError where no model can answer in time."""
+def _check_time(models: Collection[Model], wanted: Wanted) -> float:
+    """In how many seconds one of the models can answer. Raises QueueFullError where none can in time."""
     if wanted.deadline is None:
-        return
+        return 0.0
     seconds = min(model.pace.seconds(wanted.priority, wanted.client) for model in models)
     allowed = wanted.deadline - time.monotonic()
     if 0 < allowed < seconds:  # one whose time is over already is told just that
@@ -358,6 +363,7 @@ def _check_time(models: Collection[Model], wanted: Wanted) -> None:
             "again later, or allow more time",
             wait_s(seconds, allowed),
         )
+    return seconds
 
 
 def _nobody(events: list[Event]) -> None:

@@ -16,7 +16,7 @@ def known(turn: Turn) -> Pace:
     """Of a model whose requests take 10 turns of 50 ms, as of now."""
     pace = Pace()
     pace.turned(TURN_S, turn)
-    pace.finished(Times(submitted=0.0, admitted=1.0, finished=1.0 + TURNS * TURN_S))
+    pace.finished(Times(submitted=0.0, admitted=1.0, finished=1.0 + TURNS * TURN_S), was_estimated=False)
     return pace
 
 
@@ -69,6 +69,25 @@ def test_it_follows_the_machine() -> None:
     assert pace.seconds(0, "") == pytest.approx(CAUTION * TURNS * 3 * TURN_S, rel=0.01)
 
 
+def test_caution_grows_with_who_was_late_and_shrinks_with_who_was_not() -> None:
+    pace, times = known(Turn(4)), Times(submitted=0.0, admitted=1.0, finished=1.0 + TURNS * TURN_S)
+    pace.expired(Times(submitted=0.0, admitted=1.0), was_estimated=True, now=1.1)
+    assert pace.seconds(0, "") == pytest.approx(CAUTION * 1.1 * TURNS * TURN_S)
+    pace.finished(times, was_estimated=True)
+    assert pace.seconds(0, "") == pytest.approx(CAUTION * 1.1 * 0.995 * TURNS * TURN_S)
+    for _ in range(100):
+        pace.finished(times, was_estimated=True)
+    assert pace.seconds(0, "") == pytest.approx(CAUTION * TURNS * TURN_S)
+    pace.expired(Times(submitted=0.0, admitted=1.0), was_estimated=False, now=1.1)  # nobody had promised anything
+    assert pace.seconds(0, "") == pytest.approx(CAUTION * TURNS * TURN_S)
+
+
+def test_who_was_late_would_have_taken_more_turns() -> None:
+    pace = known(Turn(4))
+    pace.expired(Times(submitted=0.0, admitted=1.0), was_estimated=False, now=1.0 + 3 * TURNS * TURN_S)
+    assert pace.seconds(0, "") == pytest.approx(CAUTION * 1.2 * TURNS * TURN_S)  # a tenth of the way from 10 to 30
+
+
 def test_when_to_try_again() -> None:
     assert [wait_s(seconds, 1.0) for seconds in (1.2, 2.0, 5.5)] == [1, 1, 5]
 
@@ -91,6 +110,9 @@ def in_time(refuses: Callable[[Pace, float], bool]) -> float:
                 num_coming += 1
             next_arrival += drawn.expovariate(400)
         waiting = [arrival for arrival in waiting if arrival + 1.0 > now]
+        for arrival, times, _ in running:
+            if arrival + 1.0 <= now:
+                pace.expired(times, was_estimated=True, now=now)
         running = [one for one in running if one[0] + 1.0 > now]
         while waiting and len(running) < 20:
             running.append((heapq.heappop(waiting), Times(admitted=now), TURNS + drawn.randint(-2, 2)))
@@ -105,7 +127,7 @@ def in_time(refuses: Callable[[Pace, float], bool]) -> float:
                 left.append((arrival, times, turns - 1))
                 continue
             times.finished = now
-            pace.finished(times)
+            pace.finished(times, was_estimated=True)
             answered += now <= arrival + 1.0
         running = left
         pace.turned(TURN_S, Turn(num_running, {(0, ""): len(waiting)}, room) if waiting or running else Turn())
