@@ -74,7 +74,7 @@ def test_caution_grows_with_who_was_late_and_shrinks_with_who_was_not() -> None:
     pace.expired(Times(submitted=0.0, admitted=1.0), was_estimated=True, now=1.1)
     assert pace.seconds(0, "") == pytest.approx(CAUTION * 1.1 * TURNS * TURN_S)
     pace.finished(times, was_estimated=True)
-    assert pace.seconds(0, "") == pytest.approx(CAUTION * 1.1 * 0.995 * TURNS * TURN_S)
+    assert pace.seconds(0, "") == pytest.approx(CAUTION * 1.1 * 0.99 * TURNS * TURN_S)
     for _ in range(100):
         pace.finished(times, was_estimated=True)
     assert pace.seconds(0, "") == pytest.approx(CAUTION * TURNS * TURN_S)
