@@ -55,13 +55,15 @@ def _line(process: int, parents: dict[int, int]) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def running(models: dict[str, str], environment: dict[str, str] | None = None, **fields: Any) -> Iterator[Running]:
-    """fields: of its ServeConfig."""
+def running(
+    models: dict[str, str], environment: dict[str, str] | None = None, module: str = "serving", **fields: Any
+) -> Iterator[Running]:
+    """fields: of its ServeConfig. module: what is run in place of the service's own."""
     home, port = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp")), free_port()  # a socket's path must be short
     (home / "service.yaml").write_text(yaml.safe_dump({"models": models, "port": port, **fields}))
     with (home / "log").open("w") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "serving", str(home / "service.yaml")],
+            [sys.executable, "-m", module, str(home / "service.yaml")],
             cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
             env={**os.environ, **(environment or {}), "RAY_TMPDIR": str(home)},
         )  # fmt: skip

@@ -32,9 +32,6 @@ import json
 import math
 import os
 import random
-import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -51,9 +48,8 @@ from rich.progress import Progress
 
 from .leaking import LEAK_BYTES
 from .model_directories import save_all
-from .test_service import free_port
+from .running import Running, running
 
-ROOT = Path(__file__).parents[2]
 KEY = "a key that only the soak knows"
 ALLOWED_MB = 1.0  # in 10 minutes
 VISIBLE_MB = 10.0  # in 10 minutes: what must be seen if it is there
@@ -63,7 +59,6 @@ CAPACITY_S, WARM_S, AT_ONCE = 15.0, 10.0, 8
 SAMPLE_S = 2.0
 FINE = (" 200", " 400", " 422", " left")
 MOST_OPEN = 500  # requests without an answer, after which a new one is not begun: the service does not keep up
-START_S = 180.0
 REPLICA, PROXY = WATCHED = ("ServeReplica", "ProxyActor")  # as Ray names its processes
 TEXTS = ("a good day", "größer", "日本", "one two three four", "x" * 50, "it rains in the north")
 
@@ -111,65 +106,28 @@ def trend(seconds: Sequence[float], megabytes: Sequence[float]) -> Trend:
 
 
 @contextlib.contextmanager
-def running_service(leak_bytes: int) -> Iterator[tuple[str, int]]:
-    """Its address and the id of its first process."""
-    # Where this service's Ray keeps its files and its address, apart from others; the path must be short.
-    ray_home, port = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp")), free_port()
-    environment = {**os.environ, "SEQMODELS_API_KEYS": KEY, "RAY_TMPDIR": str(ray_home), LEAK_BYTES: str(leak_bytes)}
+def leaking(leak_bytes: int) -> Iterator[Running]:
+    """The service, which keeps so many bytes of each request."""
+    environment = {"SEQMODELS_API_KEYS": KEY, LEAK_BYTES: str(leak_bytes)}
     environment |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
-    module = "tests.serving.leaking" if leak_bytes else "serving"
-    models = save_all(ray_home / "models")
-    named = [f"{name}={models[name]}" for name in ("mood", "names", "en-de", "story")]
-    command = [sys.executable, "-m", module, *named, "--port", str(port)]
-    log = ray_home / "log"
-    with log.open("w") as out:
-        service = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment)
+    with tempfile.TemporaryDirectory() as directory:
+        models = save_all(Path(directory))
+        served = {name: models[name] for name in ("mood", "names", "en-de", "story")}
+        with running(served, environment, "tests.serving.leaking" if leak_bytes else "serving") as service:
+            yield service
+
+
+def memory_of(service: Running) -> dict[str, float]:
+    """MB that each watched process holds; several of a name as one."""
+    return {name: sum(map(_resident_mb, service.processes(f"ray::{name}"))) for name in WATCHED}
+
+
+def _resident_mb(process: int) -> float:
     try:
-        _wait_until_ready(port, service, log)
-        yield f"http://127.0.0.1:{port}", service.pid
-    finally:
-        service.send_signal(signal.SIGINT)
-        try:
-            service.wait(90)
-        finally:
-            if service.poll() is None:
-                service.kill()
-            shutil.rmtree(ray_home, ignore_errors=True)
-
-
-def _wait_until_ready(port: int, service: subprocess.Popen[bytes], log: Path) -> None:
-    limit = time.monotonic() + START_S
-    while True:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=2).status_code == 200:
-                return
-        if service.poll() is not None or time.monotonic() > limit:
-            raise RuntimeError(f"the service did not start:\n{log.read_text()[-3000:]}")
-        time.sleep(0.2)
-
-
-def memory_of(ancestor: int) -> dict[str, float]:
-    """MB that each watched process holds, of those that descend from this one; several of a name as one."""
-    parents: dict[int, int] = {}
-    names: dict[int, str] = {}
-    for directory in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parents[int(directory.name)] = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
-            names[int(directory.name)] = (directory / "cmdline").read_text(errors="replace")
-    held: Counter[str] = Counter()
-    for process, command in names.items():
-        name = next((name for name in WATCHED if f"ray::{name}" in command), None)
-        if name and _descends(process, ancestor, parents):
-            with contextlib.suppress(OSError):
-                pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-                held[name] += pages * os.sysconf("SC_PAGE_SIZE") / 1e6  # type: ignore[assignment]
-    return dict(held)
-
-
-def _descends(process: int, ancestor: int, parents: dict[int, int]) -> bool:
-    while process > 1 and process != ancestor:
-        process = parents.get(process, 0)
-    return process == ancestor
+        pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    except OSError:  # it has ended
+        return 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 # -- the clients
@@ -301,12 +259,12 @@ async def load(soak: Soak, rate: float, seconds: float) -> None:
 Samples = list[tuple[float, dict[str, float]]]
 
 
-async def watch(process: int, samples: Samples, seconds: float) -> None:
+async def watch(service: Running, samples: Samples, seconds: float) -> None:
     began_at = time.monotonic()
     with Progress(disable=not sys.stderr.isatty()) as progress:
         bar = progress.add_task("soak", total=seconds)
         while (now := time.monotonic() - began_at) < seconds:
-            samples.append((now, await asyncio.to_thread(memory_of, process)))
+            samples.append((now, await asyncio.to_thread(memory_of, service)))
             progress.update(bar, completed=now)
             await asyncio.sleep(SAMPLE_S)
 
@@ -341,10 +299,10 @@ class Report:
         return "\n".join(lines)
 
 
-async def soak(address: str, process: int, minutes: float, share: float, seed: int = 0) -> Report:
+async def soak(service: Running, minutes: float, share: float, seed: int = 0) -> Report:
     """share: of the capacity."""
     headers, limits = {"authorization": f"Bearer {KEY}"}, httpx.Limits(max_connections=MOST_OPEN)
-    async with httpx.AsyncClient(base_url=address, headers=headers, timeout=30, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=service.address, headers=headers, timeout=30, limits=limits) as client:
         soak = Soak(client, random.Random(seed))
         await capacity(soak, WARM_S)
         most = await capacity(soak, CAPACITY_S)
@@ -352,7 +310,7 @@ async def soak(address: str, process: int, minutes: float, share: float, seed: i
         soak.outcomes.clear()
         soak.seconds.clear()
         samples: Samples = []
-        await asyncio.gather(load(soak, share * most, 60 * minutes), watch(process, samples, 60 * minutes))
+        await asyncio.gather(load(soak, share * most, 60 * minutes), watch(service, samples, 60 * minutes))
     moments = [moment for moment, _ in samples]
     trends = {name: trend(moments, [held[name] for _, held in samples]) for name in WATCHED}
     return Report(most, samples, soak.outcomes, soak.seconds, trends)
@@ -367,8 +325,8 @@ def main() -> int:
     parser.add_argument("--samples", type=Path, help="a file for all samples, a line of JSON each")
     given = parser.parse_args()
     torch.manual_seed(given.seed)
-    with running_service(given.plant_leak) as (address, process):
-        report = asyncio.run(soak(address, process, given.minutes, given.load, given.seed))
+    with leaking(given.plant_leak) as service:
+        report = asyncio.run(soak(service, given.minutes, given.load, given.seed))
     if given.samples:
         given.samples.write_text("".join(json.dumps(sample) + "\n" for sample in report.samples))
     print(report)
