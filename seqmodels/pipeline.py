@@ -284,6 +284,11 @@ class Pipeline:
             raise InputError(f"threshold is {threshold}, but a probability is between 0 and 1", param="threshold")
         return threshold
 
+    @property
+    def max_new_tokens(self) -> int:
+        """Of a request that asks for no other number."""
+        return self._search_params({}).max_new_tokens
+
     def _search_params(self, given: Mapping[str, Any]) -> SearchParams:
         try:
             return SearchParams.over(self._pretrained.generation, given)

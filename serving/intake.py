@@ -64,6 +64,8 @@ def prepare_inputs(model: ServedModel, body: TaskRequest, terms: Terms) -> Work:
     pipeline, limits = model.pipeline, terms.limits
     options = body.search() if isinstance(body, GeneratorOptions) else {}
     check_search(options, limits)
+    if isinstance(body, GeneratorOptions) and pipeline.max_new_tokens > limits.max_new_tokens:
+        options.setdefault("max_new_tokens", limits.max_new_tokens)  # what the model does by itself is bounded too
     stream = isinstance(body, GeneratorOptions) and body.stream
     items = named_items(body.inputs, "inputs", limits)
     states = open_states(body.state, len(items), terms)

@@ -95,6 +95,7 @@ class FakePipeline:
     name: str = "fake"
     facts: dict[str, bool] = field(default_factory=lambda: {"batch_invariant": True})
     revision: str = "0123456789ab"
+    max_new_tokens: int = 64
     step_s: float = 0.0
     failing_steps: int = 0
     live: dict[str, tuple[FakeJob, int]] = field(default_factory=dict)

@@ -76,6 +76,13 @@ def test_raw_picture_above_the_limit() -> None:
         assert error["param"] == "inputs" and f"has {len(png())} bytes" in error["message"]
 
 
+def test_what_a_model_writes_by_itself_is_bounded_too() -> None:
+    with in_process({"en-de": FakePipeline("translate")}, limits={"max_new_tokens": 3}) as server:
+        (result,) = server.post("/v1/translate", {"inputs": "one two three four"}).json()["results"]
+        assert result["sequences"][0]["text"] == "ONE TWO THREE"
+        assert server.post("/v1/translate", {"inputs": "x", "max_new_tokens": 4}).status_code == 400
+
+
 def test_pictures_that_are_together_above_the_limit() -> None:
     """Each is small enough; drawing them would keep a thread long after the client's deadline."""
     with in_process(limits={"pixels": 2 * 4 * 3}) as server:
