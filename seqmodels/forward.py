@@ -89,9 +89,9 @@ class Forward:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def waiting(self) -> dict[tuple[int, str], int]:
-        """How many wait, by priority and client."""
-        return self._waiting.counts()
+    def waiting(self) -> dict[tuple[int, str], list[float]]:
+        """The deadlines of those that wait, by priority and client."""
+        return self._waiting.deadlines()
 
     def submit(self, request: ForwardRequest) -> None:
         request.times.submitted = time.monotonic()

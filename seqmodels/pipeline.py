@@ -7,7 +7,6 @@ is served. `prepare` and `render` may be called from any thread; the others belo
 
 import secrets
 import uuid
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -373,10 +372,10 @@ class Pipeline:
     def has_work(self) -> bool:
         return self._forward.has_work or bool(self._engine and self._engine.has_work)
 
-    def waiting(self) -> Mapping[tuple[int, str], int]:
-        """Requests that wait for their turn, by priority and client."""
-        waiting = Counter(self._forward.waiting())
-        return waiting + Counter(self._engine.waiting()) if self._engine else waiting
+    def waiting(self) -> Mapping[tuple[int, str], list[float]]:
+        """The deadlines of those that wait for their turn, by priority and client; infinity where there is none."""
+        passes, texts = self._forward.waiting(), self._engine.waiting() if self._engine else {}
+        return {key: passes.get(key, []) + texts.get(key, []) for key in passes | texts}
 
     def load(self) -> dict[str, int]:
         """How busy it is: requests waiting, decoder rows in use, asked for by those who wait, and in all (an input for

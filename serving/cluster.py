@@ -112,7 +112,7 @@ def change_models(wanted: ModelSet) -> list[dict[str, Any]]:
         _wait_until_running(lambda: False)
         with contextlib.suppress(RayActorError):  # of a replica that has just died; one comes in its place
             told = reports()
-            if all(report["wanted"] == wanted.model_dump(mode="json") for report in told):
+            if told and all(report["wanted"] == wanted.model_dump(mode="json") for report in told):
                 return told
         time.sleep(POLL_S)
 

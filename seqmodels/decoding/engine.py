@@ -105,9 +105,9 @@ class Engine:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def waiting(self) -> dict[tuple[int, str], int]:
-        """How many have no rows yet, by priority and client."""
-        return self._waiting.counts()
+    def waiting(self) -> dict[tuple[int, str], list[float]]:
+        """The deadlines of those that have no rows yet, by priority and client."""
+        return self._waiting.deadlines()
 
     @property
     def num_rows(self) -> int:

@@ -38,9 +38,9 @@ class Waiting(Generic[R]):
     def __len__(self) -> int:
         return sum(map(len, self._heaps.values()))
 
-    def counts(self) -> dict[tuple[int, str], int]:
-        """How many wait, by priority and client."""
-        return {key: len(heap) for key, heap in self._heaps.items()}
+    def deadlines(self) -> dict[tuple[int, str], list[float]]:
+        """Of all that wait, by priority and client; infinity where there is none."""
+        return {key: [deadline for deadline, _, _ in heap] for key, heap in self._heaps.items()}
 
     def add(self, request: R) -> None:
         deadline = math.inf if request.deadline is None else request.deadline

@@ -96,6 +96,7 @@ class FakePipeline:
     facts: dict[str, bool] = field(default_factory=lambda: {"batch_invariant": True})
     revision: str = "0123456789ab"
     max_new_tokens: int = 64
+    rows: int = 256  # requests that run at a time
     step_s: float = 0.0
     failing_steps: int = 0
     live: dict[str, tuple[FakeJob, int]] = field(default_factory=dict)
@@ -139,7 +140,7 @@ class FakePipeline:
         length = params.get("max_new_tokens", 64)
         spoken = [word.upper() for word in words][:length]
         outputs = [spoken + ([f"#{k}"] if k else []) for k in range(params.get("num_return_sequences", 1))]
-        return self._request(" ".join(words), outputs, params, self.task, deadline)
+        return self._request(" ".join(words), outputs, params, self.task, deadline, priority, client)
 
     def prepare_score(
         self,
@@ -157,12 +158,21 @@ class FakePipeline:
         if item is not None:
             self._words(item, field, truncate)
         params = {"logprobs": True, "top_logprobs": top_logprobs}
-        return self._request(target, [self._words(target, target_field, truncate)], params, "score", deadline)
+        outputs = [self._words(target, target_field, truncate)]
+        return self._request(target, outputs, params, "score", deadline, priority, client)
 
     def _request(
-        self, source: str, outputs: list[list[str]], params: dict[str, Any], kind: str, deadline: float | None
+        self,
+        source: str,
+        outputs: list[list[str]],
+        params: dict[str, Any],
+        kind: str,
+        deadline: float | None,
+        priority: int,
+        client: str,
     ) -> FakeJob:
-        return FakeJob(f"request-{next(_numbers)}", kind, source, outputs, params, len(source.split()), deadline)
+        name, length = f"request-{next(_numbers)}", len(source.split())
+        return FakeJob(name, kind, source, outputs, params, length, deadline, priority, client)
 
     def _words(self, item: Any, field: str, truncate: bool) -> list[str]:
         if self.task == "caption":
@@ -196,7 +206,7 @@ class FakePipeline:
         self.submitted.append(job)
         if job.source == "refuse at submit":
             raise InputError("refused", param="inputs")
-        job.times.submitted = job.times.admitted = time.monotonic()
+        job.times.submitted = time.monotonic()
         self.live[job.id] = (job, 0)
 
     def cancel(self, request_id: str) -> None:
@@ -211,7 +221,8 @@ class FakePipeline:
             self.failing_steps -= 1
             raise RuntimeError("secret detail of the failure")
         events: list[Event] = []
-        for request_id, (job, done) in list(self.live.items()):
+        for request_id, (job, done) in list(self.live.items())[: self.rows]:
+            job.times.admitted = job.times.admitted or time.monotonic()
             events += self._advance(request_id, job, done)
         return events
 
@@ -235,10 +246,15 @@ class FakePipeline:
         ]
 
     def load(self) -> dict[str, int]:
-        return {"rows_live": len(self.live), "rows_waiting": 0, "rows_total": 256, "waiting": 0}
+        live = min(len(self.live), self.rows)
+        return {"rows_live": live, "rows_waiting": 0, "rows_total": self.rows, "waiting": len(self.live) - live}
 
-    def waiting(self) -> dict[tuple[int, str], int]:
-        return {}
+    def waiting(self) -> dict[tuple[int, str], list[float]]:
+        queue: dict[tuple[int, str], list[float]] = {}
+        for job, _ in list(self.live.values())[self.rows :]:
+            deadline = math.inf if job.deadline is None else job.deadline
+            queue.setdefault((job.priority, job.client), []).append(deadline)
+        return queue
 
     def num_details(self, job: FakeJob) -> int:
         return int(job.params.get("top_logprobs", 0)) * sum(map(len, job.outputs))

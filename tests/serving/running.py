@@ -77,11 +77,12 @@ def running(
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(90)
+            status, log = process.wait(90), service.log
         finally:
             if process.poll() is None:
                 process.kill()
             shutil.rmtree(home, ignore_errors=True)
+    assert status == 0, log[-3000:]
 
 
 def _is_ready(service: Running) -> bool:

@@ -118,8 +118,11 @@ def leaking(leak_bytes: int) -> Iterator[Running]:
 
 
 def memory_of(service: Running) -> dict[str, float]:
-    """MB that each watched process holds; several of a name as one."""
-    return {name: sum(map(_resident_mb, service.processes(f"ray::{name}"))) for name in WATCHED}
+    """MB that each watched process holds; several of a name as one. Raises RuntimeError where there is none."""
+    held = {name: sum(map(_resident_mb, service.processes(f"ray::{name}"))) for name in WATCHED}
+    if missing := [name for name, megabytes in held.items() if not megabytes]:
+        raise RuntimeError(f"no process is called {', '.join(missing)}")
+    return held
 
 
 def _resident_mb(process: int) -> float:

@@ -34,6 +34,8 @@ def test_the_cluster_example_is_what_ray_expects(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(deployments, "load_keys", lambda path: ())  # its key file is not on this machine
     built = call_user_app_builder_with_args_if_necessary(build, application.args)  # as `serve deploy` does
     assert isinstance(built, Application)
+    host = fields["http_options"]["host"]
+    assert application.args["host"] == host and Settings.parse(application.args).hosts is None  # no client gets a 421
     (server,) = application.deployments
     assert server.name == DEPLOYMENT and ModelSet.parse(server.user_config or {}).aliases
     unknown = set(fields) - set(ServeDeploySchema.model_fields) | set(fields["applications"][0]) - set(

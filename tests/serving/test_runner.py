@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -103,31 +104,60 @@ def test_full_queue_refuses_all_of_a_list_or_none() -> None:
 
 
 def test_what_cannot_be_answered_in_time_is_refused_at_once() -> None:
-    pipeline = FakePipeline("translate", step_s=0.02)
+    pipeline = FakePipeline("translate", step_s=0.05, rows=2)
 
-    def wanted(seconds: float) -> Order[Model]:
-        return Order(pipeline.model, pipeline.prepare("one two three", {}, deadline=time.monotonic() + seconds))
+    def wanted(seconds: float, **turn: Any) -> Order[Model]:
+        deadline = time.monotonic() + seconds
+        return Order(pipeline.model, pipeline.prepare("one two three", {}, deadline=deadline, **turn))
 
     with turning(pipeline) as (runner, outbox):
         known = wanted(60)
         runner.submit([known])  # takes four turns; before it, nothing is known
         assert isinstance(outbox.end_of(known), Finished)
-        until(lambda: not pipeline.model.pace.seconds(0, ""))
-        runner.submit([wanted(0.01)])  # nothing runs, so it may try
-        running = Order(pipeline.model, pipeline.prepare("a " * 30, {}))
-        runner.submit([running])
-        until(lambda: bool(outbox.of(running)))
-        with pytest.raises(QueueFullError, match=r"an answer would take about 0\.\d s now, and this .* 0\.0 s") as full:
-            runner.submit([wanted(0.01)])
-        assert full.value.retry_after_s == 1
-        with pytest.raises(QueueFullError), runner.place([pipeline.model], wanted(0.01).job):
+        running = [Order(pipeline.model, pipeline.prepare("a " * 30, {}))]
+        running += [wanted(2.5) for _ in range(30)]
+        runner.submit(running)
+        until(lambda: sum(map(len, pipeline.waiting().values())) > 20 and bool(outbox.of(running[0])))
+        with pytest.raises(
+            QueueFullError, match=r"an answer would take about \d\.\d s now, and this .* 0\.\d s"
+        ) as full:
+            runner.submit([wanted(0.3)] * 20)
+        assert full.value.retry_after_s >= 1
+        with pytest.raises(QueueFullError), runner.place([pipeline.model], wanted(2.6).job):
             pass
         with runner.place([pipeline.model], wanted(60).job):
             pass
-        assert runner.num_open == 1
-        runner.cancel([running.job.id])
+        runner.submit([wanted(0.3, priority=1)])  # goes first
+        runner.submit([wanted(0.3)])  # has the earliest deadline
+        for one in running:
+            runner.cancel([one.job.id])
         until(lambda: not pipeline.live)
-        until(lambda: not pipeline.model.pace.seconds(0, ""))  # so that the next one may try
+        until(lambda: not pipeline.model.pace.seconds(0, "", None))
+
+
+def test_a_runner_that_closes_says_so_and_not_that_it_is_busy() -> None:
+    pipeline = FakePipeline("translate")
+    runner: Runner[Model] = Runner([pipeline.model])
+    runner.start(Outbox())
+    runner.stop()
+    with pytest.raises(ClosingError):
+        runner.submit([order(pipeline)])
+    with pytest.raises(ClosingError), runner.place([pipeline.model], order(pipeline).job):
+        pass
+
+
+def test_who_expires_in_a_turn_did_not_run_in_it() -> None:
+    pipeline = FakePipeline("translate", rows=2)
+    runner: Runner[Model] = Runner([pipeline.model])
+    soon = time.monotonic() + 0.05
+    jobs = [pipeline.prepare("a " * 30, {}, deadline=None if i < 2 else soon) for i in range(40)]
+    runner.submit([Order(pipeline.model, job) for job in jobs])
+    runner.turn()
+    assert pipeline.model.last_turn(40).running == 2
+    pipeline.rows = 40  # so that the step meets those whose time is over
+    time.sleep(0.06)
+    runner.turn()
+    assert pipeline.model.pace._now.running == 2
 
 
 def test_cancel_frees_rows_at_the_next_turn_without_an_event() -> None:
