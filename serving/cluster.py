@@ -122,6 +122,12 @@ def reports() -> list[dict[str, Any]]:
     return list(serve.get_app_handle(APPLICATION).broadcast("report").results())
 
 
+def replica_states() -> dict[str, int]:
+    """How many replicas are in each state, in Serve's words."""
+    about = serve.status().applications[APPLICATION].deployments[DEPLOYMENT]
+    return {str(state): count for state, count in about.replica_states.items() if count}
+
+
 def shut_down() -> None:
     """Stop the service, letting what runs finish, then every process of Ray's that was begun."""
     if ray.is_initialized():

@@ -179,11 +179,11 @@ def killed(service: Running, golden: Golden, times: int) -> dict[str, Any]:
         asked_once.asking(WITHOUT_RETRY, once(service.address)),
     ):
         for _ in track(range(times), "kills", disable=not sys.stderr.isatty()):
-            victim = min(service.processes("ServeReplica:"))
+            victim = min(service.processes("ray::ServeReplica:"))
             moments.append(time.monotonic())
             os.kill(victim, signal.SIGKILL)
-            until(lambda gone=victim: gone not in service.processes("ServeReplica:"), 30)
-            until(lambda: len(reports()) == 2, 120)
+            until(lambda gone=victim: gone not in service.processes("ray::ServeReplica:"), 30)
+            until(lambda: two_answer(service), 120)
     in_flight = Counter(sum(began <= moment <= told for began, told, _ in asked_once.failures) for moment in moments)
     late = [told for began, told, _ in asked_once.failures if not soon_after(began, told, moments)]
     broken = {
@@ -306,14 +306,12 @@ def join(service: Running) -> None:
     cluster.connect("auto")
 
 
-def reports() -> list[dict[str, Any]]:
-    """Of each replica that answers; none while one of those that Serve knows is dead."""
+def two_answer(service: Running) -> bool:
+    """Whether Serve has two replicas again, and no other. Those that still begin have another name."""
     from serving import cluster
 
-    try:
-        return cluster.reports()
-    except Exception:
-        return []
+    states = cluster.replica_states()
+    return states == {"RUNNING": 2} and len(service.processes("ray::ServeReplica:")) == 2
 
 
 def say(part: str, broken: dict[str, int], **fields: Any) -> dict[str, Any]:
