@@ -5,8 +5,8 @@
     python -m benchmarks.serve                                  # the models of `make demo`
 
 Each system runs alone, in processes of its own, with one replica of one thread; the load comes from this process, on
-the same machine. Every answer is compared with that of the pipeline offline, and only right ones count. One JSON line
-per result:
+the same machine. Every answer of the service is compared with that of the pipeline offline, and only right ones count;
+of the stock recipe each must be a text (a test compares its search with the engine's). One JSON line per result:
 
     offline   the pipeline in this process, one thread, all sentences at once
     closed    so many clients who each wait for their answer; `of_offline` compares sentences a second, `of_empty`

@@ -140,9 +140,11 @@ def test_a_runner_that_closes_says_so_and_not_that_it_is_busy() -> None:
     runner: Runner[Model] = Runner([pipeline.model])
     runner.start(Outbox())
     runner.stop()
+    pipeline.model.pace.seconds = lambda *wanted: 99.0  # type: ignore[method-assign]
+    late = Order(pipeline.model, pipeline.prepare("one", {}, deadline=time.monotonic() + 60))
     with pytest.raises(ClosingError):
-        runner.submit([order(pipeline)])
-    with pytest.raises(ClosingError), runner.place([pipeline.model], order(pipeline).job):
+        runner.submit([late])
+    with pytest.raises(ClosingError), runner.place([pipeline.model], late.job):
         pass
 
 
