@@ -8,10 +8,13 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from .chaos import Load, soon_after
 from .running import ROOT
 
 
+@pytest.mark.slow  # beside another cluster with a token of its own it may join that one in place of its own
 def test_in_small() -> None:
     small = ["--kills", "1", "--leaves", "20", "--swaps", "5", "--silent", "30"]
     ran = subprocess.run(
