@@ -15,6 +15,8 @@ Each message names the field, the value and the fix. Nothing else is raised on p
 is a bug of ours.
 """
 
+import math
+
 
 class SeqModelsError(Exception):
     """Base of every error that is the user's to mend."""
@@ -68,6 +70,15 @@ class QueueFullError(SeqModelsError):
     def __init__(self, message: str, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+def hopeless(seconds: float) -> QueueFullError:
+    """For a request that still waits for its turn, and has less time left than it would take from then on."""
+    return QueueFullError(
+        f"an answer would take another {seconds:.1f} s, and this request cannot wait so long; try again later, or "
+        "allow more time",
+        max(1, math.ceil(seconds)),
+    )
 
 
 class DeadlineError(SeqModelsError):

@@ -25,6 +25,7 @@ from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.request import Event, Failed, Finished, Request, Scores, Times
 from seqmodels.decoding.saved import Maker, SavedState, fingerprint, input_state_from_bytes, input_state_to_bytes
 from seqmodels.decoding.search import Hypothesis
+from seqmodels.decoding.waiting import UNBOUNDED, Bounds
 from seqmodels.ensemble import Directories, as_paths, common_reader, load_members, revision_of
 from seqmodels.errors import InputError, SeqModelsError
 from seqmodels.forward import Forward, ForwardRequest
@@ -356,11 +357,11 @@ class Pipeline:
             assert self._engine is not None
             self._engine.submit(job.request)
 
-    def step(self) -> list[Event]:
+    def step(self, bounds: Bounds = UNBOUNDED) -> list[Event]:
         """Turn once: a forward pass for those who wait for one, a token for those who generate."""
-        events = self._forward.step() if self._forward.has_work else []
+        events = self._forward.step(bounds) if self._forward.has_work else []
         if self._engine and self._engine.has_work:
-            events += self._engine.step()
+            events += self._engine.step(bounds)
         return events
 
     def cancel(self, request_id: str) -> None:

@@ -40,6 +40,15 @@ Read = Callable[[bytes], Body]
 Prepare = Callable[[ServedModel, Body, intake.Terms], Work]
 
 GENERATORS = ("translate", "caption", "generate")
+TASKS = {
+    "/v1/classify": ("classify",),
+    "/v1/tag": ("tag",),
+    "/v1/translate": ("translate",),
+    "/v1/caption": ("caption",),
+    "/v1/generate": ("generate",),
+    "/v1/score": GENERATORS,
+    "/v1/completions": GENERATORS,
+}
 LINES = ("application/x-ndjson", "application/jsonl", "application/jsonlines")
 DONE = b"data: [DONE]\n\n"
 
@@ -52,6 +61,13 @@ class Front:
         self.models = models
         self.limits = limits
         self._batches = asyncio.Semaphore(limits.batches)
+
+    def admit(self, request: Request) -> None:
+        """Before a request is routed, let alone read: refuse one that no model of its endpoint can answer in time.
+        Raises QueueFullError, ClosingError, and HttpError for a wrong header."""
+        tasks = TASKS.get(request.url.path)
+        if tasks and request.method == "POST":
+            self.service.runner.check_time(self.models.of_tasks(tasks), self._terms(request))
 
     async def answer(self, request: Request, shape: type[intake.TaskRequest], task: str) -> Response:
         """An endpoint whose `inputs` go to a model of one task."""
@@ -110,25 +126,28 @@ class Front:
 
         The place is held until just before `Service.call`, with no await between, so that nobody gets in first.
         """
-        exchange = exchange_of(request)
-        terms = intake.Terms(
-            self.limits,
-            self.service.seal,
-            deadline=time.monotonic() + seconds_allowed(request, self.limits.timeout_s),
-            priority=priority_of(request),
-            client=exchange.key.name,
-        )
+        exchange, terms = exchange_of(request), self._terms(request)
 
         def in_pool(data: bytes) -> tuple[Body, Work]:
             body = read(data)
             return body, prepare(self.models.find(body.model, tasks), body, terms)
 
-        with self.service.runner.place(self.models.of_tasks(tasks), terms):
+        with self.service.runner.place():
             async with ending_at(terms.deadline):
                 body, work = await self.service.in_pool(in_pool, await read_body(request, self.limits.body_bytes))
         exchange.model, exchange.revision = work.model.name, work.model.revision
         exchange.times = [job.request.times for job in work.jobs]
         return body, work
+
+    def _terms(self, request: Request) -> intake.Terms:
+        """Raises HttpError for a wrong header."""
+        return intake.Terms(
+            self.limits,
+            self.service.seal,
+            deadline=time.monotonic() + seconds_allowed(request, self.limits.timeout_s),
+            priority=priority_of(request),
+            client=exchange_of(request).key.name,
+        )
 
 
 def is_image(request: Request) -> bool:

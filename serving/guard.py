@@ -55,6 +55,7 @@ class Exchange:
     seconds: float = 0.0
 
 
+Admit = Callable[[Request], None]
 Observe = Callable[[Exchange], None]
 
 
@@ -101,13 +102,21 @@ class Guard:
     """The middleware."""
 
     def __init__(
-        self, app: ASGIApp, keys: Sequence[ApiKey], rates: Rates, hosts: Sequence[str] | None, observe: Observe
+        self,
+        app: ASGIApp,
+        keys: Sequence[ApiKey],
+        rates: Rates,
+        hosts: Sequence[str] | None,
+        admit: Admit,
+        observe: Observe,
     ) -> None:
-        """hosts: names by which clients may call the service; any where None."""
+        """hosts: names by which clients may call the service; any where None. admit: raises what a request that has
+        a key is refused with, if it is."""
         self.app = app
         self.keys = keys
         self.hosts = hosts
         self.rates = rates
+        self.admit = admit
         self.observe = observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -129,6 +138,7 @@ class Guard:
                 self._check_host(scope)
                 exchange.key = self._key(scope)
                 self.rates.take(exchange.key)
+                self.admit(Request(scope))
             await self.app(scope, told_by(receive), send_and_note)
         except ClientDisconnect:
             exchange.status = CLIENT_LEFT

@@ -15,12 +15,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from seqmodels.decoding.request import Times
+from seqmodels.decoding.waiting import Bounds
 
 OF_TURNS, OF_SECONDS = 0.1, 0.2  # how much the newest counts
 # An estimate is multiplied by a factor, for one that is right in the mean would be too short for half of all requests.
 # The factor grows with each request that was let in and was not ready in time, and shrinks with each that was, so that
-# in the long run at most one in ten is late.
+# in the long run at most one in ten is late. So does the share of rows in use: fewer requests at a time end sooner.
 CAUTION, MOST_CAUTION = 1.25, 2.0
+LEAST_SHARE = 1 / 32
 GROWS, SHRINKS = 1.1, 0.99
 
 Key = tuple[int, str]  # a priority and a client
@@ -43,6 +45,8 @@ class Pace:
         self._turns = 0.0  # of a request; 0 where none has been answered
         self._turn_s = 0.0
         self._caution = CAUTION
+        self._share = 1.0
+        self._was_late = False  # in this turn, somebody who had rows
         self._now = Turn()
         self._coming: defaultdict[Key, list[float]] = defaultdict(list)
         self._lock = threading.Lock()
@@ -62,12 +66,17 @@ class Pace:
 
     def turned(self, seconds: float | None, turn: Turn) -> None:
         """Note a turn; seconds: None where there was nothing to do in it."""
+        if self._was_late:
+            self._share = max(LEAST_SHARE, self._share / GROWS)
+        self._was_late = False
         if seconds is not None:
             self._turn_s = _mixed(self._turn_s, seconds, OF_SECONDS)
         self._now = turn
 
     def finished(self, times: Times, was_estimated: bool) -> None:
-        """Note a request that was answered. was_estimated: whether it was let in by an estimate that was not 0."""
+        """Note a request that was answered in time. was_estimated: whether it was let in by an estimate that was not
+        0."""
+        self._share = min(1.0, self._share / SHRINKS)
         if times.admitted is not None and times.finished is not None and self._turn_s:
             turns = max(1.0, (times.finished - times.admitted) / self._turn_s)
             self._turns = _mixed(self._turns, turns, OF_TURNS)
@@ -76,11 +85,22 @@ class Pace:
 
     def expired(self, times: Times, was_estimated: bool, now: float) -> None:
         """Note a request whose deadline has passed. It would have taken longer than until now."""
+        self._was_late |= times.admitted is not None
         if times.admitted is not None and self._turn_s:
             turns = (now - times.admitted) / self._turn_s
             self._turns = max(self._turns, _mixed(self._turns, turns, OF_TURNS))
         if was_estimated:
             self._caution = min(MOST_CAUTION, self._caution * GROWS)
+
+    @property
+    def bounds(self) -> Bounds:
+        """Within which requests should begin now."""
+        return Bounds(self._share, self._needs_s)
+
+    @property
+    def _needs_s(self) -> float:
+        """What a request takes from when it has its rows, with caution; 0 where nothing is known."""
+        return self._caution * self._turns * self._turn_s
 
     def seconds(self, priority: int, client: str, deadline: float | None, count: int = 1) -> float:
         """What so many new requests would take, with caution; 0 where nobody would go before them, or nothing is known:
@@ -93,7 +113,7 @@ class Pace:
         beyond = ahead + count - 1 - turn.room
         if beyond <= 0:
             return 0.0
-        return self._caution * self._turns * self._turn_s * (1 + beyond / turn.running)
+        return self._needs_s * (1 + beyond / turn.running)
 
 
 def _ahead(waiting: Waiting, priority: int, client: str, deadline: float) -> int:

@@ -19,6 +19,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
 from seqmodels.decoding.request import Event, Failed, Finished, Times
+from seqmodels.decoding.waiting import Bounds
 from seqmodels.errors import QueueFullError, SeqModelsError
 from serving.errors import ClosingError, EngineError
 from serving.pace import Pace, Turn, try_again_s
@@ -53,7 +54,7 @@ class Engine(Protocol):
     @property
     def has_work(self) -> bool: ...
     def submit(self, job: Any) -> None: ...
-    def step(self) -> list[Event]: ...
+    def step(self, bounds: Bounds) -> list[Event]: ...
     def cancel(self, request_id: str) -> None: ...
     def load(self) -> dict[str, int]: ...
     def waiting(self) -> Mapping[tuple[int, str], list[float]]: ...
@@ -83,7 +84,7 @@ class Model:
         waiting = self.pipeline.waiting()
         with_rows = max(0, num_running - sum(map(len, waiting.values())))
         rows = self.load["rows_live"] / with_rows if with_rows else 0.0  # of each; a forward pass has none
-        room = (self.load["rows_total"] - self.load["rows_live"]) / rows if rows else math.inf
+        room = (self.pace.bounds.share * self.load["rows_total"] - self.load["rows_live"]) / rows if rows else math.inf
         return Turn(with_rows, waiting, 0.0 if waiting else room)
 
     @property
@@ -167,16 +168,16 @@ class Runner(Generic[M]):
             self.models = {other: model for other, model in self.models.items() if other != name}
         self._inbox.put(_Leave(leaving))
 
-    @contextmanager
-    def place(self, models: Collection[M] = (), wanted: Wanted | None = None) -> Iterator[None]:
-        """Hold one place for a call while its body is read and prepared. Raises QueueFullError or ClosingError.
-
-        models: of which it will ask one, where that is known; wanted: how. If none of them can answer in time, the call
-        is refused here, before anything is read.
-        """
+    def check_time(self, models: Collection[M], wanted: Wanted) -> None:
+        """Of a call that will ask one of the models: raises QueueFullError if none of them can answer it in time, and
+        ClosingError."""
         self._check_open()
-        if models and wanted:
+        if models:
             _check_time(models, wanted)
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold one place for a call while its body is read and prepared. Raises QueueFullError or ClosingError."""
         with self._lock:
             self._check_room(1)
             self._num_reserved += 1
@@ -312,7 +313,7 @@ class Runner(Generic[M]):
     def _step(self, model: M) -> list[Event]:
         started_at = time.monotonic()
         try:
-            events = model.pipeline.step()
+            events = model.pipeline.step(model.pace.bounds)
         except Exception:
             logger.exception("step failed: model %s", model.name)
             model.failures += 1
@@ -325,10 +326,7 @@ class Runner(Generic[M]):
         """Note an end; false for an event of a request that has ended here already."""
         if not isinstance(event, Finished | Failed):
             return event.request_id in self._running
-        order = self._close(event.request_id)
-        if order and isinstance(event, Finished):
-            order.model.pace.finished(order.job.times, order.was_estimated)
-        return order is not None
+        return self._close(event.request_id, isinstance(event, Finished)) is not None
 
     def _fail(self, request_ids: Sequence[str], error: SeqModelsError) -> list[Event]:
         for request_id in request_ids:
@@ -345,7 +343,7 @@ class Runner(Generic[M]):
         except Exception:  # a pipeline that just failed may fail at this too
             logger.exception("cancel failed: model %s", order.model.name)
 
-    def _close(self, request_id: str) -> Order[M] | None:
+    def _close(self, request_id: str, is_answered: bool = False) -> Order[M] | None:
         """Forget a request; its order, if a pipeline was working on it."""
         with self._lock:
             self._open.pop(request_id, None)
@@ -355,6 +353,8 @@ class Runner(Generic[M]):
             now = time.monotonic()
             if order.job.deadline is not None and order.job.deadline < now:
                 order.model.pace.expired(order.job.times, order.was_estimated, now)
+            elif is_answered:
+                order.model.pace.finished(order.job.times, order.was_estimated)
         return order
 
 

@@ -25,8 +25,8 @@ from seqmodels.decoding.request import Event, Failed, Finished, Progress, Reques
 from seqmodels.decoding.saved import Position, SavedState, fingerprint
 from seqmodels.decoding.search import Beams, Hypothesis, Samples
 from seqmodels.decoding.sources import Encoded, Sources
-from seqmodels.decoding.waiting import Waiting
-from seqmodels.errors import DeadlineError, InputError
+from seqmodels.decoding.waiting import UNBOUNDED, Bounds, Waiting
+from seqmodels.errors import DeadlineError, InputError, hopeless
 from seqmodels.models import SequenceGenerator
 from seqmodels.state import State
 from seqmodels.stepper import Decodes, Group, Stepper
@@ -208,10 +208,11 @@ class Engine:
         self._sources.forget(requests)
 
     @torch.inference_mode()
-    def step(self) -> list[Event]:
+    def step(self, bounds: Bounds = UNBOUNDED) -> list[Event]:
         """One token for all live requests."""
         events: list[Event] = self._expire()
-        self._admit()
+        self._admit(bounds.share)
+        events += self._give_up(bounds.needs_s)
         self._read()
         events += self._leave()
         if self._lanes:
@@ -230,6 +231,14 @@ class Engine:
         late += self._drop(passed) if passed else []
         return [Failed(name, DeadlineError("the deadline passed before the answer was ready")) for name in late]
 
+    def _give_up(self, needs_s: float) -> list[Event]:
+        """On those who wait in vain: with rows they would take them from others, and be late all the same."""
+        if not needs_s:
+            return []
+        in_vain = self._waiting.expired(time.monotonic() + needs_s)
+        self._no_longer_wait(in_vain)
+        return [Failed(request.id, hopeless(needs_s)) for request in in_vain]
+
     def _drop(self, ids: Set[str]) -> list[str]:
         """Remove live requests; returns the ids of those that were there."""
         dropped = [request.id for request in self._live() if request.id in ids]
@@ -247,8 +256,8 @@ class Engine:
 
     # -- admit ---------------------------------------------------------------------------------------------------
 
-    def _admit(self) -> None:
-        """Take waiting requests in their turn while rows and the budget of positions last.
+    def _admit(self, share: float) -> None:
+        """Take waiting requests in their turn while this share of the rows and the budget of positions last.
 
         A wide request at the head waits for rows to free. Until then only those go before it whose turn is earlier by
         the order of `Waiting`: a higher priority, a client with fewer rows, an earlier deadline.
@@ -256,9 +265,9 @@ class Engine:
         if not self._waiting:
             return
         taken: list[Request] = []
-        rows, positions = self.max_rows - self.num_rows, self._max_positions_per_step
+        rows, positions = int(share * self.max_rows) - self.num_rows, self._max_positions_per_step
         rows_of = self._rows_by_client()
-        while (request := self._waiting.head(rows_of)) and request.params.width <= rows:
+        while (request := self._waiting.head(rows_of)) and (request.params.width <= rows or not rows_of.total()):
             cost = padded_length(request.inputs)
             if taken and cost > positions:
                 break

@@ -7,6 +7,7 @@ deadline; then the first to arrive. Costs grow with the number of clients, not w
 import heapq
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain, count, islice
 from typing import Generic, Protocol, TypeVar
 
@@ -27,6 +28,18 @@ class Waits(Protocol):
 
 
 R = TypeVar("R", bound=Waits)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Within which a step lets requests begin. share: of the rows, and of the positions of a batch, that may be in use.
+    needs_s: how long a request takes from its beginning to its end; who still waits and has less time left, fails."""
+
+    share: float = 1.0
+    needs_s: float = 0.0
+
+
+UNBOUNDED = Bounds()
 
 
 class Waiting(Generic[R]):

@@ -18,7 +18,8 @@ from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.random import gumbel
 from seqmodels.decoding.request import Event, Failed, Finished, Progress, Request
 from seqmodels.decoding.search import Hypothesis
-from seqmodels.errors import DeadlineError, InputError
+from seqmodels.decoding.waiting import Bounds
+from seqmodels.errors import DeadlineError, InputError, QueueFullError
 from seqmodels.models import SequenceGenerator
 from seqmodels.selftest import find_row_floor
 from seqmodels.stepper import Decodes, Group, Stepper
@@ -355,6 +356,35 @@ def test_a_running_request_expires() -> None:
         events += engine.step()
     assert [type(e) for e in events] == [Failed]
     assert engine.num_rows == 0
+
+
+def test_only_a_share_of_the_rows_is_given_but_to_one_who_is_alone() -> None:
+    engine = Engine(make_language_model(14, vocab_size=30), max_rows=8)
+    for name in "abcd":
+        engine.submit(Request(name, None, SearchParams(max_new_tokens=50, min_new_tokens=50, num_beams=2)))
+    engine.step(Bounds(share=0.5))
+    assert (engine.num_rows, engine.num_waiting) == (4, 2)
+    engine.step(Bounds(share=0.1))  # nobody loses rows
+    assert (engine.num_rows, engine.num_waiting) == (4, 2)
+    engine.cancel("a")
+    engine.cancel("b")
+    engine.step(Bounds(share=0.1))
+    assert (engine.num_rows, engine.num_waiting) == (2, 1)
+
+
+def test_who_waits_in_vain_is_told_and_who_has_rows_goes_on() -> None:
+    engine = Engine(make_language_model(14, vocab_size=30), max_rows=2)
+    params, now = SearchParams(max_new_tokens=4, min_new_tokens=4), time.monotonic()
+    for name, seconds in {"runs": 60, "runs too": 61, "in vain": 62, "patient": 900}.items():
+        engine.submit(Request(name, None, params, deadline=now + seconds))
+    told = engine.step(Bounds(needs_s=120))
+    assert [event.request_id for event in told] == ["in vain"]
+    assert isinstance(told[0], Failed) and isinstance(told[0].error, QueueFullError)
+    assert told[0].error.retry_after_s == 120
+    events: list[Event] = []
+    while engine.has_work:
+        events += engine.step()
+    assert {event.request_id for event in events if isinstance(event, Finished)} == {"runs", "runs too", "patient"}
 
 
 def test_a_request_that_can_never_fit_is_refused() -> None:

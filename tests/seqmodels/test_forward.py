@@ -7,7 +7,8 @@ import torch
 from seqmodels.config import ModelConfig
 from seqmodels.decoding.padding import bucket
 from seqmodels.decoding.request import Failed, Finished, Scores
-from seqmodels.errors import DeadlineError
+from seqmodels.decoding.waiting import Bounds
+from seqmodels.errors import DeadlineError, QueueFullError
 from seqmodels.forward import Forward, ForwardRequest
 from seqmodels.models import build_model
 
@@ -51,6 +52,17 @@ def test_the_urgent_go_first_and_the_late_are_told() -> None:
     assert isinstance(first[0], Failed) and first[0].request_id == "late" and isinstance(first[0].error, DeadlineError)
     assert first[1].request_id == "high"
     assert [step(worker) for _ in range(3)] == [["soon"], ["normal"], ["low"]] and not worker.has_work
+
+
+def test_a_share_of_the_positions_and_no_time_for_the_rest() -> None:
+    worker = forward(4)
+    now = time.monotonic()
+    for id, seconds in {"a": 60, "b": 61, "c": 62, "patient": 900}.items():
+        worker.submit(request(id, deadline=now + seconds))
+    events = worker.step(Bounds(share=0.5, needs_s=120))
+    assert [event.request_id for event in events if isinstance(event, Finished)] == ["a", "b"]
+    assert [(e.request_id, type(e.error)) for e in events if isinstance(e, Failed)] == [("c", QueueFullError)]
+    assert [event.request_id for event in worker.step(Bounds(share=0.01))] == ["patient"]
 
 
 def test_answers_are_the_same_in_any_order() -> None:

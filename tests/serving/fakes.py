@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from seqmodels.decoding.request import Event, Failed, Finished, Progress, Times
+from seqmodels.decoding.waiting import UNBOUNDED, Bounds
 from seqmodels.errors import DeadlineError, InputError, TooLongError, UnsupportedError
 from seqmodels.rendering import Piece
 from serving.runner import Model
@@ -212,7 +213,7 @@ class FakePipeline:
     def cancel(self, request_id: str) -> None:
         self.live.pop(request_id, None)
 
-    def step(self) -> list[Event]:
+    def step(self, bounds: Bounds = UNBOUNDED) -> list[Event]:
         self.gate.wait(30)
         if self.step_s:
             time.sleep(self.step_s)

@@ -157,3 +157,18 @@ def test_what_came_before_a_failure_is_sent() -> None:
         events = events_of(server.post("/v1/translate", {"inputs": "a " * 29, "stream": True}))
     said = "".join(data["delta"] for name, data in events if name == "delta")
     assert events[-1][0] == "error" and len(said.split()) >= 4
+
+
+def test_what_cannot_be_in_time_is_refused_before_it_is_read() -> None:
+    headers = {"content-type": "application/json", "x-request-timeout-seconds": "5"}
+
+    async def endless() -> Any:
+        yield b"{"
+        await asyncio.sleep(30)
+
+    with in_process({"slow": FakePipeline("translate")}) as server:
+        server.models.served["slow"].pace.seconds = lambda *wanted: 9.0  # type: ignore[method-assign]
+        response = server.wait(server.send("POST", "/v1/translate", content=endless(), headers=headers))
+        assert error_of(response, 429)["code"] == "queue_full" and response.headers["retry-after"] == "5"
+        assert server.wait(server.send("POST", "/v1/classify", content=b"{}", headers=headers)).status_code != 429
+        assert server.get("/v1/translate").status_code == 405

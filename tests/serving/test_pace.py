@@ -3,11 +3,13 @@
 import heapq
 import random
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import pytest
 
 from seqmodels.decoding.request import Times
-from serving.pace import CAUTION, Pace, Turn, try_again_s
+from seqmodels.decoding.waiting import Bounds
+from serving.pace import CAUTION, LEAST_SHARE, Pace, Turn, try_again_s
 
 TURNS, TURN_S = 10, 0.05
 
@@ -113,53 +115,104 @@ def test_when_to_try_again() -> None:
     assert [try_again_s(seconds, 1.0) for seconds in (1.2, 2.0, 5.5)] == [1, 1, 5]
 
 
-def in_time(refuses: Callable[[Pace, float, float], bool]) -> float:
-    """The share of what a server can do that it does in time while ten times as much comes, for a minute.
+def test_the_share_shrinks_once_a_turn_and_grows_with_who_was_in_time() -> None:
+    pace, times = known(QUEUE), Times(submitted=0.0, admitted=1.0, finished=1.0 + TURNS * TURN_S)
+    assert pace.bounds.share == 1
+    for _ in range(3):
+        pace.expired(times, was_estimated=False, now=2.0)
+    assert pace.bounds.share == 1  # until the turn is over
+    pace.turned(TURN_S, QUEUE)
+    pace.turned(TURN_S, QUEUE)
+    assert pace.bounds.share == pytest.approx(1 / 1.1)
+    pace.finished(times, was_estimated=False)
+    assert pace.bounds.share == pytest.approx(1 / 1.1 / 0.99)
+    pace.expired(Times(submitted=0.0), was_estimated=False, now=2.0)  # had no rows, so that it is no sign of too many
+    pace.turned(TURN_S, QUEUE)
+    assert pace.bounds.share == pytest.approx(1 / 1.1 / 0.99)
+    for _ in range(99):
+        pace.expired(times, was_estimated=False, now=2.0)
+        pace.turned(TURN_S, QUEUE)
+    assert pace.bounds.share == LEAST_SHARE
 
-    20 requests have rows at a time and take 10 turns of 50 ms, so 40 can be answered a second; each is of use for 1 s,
-    and who has waited for its turn the longest goes first.
+
+@dataclass
+class Server:
+    """One on paper to which 400 requests a second come for a minute; each takes about 10 turns, and is of use for 1 s.
+
+    Who has waited for its turn the longest goes first. turn_s: how long a turn takes in which so many run.
     """
-    drawn, pace, now, next_arrival = random.Random(0), Pace(), 0.0, 0.0
-    waiting: list[float] = []  # arrivals
-    running: list[tuple[float, Times, int]] = []  # arrival, times, turns left
-    answered, coming = 0, list[float]()
-    while now < 60:
-        while next_arrival <= now:
-            if not refuses(pace, next_arrival + 1.0, now):
-                heapq.heappush(waiting, next_arrival)
-                pace.comes(0, "", next_arrival + 1.0)
-                coming.append(next_arrival + 1.0)
-            next_arrival += drawn.expovariate(400)
-        waiting = [arrival for arrival in waiting if arrival + 1.0 > now]
-        for arrival, times, _ in running:
-            if arrival + 1.0 <= now:
-                pace.expired(times, was_estimated=True, now=now)
-        running = [one for one in running if one[0] + 1.0 > now]
-        while waiting and len(running) < 20:
-            running.append((heapq.heappop(waiting), Times(admitted=now), TURNS + drawn.randint(-2, 2)))
-        num_running, room = len(running), 20 - len(running)
-        for deadline in coming:
-            pace.came(0, "", deadline)
-        coming.clear()
-        now += TURN_S
-        left = []
-        for arrival, times, turns in running:
-            if turns > 1:
+
+    rows: int = 20
+    turn_s: Callable[[int], float] = lambda running: TURN_S
+    refuses: bool = True  # who could not be answered in time
+    is_bounded: bool = True
+    pace: Pace = field(default_factory=Pace)
+    waiting: list[float] = field(default_factory=list)  # arrivals
+    running: list[tuple[float, Times, int]] = field(default_factory=list)  # arrival, times, turns left
+
+    def answered_in_time(self) -> float:
+        """Requests a second."""
+        drawn, now, next_arrival, answered = random.Random(0), 0.0, 0.0, 0
+        while now < 60:
+            coming = []
+            while next_arrival <= now:
+                if not (self.refuses and self.pace.seconds(0, "", next_arrival + 1) > next_arrival + 1 - now):
+                    heapq.heappush(self.waiting, next_arrival)
+                    self.pace.comes(0, "", next_arrival + 1)
+                    coming.append(next_arrival + 1)
+                next_arrival += drawn.expovariate(400)
+            for deadline in coming:
+                self.pace.came(0, "", deadline)
+            self._expire(now)
+            self._begin(now, drawn)
+            num_running = len(self.running)
+            now += self.turn_s(num_running)
+            answered += self._turn(now)
+            self._tell(num_running)
+        return answered / 60
+
+    def _expire(self, now: float) -> None:
+        self.waiting = [arrival for arrival in self.waiting if arrival + 1 > now]
+        for arrival, times, _ in self.running:
+            if arrival + 1 <= now:
+                self.pace.expired(times, was_estimated=True, now=now)
+        self.running = [one for one in self.running if one[0] + 1 > now]
+
+    def _begin(self, now: float, drawn: random.Random) -> None:
+        bounds = self.pace.bounds if self.is_bounded else Bounds()
+        while self.waiting and len(self.running) < max(1, int(bounds.share * self.rows)):
+            turns = TURNS + drawn.randint(-2, 2)
+            self.running.append((heapq.heappop(self.waiting), Times(admitted=now), turns))
+        self.waiting = [arrival for arrival in self.waiting if arrival + 1 > now + bounds.needs_s]
+
+    def _turn(self, now: float) -> int:
+        left, answered = [], 0
+        for arrival, times, turns in self.running:
+            if turns > 1 or now > arrival + 1:
                 left.append((arrival, times, turns - 1))
                 continue
             times.finished = now
-            pace.finished(times, was_estimated=True)
-            answered += now <= arrival + 1.0
-        running = left
-        pace.turned(
-            TURN_S,
-            Turn(num_running, {(0, ""): [arrival + 1.0 for arrival in waiting]}, room)
-            if waiting or running
-            else Turn(),
-        )
-    return answered / (40 * 60)
+            self.pace.finished(times, was_estimated=True)
+            answered += 1
+        self.running = left
+        return answered
+
+    def _tell(self, num_running: int) -> None:
+        share = self.pace.bounds.share if self.is_bounded else 1.0
+        waiting = {(0, ""): [arrival + 1 for arrival in self.waiting]}
+        room = share * self.rows - num_running
+        self.pace.turned(self.turn_s(num_running), Turn(num_running, waiting, room) if num_running else Turn())
 
 
-def test_ten_times_too_much_is_answered_in_time_as_far_as_it_can_be() -> None:
-    assert in_time(lambda pace, deadline, now: pace.seconds(0, "", deadline) > deadline - now) > 0.95
-    assert in_time(lambda pace, deadline, now: False) < 0.6  # what the estimate is for
+@pytest.mark.parametrize("is_bounded", [False, True])
+def test_ten_times_too_much_is_answered_in_time_as_far_as_it_can_be(is_bounded: bool) -> None:
+    can = 20 / (TURNS * TURN_S)
+    assert Server(is_bounded=is_bounded).answered_in_time() > 0.95 * can
+    assert Server(refuses=False, is_bounded=False).answered_in_time() < 0.6 * can  # what the estimate is for
+
+
+def test_where_many_at_a_time_are_too_slow_fewer_are_taken() -> None:
+    """60 at a time would take 3 s each. 17 take 0.95 s, and the server can answer 17.9 a second in time at best."""
+    slow = {"rows": 60, "turn_s": lambda running: 0.01 + 0.005 * running}
+    assert Server(**slow).answered_in_time() > 0.75 * 17.9
+    assert Server(**slow, is_bounded=False).answered_in_time() < 0.2 * 17.9  # what the share is for

@@ -123,10 +123,9 @@ def test_what_cannot_be_answered_in_time_is_refused_at_once() -> None:
         ) as full:
             runner.submit([wanted(0.3)] * 20)
         assert full.value.retry_after_s >= 1
-        with pytest.raises(QueueFullError), runner.place([pipeline.model], wanted(2.6).job):
-            pass
-        with runner.place([pipeline.model], wanted(60).job):
-            pass
+        with pytest.raises(QueueFullError):
+            runner.check_time([pipeline.model], wanted(2.6).job)
+        runner.check_time([pipeline.model], wanted(60).job)
         runner.submit([wanted(0.3, priority=1)])  # goes first
         runner.submit([wanted(0.3)])  # has the earliest deadline
         for one in running:
@@ -144,7 +143,9 @@ def test_a_runner_that_closes_says_so_and_not_that_it_is_busy() -> None:
     late = Order(pipeline.model, pipeline.prepare("one", {}, deadline=time.monotonic() + 60))
     with pytest.raises(ClosingError):
         runner.submit([late])
-    with pytest.raises(ClosingError), runner.place([pipeline.model], late.job):
+    with pytest.raises(ClosingError):
+        runner.check_time([pipeline.model], late.job)
+    with pytest.raises(ClosingError), runner.place():
         pass
 
 
