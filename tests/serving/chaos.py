@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import socket
@@ -43,7 +44,7 @@ from .model_directories import save_all
 from .running import Running, running, until
 
 CLIENTS, WITHOUT_RETRY = 4, 4
-ERROR_S = 5.0  # from the end of a replica to the error of whom it did not answer
+ERROR_S = 5.0  # from a kill to the error of whom the replica did not answer
 SILENT_S = 10.0
 LATE_S = 1.0  # what a busy machine may add
 TEXTS = ["a good day", "bad weather", "x" * 30, "Grüße", "one two three"]
@@ -170,37 +171,55 @@ def once(address: str) -> Callable[[str, str], dict[str, Any]]:
 # What happens
 
 
+@dataclass(frozen=True)
+class Kill:
+    """sent: when the signal was. gone: when the process was, which until then may still have taken a request."""
+
+    sent: float
+    gone: float
+
+    def explains(self, began: float, told: float) -> bool:
+        """Whether a request that failed was in flight meanwhile, and its client told within the time for that."""
+        return began <= self.gone and self.sent <= told <= self.sent + ERROR_S
+
+
+def kill(process: int) -> Kill:
+    """Kill a process that is no child of ours, and wait until it is gone."""
+    handle = os.pidfd_open(process)
+    try:
+        sent = time.monotonic()
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
+        assert select.select([handle], [], [], 30)[0], f"process {process} does not die"
+        return Kill(sent, time.monotonic())
+    finally:
+        os.close(handle)
+
+
 def killed(service: Running, golden: Golden, times: int) -> dict[str, Any]:
     """Kill the replica that is oldest, wait until two answer again, and so on."""
     asked_again, asked_once = Load(service.address, golden), Load(service.address, golden)
-    moments: list[float] = []
+    kills: list[Kill] = []
     with (
         asked_again.asking(CLIENTS, by_client(service.address)),
         asked_once.asking(WITHOUT_RETRY, once(service.address)),
     ):
         for _ in track(range(times), "kills", disable=not sys.stderr.isatty()):
-            victim = min(service.processes("ray::ServeReplica:"))
-            moments.append(time.monotonic())
-            os.kill(victim, signal.SIGKILL)
-            until(lambda gone=victim: gone not in service.processes("ray::ServeReplica:"), 30)
+            kills.append(kill(min(service.processes("ray::ServeReplica:"))))
             until(lambda: two_answer(service), 120)
-    in_flight = Counter(sum(began <= moment <= told for began, told, _ in asked_once.failures) for moment in moments)
-    late = [told for began, told, _ in asked_once.failures if not soon_after(began, told, moments)]
+    failures = [(began, told) for began, told, _ in asked_once.failures]
+    in_flight = Counter(sum(one.explains(*failure) for failure in failures) for one in kills)
+    slowest_ms = max((1000 * (one.gone - one.sent) for one in kills), default=0.0)
     broken = {
         "lost": len(asked_again.failures),
         "wrong": asked_again.wrong + asked_once.wrong,
-        "failed without cause, or late": len(late),
-        "kills missing": times - len(moments),
+        "failed without cause, or late": sum(not any(one.explains(*failure) for one in kills) for failure in failures),
+        "kills missing": times - len(kills),
+        "slow to die": sum(one.gone - one.sent > LATE_S for one in kills),  # it would explain too much
     }
     return say(
         "kills", broken, kills=times, with_client=asked_again.told(), asked_once=asked_once.told(),
-        failed_of_one_kill=dict(sorted(in_flight.items())),
+        failed_of_one_kill=dict(sorted(in_flight.items())), slowest_death_ms=slowest_ms,
     )  # fmt: skip
-
-
-def soon_after(began: float, told: float, moments: list[float]) -> bool:
-    """Whether a request was in flight when a replica was killed, and told within the time for that."""
-    return any(began <= moment <= told <= moment + ERROR_S for moment in moments)
 
 
 def left(service: Running, times: int) -> dict[str, Any]:
