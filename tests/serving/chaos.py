@@ -316,13 +316,9 @@ def silent(service: Running, golden: Golden, count: int) -> dict[str, Any]:
 
 def join(service: Running) -> None:
     """Be a part of its cluster, so that its replicas can be asked, and told."""
-    os.environ["RAY_TMPDIR"] = str(service.home)
-    from serving.environment import set_token
-
-    set_token()
     from serving import cluster
 
-    cluster.connect("auto")
+    cluster.connect(service.cluster)
 
 
 def two_answer(service: Running) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -36,6 +37,12 @@ class Running:
     @property
     def log(self) -> str:
         return (self.home / "log").read_text()
+
+    @property
+    def cluster(self) -> str:
+        """The address of its Ray cluster, as it says itself."""
+        (address,) = re.findall(r"its Ray cluster at (\S+);", self.log)
+        return str(address)
 
     def processes(self, name: str) -> list[int]:
         """Of those that descend from it, the ones whose command holds this name."""

@@ -15,7 +15,7 @@ from .chaos import Kill, Load, kill
 from .running import ROOT
 
 
-@pytest.mark.slow  # beside another cluster with a token of its own it may join that one in place of its own
+@pytest.mark.slow  # more than half a minute: a replica has to start again, and silence has to last
 def test_in_small() -> None:
     small = ["--kills", "1", "--leaves", "20", "--swaps", "5", "--silent", "30"]
     ran = subprocess.run(
