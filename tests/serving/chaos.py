@@ -37,11 +37,11 @@ import httpx
 import torch
 from rich.progress import track
 
+from benchmarks.running import Running, running, until
 from seqmodels.pipeline import Pipeline
 from serving.client import Client
 
 from .model_directories import save_all
-from .running import Running, running, until
 
 CLIENTS, WITHOUT_RETRY = 4, 4
 ERROR_S = 5.0  # from a kill to the error of whom the replica did not answer

@@ -30,7 +30,6 @@ import asyncio
 import contextlib
 import json
 import math
-import os
 import random
 import sys
 import tempfile
@@ -46,9 +45,10 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
+from benchmarks.running import Running, running
+
 from .leaking import LEAK_BYTES
 from .model_directories import save_all
-from .running import Running, running
 
 KEY = "a key that only the soak knows"
 ALLOWED_MB = 1.0  # in 10 minutes
@@ -119,18 +119,10 @@ def leaking(leak_bytes: int) -> Iterator[Running]:
 
 def memory_of(service: Running) -> dict[str, float]:
     """MB that each watched process holds; several of a name as one. Raises RuntimeError where there is none."""
-    held = {name: sum(map(_resident_mb, service.processes(f"ray::{name}"))) for name in WATCHED}
+    held = {name: service.resident_bytes(f"ray::{name}") / 1e6 for name in WATCHED}
     if missing := [name for name, megabytes in held.items() if not megabytes]:
         raise RuntimeError(f"no process is called {', '.join(missing)}")
     return held
-
-
-def _resident_mb(process: int) -> float:
-    try:
-        pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-    except OSError:  # it has ended
-        return 0.0
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 # -- the clients

@@ -11,8 +11,9 @@ import time
 
 import pytest
 
+from benchmarks.running import ROOT
+
 from .chaos import Kill, Load, kill
-from .running import ROOT
 
 
 @pytest.mark.slow  # more than half a minute: a replica has to start again, and silence has to last
