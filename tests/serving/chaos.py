@@ -38,18 +38,16 @@ import torch
 from rich.progress import track
 
 from benchmarks.running import Running, running, until
-from seqmodels.pipeline import Pipeline
 from serving.client import Client
 
+from .golden import FIELDS, PATHS, TEXTS, Golden
 from .model_directories import save_all
 
 CLIENTS, WITHOUT_RETRY = 4, 4
 ERROR_S = 5.0  # from a kill to the error of whom the replica did not answer
 SILENT_S = 10.0
 LATE_S = 1.0  # what a busy machine may add
-TEXTS = ["a good day", "bad weather", "x" * 30, "Grüße", "one two three"]
-SEARCH = {"num_beams": 4, "max_new_tokens": 20}
-SAMPLE = {"do_sample": True, "seed": 3, "max_new_tokens": 40, "min_new_tokens": 40}
+MODELS = ("mood", "en-de", "story")
 
 
 def main() -> int:
@@ -73,32 +71,10 @@ def main() -> int:
 def two_of_each(directory: Path) -> dict[str, tuple[str, str]]:
     """Name -> two directories with other weights."""
     one, two = save_all(directory / "one"), save_all(directory / "two", seed=2)
-    return {name: (one[name], two[name]) for name in ("mood", "en-de", "story")}
+    return {name: (one[name], two[name]) for name in MODELS}
 
 
-# What is asked, and what is right
-
-
-class Golden:
-    """The answers of each revision of each model."""
-
-    def __init__(self, models: dict[str, tuple[str, str]]) -> None:
-        self._answers: dict[tuple[str, str], list[Any]] = {}
-        for name, directories in models.items():
-            for one in directories:
-                pipeline = Pipeline.from_pretrained(one)
-                self._answers[name, pipeline.revision] = pipeline(TEXTS, **_fields(name))
-
-    def is_right(self, name: str, text: str, answer: dict[str, Any]) -> bool:
-        known = self._answers[name, answer["revision"]][TEXTS.index(text)]
-        return bool(answer["results"] == [json.loads(json.dumps(known))])
-
-
-def _fields(name: str) -> dict[str, Any]:
-    return {"mood": {}, "en-de": SEARCH, "story": SAMPLE}[name]
-
-
-PATHS = {"mood": "classify", "en-de": "translate", "story": "generate"}
+# Clients
 
 
 @dataclass
@@ -128,7 +104,7 @@ class Load:
     def _ask_on(self, number: int, ask: Callable[[str, str], dict[str, Any]], over: threading.Event) -> None:
         drawn = random.Random(number)
         while not over.is_set():
-            name, text, began = drawn.choice(list(PATHS)), drawn.choice(TEXTS), time.monotonic()
+            name, text, began = drawn.choice(MODELS), drawn.choice(TEXTS), time.monotonic()
             try:
                 is_right = self.golden.is_right(name, text, ask(name, text))
             except Exception as error:
@@ -147,7 +123,7 @@ def by_client(address: str) -> Callable[[str, str], dict[str, Any]]:
     client = Client(address)
 
     def ask(name: str, text: str) -> dict[str, Any]:
-        answer = getattr(client, PATHS[name])(text, model=name, **_fields(name))
+        answer = getattr(client, PATHS[name])(text, model=name, **FIELDS[name])
         told: dict[str, Any] = answer.model_dump(exclude_none=True, mode="json")
         return told
 
@@ -158,7 +134,7 @@ def once(address: str) -> Callable[[str, str], dict[str, Any]]:
     """As a client does that asks nothing again; a connection for each, as one that is dead would be found so later."""
 
     def ask(name: str, text: str) -> dict[str, Any]:
-        body = {"model": name, "inputs": text, **_fields(name)}
+        body = {"model": name, "inputs": text, **FIELDS[name]}
         response = httpx.post(f"{address}/v1/{PATHS[name]}", json=body, timeout=60)
         if response.status_code != 200:
             raise RuntimeError(f"{response.status_code} {response.text[:150]}")
