@@ -39,9 +39,10 @@ from serving.models import Models
 from serving.states import Seal, this_place
 
 from .conftest import STATE_KEY, api_key, app_over
+from .events import events
 from .fuzz_pictures import bombs
 from .fuzz_requests import request
-from .fuzz_valid import KEY, Ask, Bank, Reply, events
+from .fuzz_valid import KEY, Ask, Bank, Reply
 from .model_directories import save_all
 
 SLOW_S = 1.0

@@ -13,6 +13,7 @@ from typing import Any
 from seqmodels.pipeline import Pipeline
 from serving.states import Seal
 
+from .events import events
 from .fuzz_pictures import good
 
 KEY = "a key that only the fuzz knows"
@@ -275,16 +276,6 @@ def _streamed(reply: Reply) -> Any:
     for _, piece in deltas:
         texts[piece["index"]][piece["sequence"]] += piece["delta"]
     return [answer["results"], texts]
-
-
-def events(content: bytes) -> list[tuple[str | None, Any]]:
-    """Name and data of each event of a stream."""
-    found = []
-    for block in content.decode().split("\n\n")[:-1]:
-        fields = dict(line.split(": ", 1) for line in block.split("\n"))
-        data = fields["data"]
-        found.append((fields.get("event"), data if data == "[DONE]" else json.loads(data)))
-    return found
 
 
 def _choices(reply: Reply) -> Any:

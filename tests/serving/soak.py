@@ -49,7 +49,7 @@ from rich.progress import Progress
 
 from benchmarks.running import Running, running
 
-from .fuzz_valid import events
+from .events import events
 from .golden import FIELDS, PATHS, TEXTS, Golden
 from .leaking import LEAK_BYTES
 from .model_directories import save_all

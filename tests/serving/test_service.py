@@ -28,7 +28,7 @@ from serving.client import Client, ServiceError
 from .fakes import png
 
 KEY = "a key that only this test knows"
-OWN_KEY = {"SEQMODELS_API_KEYS": KEY}
+ENVIRONMENT = {"SEQMODELS_API_KEYS": KEY, "RAY_ADDRESS": "127.0.0.1:1"}  # it begins a Ray of its own all the same
 both_profiles = pytest.mark.parametrize("service", ["plain", "haproxy"], indirect=True)
 
 
@@ -45,7 +45,7 @@ def service(request: pytest.FixtureRequest, models: dict[str, str]) -> Iterator[
         "limits": {"max_new_tokens": 4000}, "drain_s": 5.0, "profile": request.param,
         "tracing": {"exporter": "opentelemetry.sdk.trace.export:ConsoleSpanExporter", "sampling_ratio": 0.0},
     }  # fmt: skip
-    with running(models, OWN_KEY, **fields) as service:
+    with running(models, ENVIRONMENT, **fields) as service:
         assert f"serving {', '.join(models)} at {service.address}" in service.log
         yield service
         end(service, signal.SIGINT)
@@ -305,7 +305,7 @@ def test_a_model_changes_under_load_without_a_lost_answer(
 @pytest.mark.parametrize("moment", ["as soon as it is ready", "while the models load"])
 def test_an_early_sigterm_ends_it_in_peace(moment: str, models: dict[str, str]) -> None:
     path = "/healthz" if moment.startswith("while") else "/readyz"
-    with started("serving", f"mood={models['mood']}", environment=OWN_KEY) as service:
+    with started("serving", f"mood={models['mood']}", environment=ENVIRONMENT) as service:
         until(lambda: answers(service, path), START_S)
         end(service, signal.SIGTERM)
 
