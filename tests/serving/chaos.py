@@ -58,13 +58,13 @@ def main() -> int:
         first = {name: one for name, (one, _) in models.items()}
         with running(first, replicas=2, profile=options.profile, requests_per_minute=None) as service:
             golden = Golden(models)
-            join(service)
-            results = [
-                killed(service, golden, options.kills),
-                left(service, options.leaves),
-                swapped(service, golden, models, options.swaps),
-                silent(service, golden, options.silent if options.profile == "haproxy" else 0),
-            ]
+            with joined(service):
+                results = [
+                    killed(service, golden, options.kills),
+                    left(service, options.leaves),
+                    swapped(service, golden, models, options.swaps),
+                    silent(service, golden, options.silent if options.profile == "haproxy" else 0),
+                ]
     return 1 if any(result["broken"] for result in results) else 0
 
 
@@ -290,11 +290,18 @@ def silent(service: Running, golden: Golden, count: int) -> dict[str, Any]:
 # Ray
 
 
-def join(service: Running) -> None:
-    """Be a part of its cluster, so that its replicas can be asked, and told."""
+@contextlib.contextmanager
+def joined(service: Running) -> Iterator[None]:
+    """Be a part of its cluster, to ask its replicas and tell them; but not at its end, for Ray would wait for it."""
+    import ray
+
     from serving import cluster
 
     cluster.connect(service.cluster)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def two_answer(service: Running) -> bool:
