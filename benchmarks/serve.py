@@ -26,12 +26,6 @@ import argparse
 import json
 import logging
 import math
-import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,12 +33,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
-import yaml
 
 from benchmarks.continuous import knee, percentile
 from benchmarks.load import Ask, Load, Outcome
+from benchmarks.running import Running, running, started
 from benchmarks.workload import read_column
 from seqmodels.pipeline import Pipeline
 
@@ -53,7 +46,6 @@ BOUNDS_S = (0.25, 0.5, 1.0)  # of p99, at which the stock recipe is compared
 CLIENTS = 48
 LIST = 16  # sentences in one request
 OVERLOAD = 10
-START_S = 120
 NUM_BEAMS, MAX_NEW_TOKENS, WRITTEN = 5, 60, 64
 PROMPTS = ["the ", "a good ", "when ", "of all ", "in ", "he said ", "there was ", "my lord, "]
 
@@ -103,15 +95,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     empty = measure_empty(options)
     points: dict[str, list[Point]] = {}
     models = {name: str(getattr(options, name).resolve()) for name in workloads}
-    with service(models, options) as (address, processes):
+    with running(models, profile=options.profile, max_requests=options.max_requests) as service:
         for workload in workloads.values():
-            singles = closed(workload, address, options, offline[workload.name], empty)
-            points[workload.name] = sweep(workload, address, singles, options, "ours")
+            singles = closed(workload, service.address, options, offline[workload.name], empty)
+            points[workload.name] = sweep(workload, service.address, singles, options, "ours")
         for workload in workloads.values():
             if workload.name != "generate":
-                overload(workload, address, processes, points[workload.name], options)
+                overload(workload, service, points[workload.name], options)
     translate = workloads["translate"]
-    with stock(str(options.translate), options) as address:
+    with stock(str(options.translate.resolve()), options) as address:
         asks = stock_asks(translate)
         reached = rate_of(Load(address).closed_loop(asks, CLIENTS, options.seconds))
         points["stock"] = sweep(translate, address, reached, options, "stock", asks)
@@ -182,78 +174,12 @@ def stock_asks(workload: Workload) -> list[Ask]:
 
 
 @contextmanager
-def service(models: dict[str, str], options: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Ours: its address, and the directory that its processes name."""
-    with tempfile.TemporaryDirectory(prefix="b", dir="/tmp") as directory:
-        port = free_port()
-        config = {"models": models, "port": port, "profile": options.profile, "max_requests": options.max_requests}
-        file = Path(directory, "service.yaml")
-        file.write_text(yaml.safe_dump(config))
-        with process(["-m", "serving", str(file)], directory):
-            address = f"http://127.0.0.1:{port}"
-            wait_until(lambda: httpx.get(f"{address}/readyz").status_code == 200)
-            yield address, directory
-
-
-@contextmanager
 def stock(what: str, options: argparse.Namespace) -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="b", dir="/tmp") as directory:
-        port = free_port()
-        arguments = [what, "--port", str(port), "--profile", options.profile, "--batch", str(options.stock_batch)]
-        with process(["-m", "benchmarks.stock", *arguments], directory):
-            address = f"http://127.0.0.1:{port}"
-            wait_until(lambda: httpx.post(address, json={"inputs": "a"}).status_code == 200)
-            yield address
-
-
-@contextmanager
-def process(arguments: Sequence[str], directory: str) -> Iterator[None]:
-    log = Path(directory, "log")
-    environment = {**os.environ, "RAY_TMPDIR": directory}
-    with log.open("w") as out:
-        begun = subprocess.Popen([sys.executable, *arguments], env=environment, stdout=out, stderr=subprocess.STDOUT)
-    try:
-        yield
-    except Exception:
-        print(log.read_text()[-3000:], file=sys.stderr)
-        raise
-    finally:
-        begun.send_signal(signal.SIGINT)
-        begun.wait(60)
-
-
-def wait_until(ready: Callable[[], bool]) -> None:
-    limit = time.monotonic() + START_S
-    while time.monotonic() < limit:
-        try:
-            if ready():
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.2)
-    raise TimeoutError(f"a service was not ready within {START_S} s")
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def resident_mib(directory: str) -> float:
-    """Of the replicas whose Ray works in this directory."""
-    total = 0.0
-    for one in Path("/proc").glob("[0-9]*"):
-        try:
-            if (
-                b"ServeReplica" in (one / "cmdline").read_bytes()
-                and directory.encode() in (one / "environ").read_bytes()
-            ):
-                pages = int((one / "statm").read_text().split()[1])
-                total += pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-        except OSError:  # it has ended meanwhile
-            continue
-    return total
+    """Its address."""
+    more = ["--profile", options.profile, "--batch", str(options.stock_batch)]
+    with started("benchmarks.stock", what, *more) as system:
+        system.wait_until_it_says("ready")
+        yield system.address
 
 
 # Measuring
@@ -344,14 +270,12 @@ def point(outcomes: Sequence[Outcome], rate: float, seconds: float, workload: Wo
     )
 
 
-def overload(
-    workload: Workload, address: str, processes: str, points: Sequence[Point], options: argparse.Namespace
-) -> None:
+def overload(workload: Workload, service: Running, points: Sequence[Point], options: argparse.Namespace) -> None:
     """Ten times the knee, then half of it: what is answered in time, what it costs, how soon all is well again."""
     at = knee(points, workload.within_s * 1000)
     best = max(one.goodput for one in points)
-    load = Load(address, timeout_s=workload.within_s)
-    before = resident_mib(processes)
+    load = Load(service.address, timeout_s=workload.within_s)
+    before = replica_mib(service)
     during = point(
         load.open_loop(workload.asks(), OVERLOAD * at, options.seconds), OVERLOAD * at, options.seconds, workload
     )
@@ -367,9 +291,13 @@ def overload(
         statuses=during.statuses,
         wrong=during.wrong,
         memory_before_mib=before,
-        memory_after_mib=resident_mib(processes),
+        memory_after_mib=replica_mib(service),
         recovery_s=max(late, default=0.0),
     )
+
+
+def replica_mib(service: Running) -> float:
+    return service.resident_bytes("ray::ServeReplica") / 2**20
 
 
 def say(result: str, workload: str, **fields: Any) -> None:

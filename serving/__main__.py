@@ -158,7 +158,7 @@ def _serve(config: ServeConfig) -> None:
         cluster.quiet()
         cluster.deploy(config, stop.is_set)
         if not stop.is_set():
-            _say_where(config)
+            _say_where(config, cluster.address())
         stop.wait()
     except (KeyboardInterrupt, SystemExit):  # while Ray was starting
         pass
@@ -175,6 +175,7 @@ def _start_ray(config: ServeConfig) -> None:
     # Room for what was asked, even on few cores.
     num_cpus = max(os.cpu_count() or 1, config.most_replicas * config.num_threads)
     ray.init(
+        "local",  # one of its own, also where RAY_ADDRESS or `ray start` tells of another
         num_cpus=num_cpus,
         include_dashboard=False,
         logging_level=logging.ERROR,
@@ -182,8 +183,11 @@ def _start_ray(config: ServeConfig) -> None:
     )
 
 
-def _say_where(config: ServeConfig) -> None:
-    print(f"serving {', '.join(config.models)} at {config.url}; documentation at {config.url}/docs; Ctrl-C stops it")
+def _say_where(config: ServeConfig, cluster: str) -> None:
+    print(
+        f"serving {', '.join(config.models)} at {config.url}; documentation at {config.url}/docs; its Ray cluster at "
+        f"{cluster}; Ctrl-C stops it"
+    )
     if not config.is_loopback and not load_keys(config.api_keys_file):
         print("warning: other machines can reach this address and no API key is set; see api_keys_file", flush=True)
     sys.stdout.flush()

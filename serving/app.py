@@ -65,12 +65,13 @@ def build_app(
     *,
     state_key: bytes,
     keys: Sequence[ApiKey] = (),
+    begin: Observe = lambda exchange: None,
     observe: Observe = lambda exchange: None,
 ) -> FastAPI:
     """The service as an ASGI app, which starts the models' runner with its lifespan and drains it at the end.
 
-    state_key: signs the states that clients hold; the same in all replicas. observe: called once per request, after its
-    answer.
+    state_key: signs the states that clients hold; the same in all replicas. begin, observe: called once per request,
+    before all else and after its answer.
     """
     runner = models.runner
     seal = Seal(state_key, settings.state_lifetime_s, this_place(settings.device))
@@ -89,7 +90,9 @@ def build_app(
     app = FastAPIOffline(title="seqmodels", summary=summary, redoc_url=None, lifespan=lifespan, telemetry=silent)
     rates = Rates(settings.requests_per_minute, settings.most_replicas)
     front = Front(service, models, settings.limits)
-    app.add_middleware(Guard, keys=keys, rates=rates, hosts=settings.hosts, admit=front.admit, observe=observe)
+    app.add_middleware(
+        Guard, keys=keys, rates=rates, hosts=settings.hosts, begin=begin, admit=front.admit, observe=observe
+    )
     if settings.cors_origins:  # around the guard, for a browser asks without a key whether it may ask
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]

@@ -93,7 +93,7 @@ class BatchResponse(Response):
 
     async def _answer(self, number: int, line: bytes | None) -> bytes:
         """line: None where it was too long to be kept."""
-        request_id = f"{exchange_of(self._request).request_id}-{number}"
+        request_id = f"{exchange_of(self._request).request_id[:100]}-{number}"  # not too long for one
         custom_id, status, body = None, 0, b""
         try:
             if line is None:

@@ -7,6 +7,7 @@ deployment's `user_config`. Only this file speaks to Serve's controller.
 
 import contextlib
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._private import services
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.exceptions import AuthenticationError, RayActorError
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
@@ -65,21 +68,50 @@ def deploy(config: ServeConfig, is_stopped: Callable[[], bool]) -> None:
 
 
 def connect(address: str) -> None:
-    """Join the cluster there; "auto" finds the one on this machine. Raises DeploymentError where there is none."""
+    """Join the cluster there; "auto" is RAY_ADDRESS, or else the one on this machine. Raises DeploymentError where none
+    can be joined, and where "auto" could be several."""
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", "auto")
+    if address == "auto":
+        address = _only_one()
     try:
-        if address != "auto":
-            _knock(address)  # Ray itself would try for minutes, and then end the process
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        _knock(address)  # Ray itself would try for minutes, and then end the process
     except (OSError, ValueError):
         message = (
             f"no Ray cluster can be reached at {address!r}; start it, or give the --address of its head, HOST:PORT"
         )
         raise DeploymentError(message) from None
-    except AuthenticationError:
-        raise DeploymentError(
-            f"the Ray cluster at {address!r} asks for its token; set RAY_AUTH_TOKEN_PATH to the file that holds it"
-        ) from None
+    try:
+        logging.getLogger("ray").setLevel(logging.ERROR)  # it would warn that the token is asked for
+        # Ray by itself sends the token only to a cluster that it has found by itself.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, AuthenticationError):
+        message = (
+            f"what listens at {address!r} is no Ray cluster, or one that asks for another token; set "
+            "RAY_AUTH_TOKEN_PATH to the file that holds it"
+        )
+        raise DeploymentError(message) from None
     quiet()
+
+
+def _only_one() -> str:
+    """Ray itself would take any of several, and so the models of another service might change."""
+    found: list[str] = sorted(services.find_gcs_addresses())
+    if len(found) > 1:
+        message = (
+            f"{len(found)} Ray clusters run on this machine, at {', '.join(found)}; give the --address of one: each "
+            "service says its own when it starts"
+        )
+        raise DeploymentError(message)
+    if not found:
+        raise DeploymentError("no Ray cluster runs on this machine; give the --address of its head, HOST:PORT")
+    return found[0]
+
+
+def address() -> str:
+    """Of the cluster that this process is connected to."""
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def _knock(address: str) -> None:

@@ -24,7 +24,7 @@ from serving.autoscaling import METRIC, ByOccupancy, occupancy
 from serving.cluster import DEPLOYMENT
 from serving.config import ModelSet, Settings
 from serving.guard import Exchange
-from serving.logs import join_ray, log_request
+from serving.logs import join_ray, log_request, name_request
 from serving.metrics import Metrics
 from serving.models import Models, ServedModel
 from serving.runner import Runner
@@ -72,7 +72,10 @@ class ModelServer:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the replica, after the constructor."""
-        return build_app(self.models, self.settings, keys=self.keys, state_key=self.state_key, observe=self._answered)
+        return build_app(
+            self.models, self.settings, keys=self.keys, state_key=self.state_key, begin=name_request,
+            observe=self._answered,
+        )  # fmt: skip
 
     def _answered(self, exchange: Exchange) -> None:
         self.metrics.answered(exchange)

@@ -65,7 +65,7 @@ def haproxy(settings: Settings, directory: str) -> dict[str, str]:
         # For balancers elsewhere to see that a replica goes; the one here is told. A service ends half a minute sooner.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         # Ray's Python proxy, where no replica stands. It would share a fixed port with that of another service.
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{directory}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{directory}/admin",
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{directory}/log",
@@ -112,7 +112,7 @@ def _set(variables: dict[str, str]) -> None:
             os.environ.setdefault(name, value)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])

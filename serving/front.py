@@ -65,8 +65,9 @@ class Front:
     def admit(self, request: Request) -> None:
         """Before a request is routed, let alone read: refuse one that no model of its endpoint can answer in time.
         Raises QueueFullError, ClosingError, and HttpError for a wrong header."""
-        tasks = TASKS.get(request.url.path)
-        if tasks and request.method == "POST":
+        path = request.scope["path"]
+        if request.method == "POST" and (tasks := TASKS.get(path)):
+            exchange_of(request).route = path  # for logs and metrics, where it gets no further
             self.service.runner.check_time(self.models.of_tasks(tasks), self._terms(request))
 
     async def answer(self, request: Request, shape: type[intake.TaskRequest], task: str) -> Response:

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 WITHOUT_KEY = ("/healthz", "/readyz")
 HOST = re.compile(r"(?P<name>[^:\[\]]+|\[[0-9a-fA-F:.]+\])(:\d+)?")
+REQUEST_ID = re.compile(r"[a-zA-Z0-9._:=+/-]{1,128}")  # no text, as logs and traces tell it
 EXCHANGE = "seqmodels.exchange"  # where in a request's scope its Exchange is
 CLIENT_LEFT = 499  # never sent: the client is gone; for counting only
 ROUTER_ERRORS = {
@@ -107,16 +108,18 @@ class Guard:
         keys: Sequence[ApiKey],
         rates: Rates,
         hosts: Sequence[str] | None,
+        begin: Observe,
         admit: Admit,
         observe: Observe,
     ) -> None:
-        """hosts: names by which clients may call the service; any where None. admit: raises what a request that has
-        a key is refused with, if it is."""
+        """hosts: names by which clients may call the service; any where None. begin: told of each request first of
+        all. admit: raises what a request that has a key is refused with, if it is. observe: told of it at last."""
         self.app = app
         self.keys = keys
         self.hosts = hosts
         self.rates = rates
         self.admit = admit
+        self.begin = begin
         self.observe = observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -126,6 +129,7 @@ class Guard:
         headers = Headers(scope=scope)
         exchange = scope[EXCHANGE] = Exchange(_request_id(scope), scope["method"], headers.get("traceparent"))
         started_at = time.monotonic()
+        self.begin(exchange)
 
         async def send_and_note(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -175,5 +179,7 @@ class Guard:
 
 
 def _request_id(scope: Scope) -> str:
-    """The client's, which Ray's proxy gives to every request that has none and tells in the answer; cut short."""
-    return Headers(scope=scope).get("x-request-id", "")[:100] or uuid.uuid4().hex
+    """The client's, which Ray's proxy gives to every request that has none and tells in the answer; one of ours where
+    that is in no form of an id."""
+    given = Headers(scope=scope).get("x-request-id", "")
+    return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

@@ -4,6 +4,9 @@ A line tells who asked for what, how it went and how long it took. It never hold
 """
 
 import logging
+from dataclasses import replace
+
+from ray.serve.context import _get_serve_request_context, _serve_request_context
 
 from serving.guard import Exchange
 
@@ -17,6 +20,12 @@ def join_ray() -> None:
     ours.handlers = logging.getLogger(RAY).handlers  # the list itself, which Ray changes when it is configured again
     ours.propagate = False
     access.setLevel(logging.INFO)
+
+
+def name_request(exchange: Exchange) -> None:
+    """Ray puts the id of a request into every line, as the client wrote it, whatever that is: here, as we know it."""
+    context = replace(_get_serve_request_context(), request_id=exchange.request_id)
+    _serve_request_context.set(context)
 
 
 def log_request(exchange: Exchange) -> None:

@@ -50,7 +50,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--unload", action="append", default=[], metavar="NAME", help="no longer serve this model")
     parser.add_argument("--alias", action="append", default=[], metavar="OTHER=NAME", help="a further name for a model")
-    parser.add_argument("--address", default="auto", help="of the Ray cluster (default: the one on this machine)")
+    parser.add_argument(
+        "--address", default="auto", help="of the service's Ray cluster (default: the only one on this machine)"
+    )
     options = parser.parse_args(arguments)
     if not (options.targets or options.unload or options.alias):
         parser.error("name a model to swap, --unload or --alias")

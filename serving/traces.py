@@ -2,7 +2,8 @@
 
 By OpenTelemetry, to the exporter of the settings; without them this file is not even imported. Ray's own tracing is not
 used, for its proxy does not go on with the client's trace, and FastAPI's neither, for it tells paths and queries as
-clients sent them. A span never holds a text, a picture, an answer, a path, a query or a key.
+clients sent them. A span never holds a text, a picture, an answer, a path, a query or a key, and of an id that a client
+gave only what has the form of one.
 """
 
 import importlib

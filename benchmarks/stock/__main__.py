@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         from benchmarks.stock.app import application
 
-        ray.init(num_cpus=os.cpu_count(), include_dashboard=False, logging_level=logging.ERROR)
+        ray.init("local", num_cpus=os.cpu_count(), include_dashboard=False, logging_level=logging.ERROR)
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": options.port})
         serve.run(application(options.what, options.batch))
         print("ready", flush=True)

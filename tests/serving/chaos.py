@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import socket
@@ -36,19 +37,17 @@ import httpx
 import torch
 from rich.progress import track
 
-from seqmodels.pipeline import Pipeline
+from benchmarks.running import Running, running, until
 from serving.client import Client
 
+from .golden import FIELDS, PATHS, TEXTS, Golden
 from .model_directories import save_all
-from .running import Running, running, until
 
 CLIENTS, WITHOUT_RETRY = 4, 4
-ERROR_S = 5.0  # from the end of a replica to the error of whom it did not answer
+ERROR_S = 5.0  # from a kill to the error of whom the replica did not answer
 SILENT_S = 10.0
 LATE_S = 1.0  # what a busy machine may add
-TEXTS = ["a good day", "bad weather", "x" * 30, "Grüße", "one two three"]
-SEARCH = {"num_beams": 4, "max_new_tokens": 20}
-SAMPLE = {"do_sample": True, "seed": 3, "max_new_tokens": 40, "min_new_tokens": 40}
+MODELS = ("mood", "en-de", "story")
 
 
 def main() -> int:
@@ -59,45 +58,23 @@ def main() -> int:
         first = {name: one for name, (one, _) in models.items()}
         with running(first, replicas=2, profile=options.profile, requests_per_minute=None) as service:
             golden = Golden(models)
-            join(service)
-            results = [
-                killed(service, golden, options.kills),
-                left(service, options.leaves),
-                swapped(service, golden, models, options.swaps),
-                silent(service, golden, options.silent if options.profile == "haproxy" else 0),
-            ]
+            with joined(service):
+                results = [
+                    killed(service, golden, options.kills),
+                    left(service, options.leaves),
+                    swapped(service, golden, models, options.swaps),
+                    silent(service, golden, options.silent if options.profile == "haproxy" else 0),
+                ]
     return 1 if any(result["broken"] for result in results) else 0
 
 
 def two_of_each(directory: Path) -> dict[str, tuple[str, str]]:
     """Name -> two directories with other weights."""
     one, two = save_all(directory / "one"), save_all(directory / "two", seed=2)
-    return {name: (one[name], two[name]) for name in ("mood", "en-de", "story")}
+    return {name: (one[name], two[name]) for name in MODELS}
 
 
-# What is asked, and what is right
-
-
-class Golden:
-    """The answers of each revision of each model."""
-
-    def __init__(self, models: dict[str, tuple[str, str]]) -> None:
-        self._answers: dict[tuple[str, str], list[Any]] = {}
-        for name, directories in models.items():
-            for one in directories:
-                pipeline = Pipeline.from_pretrained(one)
-                self._answers[name, pipeline.revision] = pipeline(TEXTS, **_fields(name))
-
-    def is_right(self, name: str, text: str, answer: dict[str, Any]) -> bool:
-        known = self._answers[name, answer["revision"]][TEXTS.index(text)]
-        return bool(answer["results"] == [json.loads(json.dumps(known))])
-
-
-def _fields(name: str) -> dict[str, Any]:
-    return {"mood": {}, "en-de": SEARCH, "story": SAMPLE}[name]
-
-
-PATHS = {"mood": "classify", "en-de": "translate", "story": "generate"}
+# Clients
 
 
 @dataclass
@@ -127,7 +104,7 @@ class Load:
     def _ask_on(self, number: int, ask: Callable[[str, str], dict[str, Any]], over: threading.Event) -> None:
         drawn = random.Random(number)
         while not over.is_set():
-            name, text, began = drawn.choice(list(PATHS)), drawn.choice(TEXTS), time.monotonic()
+            name, text, began = drawn.choice(MODELS), drawn.choice(TEXTS), time.monotonic()
             try:
                 is_right = self.golden.is_right(name, text, ask(name, text))
             except Exception as error:
@@ -146,7 +123,7 @@ def by_client(address: str) -> Callable[[str, str], dict[str, Any]]:
     client = Client(address)
 
     def ask(name: str, text: str) -> dict[str, Any]:
-        answer = getattr(client, PATHS[name])(text, model=name, **_fields(name))
+        answer = getattr(client, PATHS[name])(text, model=name, **FIELDS[name])
         told: dict[str, Any] = answer.model_dump(exclude_none=True, mode="json")
         return told
 
@@ -157,7 +134,7 @@ def once(address: str) -> Callable[[str, str], dict[str, Any]]:
     """As a client does that asks nothing again; a connection for each, as one that is dead would be found so later."""
 
     def ask(name: str, text: str) -> dict[str, Any]:
-        body = {"model": name, "inputs": text, **_fields(name)}
+        body = {"model": name, "inputs": text, **FIELDS[name]}
         response = httpx.post(f"{address}/v1/{PATHS[name]}", json=body, timeout=60)
         if response.status_code != 200:
             raise RuntimeError(f"{response.status_code} {response.text[:150]}")
@@ -170,37 +147,55 @@ def once(address: str) -> Callable[[str, str], dict[str, Any]]:
 # What happens
 
 
+@dataclass(frozen=True)
+class Kill:
+    """sent: when the signal was. gone: when the process was, which until then may still have taken a request."""
+
+    sent: float
+    gone: float
+
+    def explains(self, began: float, told: float) -> bool:
+        """Whether a request that failed was in flight meanwhile, and its client told within the time for that."""
+        return began <= self.gone and self.sent <= told <= self.sent + ERROR_S
+
+
+def kill(process: int) -> Kill:
+    """Kill a process that is no child of ours, and wait until it is gone."""
+    handle = os.pidfd_open(process)
+    try:
+        sent = time.monotonic()
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
+        assert select.select([handle], [], [], 30)[0], f"process {process} does not die"
+        return Kill(sent, time.monotonic())
+    finally:
+        os.close(handle)
+
+
 def killed(service: Running, golden: Golden, times: int) -> dict[str, Any]:
     """Kill the replica that is oldest, wait until two answer again, and so on."""
     asked_again, asked_once = Load(service.address, golden), Load(service.address, golden)
-    moments: list[float] = []
+    kills: list[Kill] = []
     with (
         asked_again.asking(CLIENTS, by_client(service.address)),
         asked_once.asking(WITHOUT_RETRY, once(service.address)),
     ):
         for _ in track(range(times), "kills", disable=not sys.stderr.isatty()):
-            victim = min(service.processes("ray::ServeReplica:"))
-            moments.append(time.monotonic())
-            os.kill(victim, signal.SIGKILL)
-            until(lambda gone=victim: gone not in service.processes("ray::ServeReplica:"), 30)
+            kills.append(kill(min(service.processes("ray::ServeReplica:"))))
             until(lambda: two_answer(service), 120)
-    in_flight = Counter(sum(began <= moment <= told for began, told, _ in asked_once.failures) for moment in moments)
-    late = [told for began, told, _ in asked_once.failures if not soon_after(began, told, moments)]
+    failures = [(began, told) for began, told, _ in asked_once.failures]
+    in_flight = Counter(sum(one.explains(*failure) for failure in failures) for one in kills)
+    slowest_ms = max((1000 * (one.gone - one.sent) for one in kills), default=0.0)
     broken = {
         "lost": len(asked_again.failures),
         "wrong": asked_again.wrong + asked_once.wrong,
-        "failed without cause, or late": len(late),
-        "kills missing": times - len(moments),
+        "failed without cause, or late": sum(not any(one.explains(*failure) for one in kills) for failure in failures),
+        "kills missing": times - len(kills),
+        "slow to die": sum(one.gone - one.sent > LATE_S for one in kills),  # it would explain too much
     }
     return say(
         "kills", broken, kills=times, with_client=asked_again.told(), asked_once=asked_once.told(),
-        failed_of_one_kill=dict(sorted(in_flight.items())),
+        failed_of_one_kill=dict(sorted(in_flight.items())), slowest_death_ms=slowest_ms,
     )  # fmt: skip
-
-
-def soon_after(began: float, told: float, moments: list[float]) -> bool:
-    """Whether a request was in flight when a replica was killed, and told within the time for that."""
-    return any(began <= moment <= told <= moment + ERROR_S for moment in moments)
 
 
 def left(service: Running, times: int) -> dict[str, Any]:
@@ -295,15 +290,18 @@ def silent(service: Running, golden: Golden, count: int) -> dict[str, Any]:
 # Ray
 
 
-def join(service: Running) -> None:
-    """Be a part of its cluster, so that its replicas can be asked, and told."""
-    os.environ["RAY_TMPDIR"] = str(service.home)
-    from serving.environment import set_token
+@contextlib.contextmanager
+def joined(service: Running) -> Iterator[None]:
+    """Be a part of its cluster, to ask its replicas and tell them; but not at its end, for Ray would wait for it."""
+    import ray
 
-    set_token()
     from serving import cluster
 
-    cluster.connect("auto")
+    cluster.connect(service.cluster)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def two_answer(service: Running) -> bool:

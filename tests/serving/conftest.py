@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import json
 import threading
 from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from serving.config import ServeConfig
 from serving.models import Models, ServedModel
 from serving.runner import Runner
 
+from .events import events
 from .fakes import FakePipeline, all_fakes, png
 from .model_directories import save_all
 
@@ -133,9 +133,4 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
 def events_of(response: httpx.Response) -> list[tuple[str | None, Any]]:
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/event-stream")
-    events = []
-    for block in response.text.split("\n\n")[:-1]:
-        fields = dict(line.split(": ", 1) for line in block.split("\n"))
-        data = fields["data"]
-        events.append((fields.get("event"), data if data == "[DONE]" else json.loads(data)))
-    return events
+    return events(response.content)

@@ -39,7 +39,10 @@ from serving.models import Models
 from serving.states import Seal, this_place
 
 from .conftest import STATE_KEY, api_key, app_over
-from .fuzz_requests import KEY, Ask, Bank, Reply, events
+from .events import events
+from .fuzz_pictures import bombs
+from .fuzz_requests import request
+from .fuzz_valid import KEY, Ask, Bank, Reply
 from .model_directories import save_all
 
 SLOW_S = 1.0
@@ -272,7 +275,7 @@ async def run(app: FastAPI, asgi: ASGIApp, bank: Bank, seed: int, numbers: range
 
 
 async def _group(app: ASGIApp, bank: Bank, seed: int, numbers: range, tally: Tally) -> None:
-    asked = [bank.ask(seed, number) for number in numbers]
+    asked = [request(bank, seed, number) for number in numbers]
     replies = await asyncio.gather(*(ask(app, one) for one in asked))
     for number, one, reply in zip(numbers, asked, replies, strict=True):
         fault, seconds = fault_of(one, reply), reply.seconds
@@ -291,6 +294,7 @@ def _route(asked: Ask) -> str:
 
 
 def make_bank(seed: int) -> Bank:
+    bombs()  # made now: the first that is asked must not wait
     with tempfile.TemporaryDirectory() as directory:
         return Bank(small_models(Path(directory)), seal(), seed)
 

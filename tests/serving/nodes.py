@@ -2,9 +2,10 @@
 
     python -m tests.serving.nodes service.yaml
 
-In a process of its own, because Ray ties itself to the one that it runs in. It says `ready`, and obeys on its standard
-input: `kill`, which ends all of the second node at once, as if its machine had lost power, and says `killed`; `add`,
-which begins another and says `added` once a replica serves there. It ends with its input.
+In a process of its own, because Ray ties itself to the one that it runs in. It says that it is `serving`, and obeys on
+its standard input: `kill`, which ends all of the second node at once, as if its machine had lost power, and says
+`killed`; `add`, which begins another and says `added` once a replica serves there. It ends with its input, or by
+SIGINT.
 """
 
 import contextlib
@@ -12,9 +13,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from serving.config import ServeConfig
+from serving.__main__ import read_config
 from serving.environment import set_token
 
 set_token()  # before Ray is imported
@@ -28,8 +30,8 @@ from serving import cluster  # noqa: E402
 STORE_BYTES = 80_000_000
 
 
-def main(path: Path) -> None:
-    config = ServeConfig.load(path)
+def main(arguments: Sequence[str]) -> None:
+    config = read_config(arguments)
     options = {"num_cpus": config.num_threads, "object_store_memory": STORE_BYTES}
     nodes = Cluster(initialize_head=True, head_node_args={**options, "include_dashboard": False})
     second = nodes.add_node(**options)
@@ -37,7 +39,7 @@ def main(path: Path) -> None:
     cluster.quiet()
     try:
         cluster.deploy(config, lambda: False)
-        print("ready", flush=True)
+        print("serving on two nodes", flush=True)
         for word in map(str.strip, sys.stdin):
             if word == "kill":
                 kill(second.all_processes["raylet"][0].process.pid)
@@ -47,6 +49,8 @@ def main(path: Path) -> None:
                 second = nodes.add_node(**options)
                 wait_for_replicas(config.replicas)
                 print("added", flush=True)
+    except KeyboardInterrupt:
+        pass
     finally:
         cluster.shut_down()
         nodes.shutdown()
@@ -78,4 +82,4 @@ def below(process: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1:])

@@ -21,8 +21,10 @@ end of the interval is above 1 MB in 10 minutes: less would take a week to fill 
 glibc gets one arena and a fixed bound for large blocks, for holes between an arena's blocks grow for the first ten
 thousands of requests (see fuzz.steady_allocator).
 
-Exit status 1 where memory grows, an answer is a 5xx, or one in a hundred requests fails. With `--plant-leak` the
-service keeps bytes of each request, and the exit status is 1 unless the same check finds that its replica grows.
+Exit status 1 where memory grows, or an answer is wrong (they are compared with the library's), or does not come, or has
+a status that is not right for its kind. No 5xx is right: 503 says that a service ends, and this one ends when all have
+their answers. One in a hundred may be refused because the machine is busy (408, 429). With `--plant-leak` the service
+keeps bytes of each request, and the exit status is 1 unless its replica is found to grow while its answers are right.
 """
 
 import argparse
@@ -30,7 +32,6 @@ import asyncio
 import contextlib
 import json
 import math
-import os
 import random
 import sys
 import tempfile
@@ -46,9 +47,12 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
+from benchmarks.running import Running, running
+
+from .events import events
+from .golden import FIELDS, PATHS, TEXTS, Golden
 from .leaking import LEAK_BYTES
 from .model_directories import save_all
-from .running import Running, running
 
 KEY = "a key that only the soak knows"
 ALLOWED_MB = 1.0  # in 10 minutes
@@ -57,10 +61,8 @@ BLOCKS = 10  # parts of the second half
 Z = 2.576  # standard deviations of a 99 % interval
 CAPACITY_S, WARM_S, AT_ONCE = 15.0, 10.0, 8
 SAMPLE_S = 2.0
-FINE = (" 200", " 400", " 422", " left")
 MOST_OPEN = 500  # requests without an answer, after which a new one is not begun: the service does not keep up
 REPLICA, PROXY = WATCHED = ("ServeReplica", "ProxyActor")  # as Ray names its processes
-TEXTS = ("a good day", "größer", "日本", "one two three four", "x" * 50, "it rains in the north")
 
 
 # -- the rule
@@ -106,31 +108,24 @@ def trend(seconds: Sequence[float], megabytes: Sequence[float]) -> Trend:
 
 
 @contextlib.contextmanager
-def leaking(leak_bytes: int) -> Iterator[Running]:
-    """The service, which keeps so many bytes of each request."""
+def leaking(leak_bytes: int) -> Iterator[tuple[Running, Golden]]:
+    """The service, which keeps so many bytes of each request, and what is right."""
     environment = {"SEQMODELS_API_KEYS": KEY, LEAK_BYTES: str(leak_bytes)}
     environment |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
     with tempfile.TemporaryDirectory() as directory:
         models = save_all(Path(directory))
-        served = {name: models[name] for name in ("mood", "names", "en-de", "story")}
+        served = {name: models[name] for name in PATHS}
+        golden = Golden({name: [directory] for name, directory in served.items()})
         with running(served, environment, "tests.serving.leaking" if leak_bytes else "serving") as service:
-            yield service
+            yield service, golden
 
 
 def memory_of(service: Running) -> dict[str, float]:
     """MB that each watched process holds; several of a name as one. Raises RuntimeError where there is none."""
-    held = {name: sum(map(_resident_mb, service.processes(f"ray::{name}"))) for name in WATCHED}
+    held = {name: service.resident_bytes(f"ray::{name}") / 1e6 for name in WATCHED}
     if missing := [name for name, megabytes in held.items() if not megabytes]:
         raise RuntimeError(f"no process is called {', '.join(missing)}")
     return held
-
-
-def _resident_mb(process: int) -> float:
-    try:
-        pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-    except OSError:  # it has ended
-        return 0.0
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 # -- the clients
@@ -141,6 +136,7 @@ class Soak:
     """What came of all requests. states: of answers, to go on from."""
 
     client: httpx.AsyncClient
+    golden: Golden
     chance: random.Random
     outcomes: Counter[str] = field(default_factory=Counter)
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=100_000))
@@ -157,40 +153,51 @@ class Soak:
         self.outcomes[f"{ask.__name__} {status}"] += 1
         self.seconds.append(time.monotonic() - started_at)
 
-    async def post(self, path: str, body: Any) -> httpx.Response:
-        return await self.client.post(f"/v1/{path}", json=body)
-
     @property
     def text(self) -> str:
         return self.chance.choice(TEXTS)
 
+    async def post(self, path: str, body: Any) -> httpx.Response:
+        return await self.client.post(f"/v1/{path}", json=body)
+
+    async def ask(self, name: str, inputs: str | list[str]) -> str:
+        """The status of a model's answer, or that it is wrong."""
+        response = await self.post(PATHS[name], {"model": name, "inputs": inputs, **FIELDS[name]})
+        if response.status_code != 200:
+            return str(response.status_code)
+        return "200" if self.golden.is_right(name, inputs, response.json()) else "wrong"
+
 
 async def classify(soak: Soak) -> str:
-    return str((await soak.post("classify", {"inputs": [soak.text, soak.text]})).status_code)
+    return await soak.ask("mood", [soak.text, soak.text])
 
 
 async def tag(soak: Soak) -> str:
-    return str((await soak.post("tag", {"inputs": soak.text})).status_code)
+    return await soak.ask("names", soak.text)
 
 
 async def translate(soak: Soak) -> str:
-    return str((await soak.post("translate", {"inputs": soak.text, "num_beams": 4, "max_new_tokens": 12})).status_code)
+    return await soak.ask("en-de", soak.text)
 
 
 async def stream(soak: Soak) -> str:
-    body = {"inputs": soak.text, "stream": True, "do_sample": True, "max_new_tokens": 20}
-    async with soak.client.stream("POST", "/v1/generate", json=body) as response:
-        parts = [part async for part in response.aiter_bytes()]
-    return str(response.status_code) if b"event: answer" in b"".join(parts) else "broken"
+    text = soak.text
+    response = await soak.post("generate", {"inputs": text, "stream": True, **FIELDS["story"]})
+    if response.status_code != 200:
+        return str(response.status_code)
+    *_, last = events(response.content)
+    return "200" if last[0] == "answer" and soak.golden.is_right("story", text, last[1]) else "wrong"
 
 
 async def leave(soak: Soak) -> str:
     """With the first piece of a long stream, or before the answer to a long request."""
     body = {"inputs": soak.text, "stream": soak.chance.random() < 0.5, "max_new_tokens": 200, "min_new_tokens": 200}
-    with contextlib.suppress(httpx.ReadTimeout):
+    with contextlib.suppress(httpx.TimeoutException):
         async with soak.client.stream("POST", "/v1/generate", json=body, timeout=0.1) as response:
-            async for _ in response.aiter_bytes():
-                break
+            if response.status_code != 200:
+                return str(response.status_code)
+            async for piece in response.aiter_bytes():
+                return "broken" if b"event: error" in piece else "left"
     return "left"
 
 
@@ -206,21 +213,34 @@ async def resume(soak: Soak) -> str:
 
 
 async def batch(soak: Soak) -> str:
-    lines = [{"url": "/v1/classify", "body": {"inputs": soak.text}} for _ in range(4)] + [{"url": "/v1/none"}]
-    content = b"\n".join(json.dumps(line).encode() for line in lines)
+    """Four lines, and one for a route that there is not."""
+    texts = [soak.text for _ in range(4)]
+    lines: list[Any] = [{"url": "/v1/classify", "body": {"model": "mood", "inputs": text}} for text in texts]
+    content = b"\n".join(json.dumps(line).encode() for line in [*lines, {"url": "/v1/none"}])
     response = await soak.client.post("/v1/batch", content=content, headers={"content-type": "application/x-ndjson"})
-    is_broken = response.status_code == 200 and response.content.count(b"\n") != len(lines)
-    return "broken" if is_broken else str(response.status_code)
+    if response.status_code != 200:
+        return str(response.status_code)
+    answers = [json.loads(line)["response"] for line in response.content.splitlines()]
+    if [answer["status_code"] for answer in answers] != [200] * 4 + [400]:
+        return "broken"
+    pairs = zip(texts, answers[:4], strict=True)
+    return "200" if all(soak.golden.is_right("mood", text, answer["body"]) for text, answer in pairs) else "wrong"
 
 
 async def nonsense(soak: Soak) -> str:
-    bodies: list[Any] = [{"inputs": ""}, {"inputs": [None]}, {"inputs": "x", "num_beams": 99}, {"state": "x"}, [], 7]
-    return str((await soak.post(soak.chance.choice(["classify", "generate"]), soak.chance.choice(bodies))).status_code)
+    asked: list[tuple[str, Any]] = [
+        ("classify", {"inputs": ""}), ("tag", {"inputs": [None]}), ("generate", {"inputs": "x", "num_beams": 99}),
+        ("generate", {"state": "x"}), ("translate", []), ("generate", 7),
+    ]  # fmt: skip
+    return str((await soak.post(*soak.chance.choice(asked))).status_code)
 
 
 KINDS: list[tuple[Callable[[Soak], Awaitable[str]], int]] = [
     (classify, 30), (tag, 10), (translate, 15), (stream, 15), (leave, 5), (resume, 10), (batch, 5), (nonsense, 10),
 ]  # fmt: skip
+RIGHT = {f"{kind.__name__} 200" for kind, _ in KINDS} - {"leave 200", "nonsense 200"}
+RIGHT |= {"leave left", "nonsense 400", "nonsense 422"}
+BUSY = (" 408", " 429", "not begun")
 
 
 async def capacity(soak: Soak, seconds: float) -> float:
@@ -285,10 +305,15 @@ class Report:
     @property
     def faults(self) -> list[str]:
         found = [f"{name}: {trend}" for name, trend in self.trends.items() if trend.grows or trend.is_blurred]
-        failed = {name: n for name, n in self.outcomes.items() if not name.endswith(FINE)}
-        found += [f"{name}: {n}" for name, n in failed.items() if " 5" in name]
-        if sum(failed.values()) > self.outcomes.total() / 100:
-            found.append(f"requests that failed: {failed}")
+        return found + self.failures
+
+    @property
+    def failures(self) -> list[str]:
+        """Of requests."""
+        found = [f"{name}: {n}" for name, n in self.outcomes.items() if name not in RIGHT and not name.endswith(BUSY)]
+        busy = sum(n for name, n in self.outcomes.items() if name.endswith(BUSY))
+        if busy > self.outcomes.total() / 100:
+            found.append(f"requests for which it was too busy: {busy}")
         return found
 
     def __str__(self) -> str:
@@ -302,15 +327,14 @@ class Report:
         return "\n".join(lines)
 
 
-async def soak(service: Running, minutes: float, share: float, seed: int = 0) -> Report:
+async def soak(service: Running, golden: Golden, minutes: float, share: float, seed: int = 0) -> Report:
     """share: of the capacity."""
     headers, limits = {"authorization": f"Bearer {KEY}"}, httpx.Limits(max_connections=MOST_OPEN)
     async with httpx.AsyncClient(base_url=service.address, headers=headers, timeout=30, limits=limits) as client:
-        soak = Soak(client, random.Random(seed))
+        soak = Soak(client, golden, random.Random(seed))
         await capacity(soak, WARM_S)
         most = await capacity(soak, CAPACITY_S)
         print(f"capacity {most:.0f} requests a second; now {share:.0%} of it for {minutes:g} minutes", flush=True)
-        soak.outcomes.clear()
         soak.seconds.clear()
         samples: Samples = []
         await asyncio.gather(load(soak, share * most, 60 * minutes), watch(service, samples, 60 * minutes))
@@ -328,14 +352,14 @@ def main() -> int:
     parser.add_argument("--samples", type=Path, help="a file for all samples, a line of JSON each")
     given = parser.parse_args()
     torch.manual_seed(given.seed)
-    with leaking(given.plant_leak) as service:
-        report = asyncio.run(soak(service, given.minutes, given.load, given.seed))
+    with leaking(given.plant_leak) as (service, golden):
+        report = asyncio.run(soak(service, golden, given.minutes, given.load, given.seed))
     if given.samples:
         given.samples.write_text("".join(json.dumps(sample) + "\n" for sample in report.samples))
     print(report)
     print("\n".join(f"FAULT: {fault}" for fault in report.faults) or "no fault")
     if given.plant_leak:
-        return 0 if report.trends[REPLICA].grows else 1
+        return 0 if report.trends[REPLICA].grows and not report.failures else 1
     return 1 if report.faults else 0
 
 

@@ -262,6 +262,23 @@ def test_every_request_is_told_of_without_what_it_said() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "is_kept"),
+    [
+        ("0af7651916cd43dd-8448:eb=+/_.1", True), ("x" * 128, True), ("x" * 129, False), ("", False), ("é", False),
+        ("a text that nobody may log", False), ('x"', False), ("x\t", False),
+    ],
+)  # fmt: skip
+def test_a_request_id_is_taken_in_the_form_of_one(given: str, is_kept: bool) -> None:
+    begun: list[Exchange] = []
+    models = Models(Runner(), lambda directories: FakePipeline("translate"))  # type: ignore[arg-type, return-value]
+    app = build_app(models, Settings(), state_key=STATE_KEY, begin=begun.append)
+    with InProcess(app, models).running() as server:
+        server.get("/healthz", headers=[(b"x-request-id", given.encode())])
+    (told,) = begun
+    assert told.request_id == given if is_kept else len(told.request_id) == 32
+
+
+@pytest.mark.parametrize(
     ("allowed", "host", "status"),
     [
         (None, "localhost:8000", 200), (None, "127.0.0.1", 200), (None, "[::1]:8000", 200), (None, "evil.org", 421),

@@ -20,7 +20,8 @@ from serving import schema
 
 from .conftest import InProcess, in_process
 from .fuzz import SHAPES, Around, fuzz, make_bank, steady_allocator
-from .fuzz_requests import DAMAGES, Bank
+from .fuzz_requests import DAMAGES, request
+from .fuzz_valid import Bank
 
 NUM_REQUESTS = 20_000
 POSTED = [path for path in SHAPES if path != "/v1/models"]
@@ -141,7 +142,7 @@ async def hangs(path: str, answer: Any) -> bool:
     ],
 )
 def test_a_planted_fault_is_found(bank: Bank, fault: Any, told: str) -> None:
-    number = next(n for n in range(100_000) if bank.ask(SEED, n).path == "/v1/models/\x00")
+    number = next(n for n in range(100_000) if request(bank, SEED, n).path == "/v1/models/\x00")
     tally = fuzz(bank, range(number, number + 20), SEED, around=with_fault(fault))
     (violation,) = tally.violations
     assert violation.startswith(f"request {number} of seed {SEED}, paths: {told}"), violation
@@ -150,7 +151,7 @@ def test_a_planted_fault_is_found(bank: Bank, fault: Any, told: str) -> None:
 def test_a_wrong_answer_is_found(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = [replace(golden, expected=[golden.expected]) for golden in bank.posts]
     monkeypatch.setattr(bank, "posts", [*bank.posts[1:], wrong[0]])
-    numbers = [n for n in range(0, 100_000, 5) if bank.ask(SEED, n).golden is bank.posts[-1]]
+    numbers = [n for n in range(0, 100_000, 5) if request(bank, SEED, n).golden is bank.posts[-1]]
     tally = fuzz(bank, range(numbers[0], numbers[0] + 1), SEED)
     (violation,) = tally.violations
     assert "a wrong answer" in violation and bank.posts[-1].path in violation
@@ -169,4 +170,4 @@ def test_a_leak_is_found(bank: Bank) -> None:
 
 def test_a_request_can_be_made_again(bank: Bank) -> None:
     for number in range(300):
-        assert bank.ask(SEED, number) == bank.ask(SEED, number)
+        assert request(bank, SEED, number) == request(bank, SEED, number)

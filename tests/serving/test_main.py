@@ -13,6 +13,7 @@ from seqmodels.shortlist import FILE, NONE, Shortlist
 from seqmodels.tokenizer import EOS
 from serving.__main__ import _check, main, read_config
 from serving.deployments import load_pipeline
+from serving.environment import free_port
 from tests.serving.model_directories import save_all
 
 
@@ -93,10 +94,7 @@ def with_shortlist(tmp_path: Path, models: dict[str, str]) -> Path:
 
 
 def test_a_shortlist_is_used(with_shortlist: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    config = read_config([str(with_shortlist), "--device", "cpu", "--port", str(port)])
+    config = read_config([str(with_shortlist), "--device", "cpu", "--port", str(free_port())])
     _check(config)
     pipelines = {name: load_pipeline(config, directories) for name, directories in config.directories.items()}
     (answer,) = pipelines["tr"](["Some text."], max_new_tokens=6, min_new_tokens=3)

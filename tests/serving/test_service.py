@@ -3,19 +3,15 @@
 What is served must be what the pipeline answers offline, to the last bit.
 """
 
-import atexit
 import json
-import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,82 +19,48 @@ from typing import Any
 
 import httpx
 import pytest
-import yaml
 
+from benchmarks.running import ROOT, START_S, Running, running, started, until
 from seqmodels.pipeline import Pipeline
 from serving.auth import hash_key
 from serving.client import Client, ServiceError
 
 from .fakes import png
-from .running import free_port, until
 
-ROOT = Path(__file__).parents[2]
 KEY = "a key that only this test knows"
-START_S = 120
+ENVIRONMENT = {"SEQMODELS_API_KEYS": KEY, "RAY_ADDRESS": "127.0.0.1:1"}  # it begins a Ray of its own all the same
+both_profiles = pytest.mark.parametrize("service", ["plain", "haproxy"], indirect=True)
 
 
-# Where the service's Ray keeps its files and its address, apart from other tests' Ray; the path must be short.
-RAY_HOME = tempfile.mkdtemp(prefix="ray", dir="/tmp")
-atexit.register(shutil.rmtree, RAY_HOME, ignore_errors=True)
-ENVIRONMENT = {**os.environ, "SEQMODELS_API_KEYS": KEY, "RAY_TMPDIR": RAY_HOME}
-
-
-def begin(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    with log.open("w") as out:
-        return subprocess.Popen(
-            [sys.executable, "-m", "serving", *arguments],
-            cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=ENVIRONMENT,
-        )  # fmt: skip
-
-
-def end(service: subprocess.Popen[bytes], log: Path, number: signal.Signals) -> None:
-    """Send a signal; the service must end by itself, in peace."""
-    try:
-        service.send_signal(number)
-        assert service.wait(60) == 0, log.read_text()
-        assert "Traceback" not in log.read_text() and "ERROR" not in log.read_text(), log.read_text()
-    finally:
-        if service.poll() is None:
-            service.kill()
-
-
-def wait_until(ready: Callable[[], bool], service: subprocess.Popen[bytes], log: Path) -> None:
-    limit = time.monotonic() + START_S
-    while not ready():
-        assert service.poll() is None and time.monotonic() < limit, log.read_text()
-        time.sleep(0.05)
-
-
-both_profiles = pytest.mark.parametrize("address", ["plain", "haproxy"], indirect=True)
+def end(service: Running, number: signal.Signals) -> None:
+    """Also with nothing to complain of."""
+    service.end(number)
+    assert "Traceback" not in service.log and "ERROR" not in service.log, service.log
 
 
 @pytest.fixture(scope="module", params=["plain"])
-def address(
-    request: pytest.FixtureRequest, models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
+def service(request: pytest.FixtureRequest, models: dict[str, str]) -> Iterator[Running]:
     """One service for all tests of a profile, which is "plain" where a test does not name it."""
-    directory, port = tmp_path_factory.mktemp("service"), free_port()
-    Path(RAY_HOME).mkdir(exist_ok=True)
-    config: dict[str, Any] = {
-        "models": models, "port": port, "limits": {"max_new_tokens": 4000}, "drain_s": 5.0, "profile": request.param,
+    fields: dict[str, Any] = {
+        "limits": {"max_new_tokens": 4000}, "drain_s": 5.0, "profile": request.param,
         "tracing": {"exporter": "opentelemetry.sdk.trace.export:ConsoleSpanExporter", "sampling_ratio": 0.0},
     }  # fmt: skip
-    (directory / "service.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    log = directory / "log"
-    service = begin(log, str(directory / "service.yaml"))
-    try:
-        wait_until(lambda: f"serving {', '.join(models)} at" in log.read_text(), service, log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        end(service, log, signal.SIGINT)
-        shutil.rmtree(RAY_HOME, ignore_errors=True)
-    with pytest.raises(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+    with running(models, ENVIRONMENT, **fields) as service:
+        assert f"serving {', '.join(models)} at {service.address}" in service.log
+        yield service
+        end(service, signal.SIGINT)
+    with pytest.raises(OSError), connected(service.address):
         pass
 
 
+@pytest.fixture
+def address(service: Running) -> str:
+    return service.address
+
+
 @pytest.fixture(scope="module")
-def client(address: str) -> Iterator[Client]:
-    with Client(address, api_key=KEY) as client:
+def client(service: Running) -> Iterator[Client]:
+    with Client(service.address, api_key=KEY) as client:
         yield client
 
 
@@ -207,7 +169,7 @@ def connected(address: str) -> socket.socket:
     return socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=20)
 
 
-@pytest.mark.parametrize("address", ["haproxy"], indirect=True)
+@pytest.mark.parametrize("service", ["haproxy"], indirect=True)
 def test_silent_clients_are_left_and_others_served(client: Client, address: str) -> None:
     """Those that send nothing, half a head, half a body, or a byte now and then."""
     head = b"POST /v1/classify HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 99\r\n"
@@ -226,11 +188,11 @@ def test_silent_clients_are_left_and_others_served(client: Client, address: str)
             assert one.recv(4096).startswith((b"HTTP/1.1 408 ", b"HTTP/1.1 400 "))
 
 
-@pytest.mark.parametrize("address", ["haproxy"], indirect=True)
-def test_haproxy_listens_where_it_was_told_and_keeps_its_files_to_itself(client: Client, address: str) -> None:
-    (own,) = Path(RAY_HOME).glob("h*/*/haproxy.cfg")
+@pytest.mark.parametrize("service", ["haproxy"], indirect=True)
+def test_haproxy_listens_where_it_was_told_and_keeps_its_files_to_itself(client: Client, service: Running) -> None:
+    (own,) = service.home.glob("h*/*/haproxy.cfg")
     config = own.read_text()
-    assert re.findall(r"^ *bind (.*)", config, re.M) == [address.removeprefix("http://")]
+    assert re.findall(r"^ *bind (.*)", config, re.M) == [service.address.removeprefix("http://")]
     assert re.findall(r"stats socket (\S+) mode 600", config) == [str(own.with_name("admin"))]
     assert own.parents[1].stat().st_mode & 0o777 == 0o700
     assert re.search("timeout http-request 10s", config) and re.search("retry-on conn-failure$", config, re.M)
@@ -243,13 +205,15 @@ def test_deadline(address: str) -> None:
     assert response.status_code == 408 and response.json()["error"]["code"] == "deadline_passed"
 
 
-def test_each_request_is_logged_once_without_what_it_said(client: Client, address: str) -> None:
+def test_each_request_is_logged_once_without_what_it_said(client: Client, service: Running) -> None:
     request_id = "the-one-in-the-log"
     headers = {"authorization": f"Bearer {KEY}", "x-request-id": request_id}
     body = {"model": "mood", "inputs": "a text that nobody may log"}
-    response = httpx.post(f"{address}/v1/classify", json=body, headers=headers)
+    words = {**headers, "x-request-id": "words that nobody may log"}
+    assert httpx.post(f"{service.address}/v1/classify", json=body, headers=words).status_code == 200
+    response = httpx.post(f"{service.address}/v1/classify", json=body, headers=headers)
     assert response.status_code == 200 and response.headers.get_list("x-request-id") == [request_id]
-    (log,) = Path(RAY_HOME).glob("ray/session_2*/logs/serve/replica_*.log")
+    (log,) = service.home.glob("ray/session_2*/logs/serve/replica_*.log")
     limit = time.monotonic() + 10  # the line is written after the answer has gone out
     while not (lines := [line for line in whole_lines(log) if request_id in line]):
         assert time.monotonic() < limit
@@ -258,22 +222,23 @@ def test_each_request_is_logged_once_without_what_it_said(client: Client, addres
     assert line["levelname"] == "INFO" and line["replica"]
     told = line["exchange"]
     assert (told["request_id"], told["client"], told["route"]) == (request_id, hash_key(KEY)[:8], "/v1/classify")
-    assert (told["status"], told["input_tokens"]) == (200, 26)
+    assert (told["status"], told["input_tokens"]) == (200, 26) and line["request_id"] == request_id
     assert "nobody may log" not in log.read_text() and KEY not in log.read_text()
 
 
 def test_a_request_is_traced_where_its_client_is_without_what_it_said(
-    client: Client, address: str, offline: dict[str, Pipeline]
+    client: Client, service: Running, offline: dict[str, Pipeline]
 ) -> None:
     """By an exporter that prints: what a replica prints, Ray keeps in a file."""
     trace, caller = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     headers = {"authorization": f"Bearer {KEY}", "traceparent": f"00-{trace}-{caller}-01"}
+    headers["x-request-id"] = "words that nobody may tell"
     body = {"model": "mood", "inputs": ["a text that nobody may log", "another"]}
     client.classify("an untraced one", model="mood")
-    response = httpx.post(f"{address}/v1/classify?q=nobody+may+log", json=body, headers=headers)
+    response = httpx.post(f"{service.address}/v1/classify?q=nobody+may+log", json=body, headers=headers)
     assert response.status_code == 200
     limit = time.monotonic() + 60  # spans go out every few seconds
-    while len(spans := printed_spans()) < 3:
+    while len(spans := printed_spans(service)) < 3:
         assert time.monotonic() < limit
         time.sleep(0.1)
     (request,) = (span for span in spans if span["name"] == "/v1/classify")
@@ -284,14 +249,14 @@ def test_a_request_is_traced_where_its_client_is_without_what_it_said(
     told = request["attributes"]
     assert (told["http.route"], told["http.response.status_code"]) == ("/v1/classify", 200)
     assert (told["seqmodels.model"], told["seqmodels.revision"]) == ("mood", offline["mood"].revision)
-    assert told["seqmodels.request_id"] == response.headers["x-request-id"]
+    assert len(told["seqmodels.request_id"]) == 32
     assert told["seqmodels.input_tokens"] == response.json()["usage"]["input_tokens"]
     assert 0 <= first["attributes"]["seqmodels.queue_s"] <= first["attributes"]["seqmodels.first_token_s"]
     assert "nobody" not in json.dumps(spans) and KEY not in json.dumps(spans)
 
 
-def printed_spans() -> list[dict[str, Any]]:
-    printed = "".join(path.read_text() for path in Path(RAY_HOME).glob("ray/session_2*/logs/worker-*.out"))
+def printed_spans(service: Running) -> list[dict[str, Any]]:
+    printed = "".join(path.read_text() for path in service.home.glob("ray/session_2*/logs/worker-*.out"))
     return [json.loads(one) for one in re.findall(r"^\{$.*?^\}$", printed, re.M | re.S)]
 
 
@@ -299,16 +264,16 @@ def whole_lines(log: Path) -> list[str]:
     return [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def swap(*arguments: str) -> str:
-    command = [sys.executable, "-m", "serving", "swap", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+def swap(service: Running, *arguments: str) -> str:
+    command = [sys.executable, "-m", "serving", "swap", *arguments, "--address", service.cluster]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @both_profiles
 def test_a_model_changes_under_load_without_a_lost_answer(
-    client: Client, address: str, models: dict[str, str], offline: dict[str, Pipeline]
+    client: Client, service: Running, models: dict[str, str], offline: dict[str, Pipeline]
 ) -> None:
     """Every answer is that of the model it names, before, after and in between."""
     labels = {offline[name].revision: offline[name](["a good day"])[0] for name in ("mood", "topics")}
@@ -316,7 +281,7 @@ def test_a_model_changes_under_load_without_a_lost_answer(
     over = threading.Event()
 
     def go_on() -> None:
-        with Client(address, api_key=KEY) as own:
+        with Client(service.address, api_key=KEY) as own:
             while not over.is_set():
                 answer = own.classify("a good day", model="mood")
                 assert answer.model == "mood" and plain(answer) == [labels[answer.revision]]
@@ -325,11 +290,11 @@ def test_a_model_changes_under_load_without_a_lost_answer(
     with ThreadPoolExecutor() as pool:
         asking = [pool.submit(go_on) for _ in range(2)]
         until(lambda: bool(seen), 30)
-        told = swap(f"mood={models['topics']}", "--alias", "feelings=mood")
+        told = swap(service, f"mood={models['topics']}", "--alias", "feelings=mood")
         assert f"1 replica serves mood at {offline['topics'].revision}" in told
         assert client.classify("x", model="feelings").revision == offline["topics"].revision
         until(lambda: offline["topics"].revision in seen, 30)
-        swap(f"mood={models['mood']}")
+        swap(service, f"mood={models['mood']}")
         assert client.classify("x", model="mood").revision == offline["mood"].revision
         over.set()
         for one in asking:
@@ -338,19 +303,18 @@ def test_a_model_changes_under_load_without_a_lost_answer(
 
 
 @pytest.mark.parametrize("moment", ["as soon as it is ready", "while the models load"])
-def test_an_early_sigterm_ends_it_in_peace(moment: str, models: dict[str, str], tmp_path: Path) -> None:
-    log, port = tmp_path / "log", free_port()
-    service = begin(log, f"mood={models['mood']}", "--port", str(port))
-    try:
-        wait_until(lambda: answers(port, "/healthz" if moment.startswith("while") else "/readyz"), service, log)
-    finally:
-        end(service, log, signal.SIGTERM)
+def test_an_early_sigterm_ends_it_in_peace(moment: str, models: dict[str, str]) -> None:
+    path = "/healthz" if moment.startswith("while") else "/readyz"
+    with started("serving", f"mood={models['mood']}", environment=ENVIRONMENT) as service:
+        until(lambda: answers(service, path), START_S)
+        end(service, signal.SIGTERM)
 
 
-def answers(port: int, path: str) -> bool:
+def answers(service: Running, path: str) -> bool:
     """Whether anything at all comes back, and from /readyz a yes."""
+    assert service.process.poll() is None, service.log
     try:
-        response = httpx.get(f"http://127.0.0.1:{port}{path}")
+        response = httpx.get(service.address + path)
     except httpx.HTTPError:
         return False
     return path != "/readyz" or response.status_code == 200

@@ -111,6 +111,26 @@ def test_a_replica_that_dies_meanwhile_is_waited_for(monkeypatch: pytest.MonkeyP
     assert cluster.change_models(wanted) == told and not answers
 
 
-def test_no_cluster_is_there(capsys: pytest.CaptureFixture[str]) -> None:
-    error = one_line_error(capsys, "swap", "--unload", "mood", "--address", "127.0.0.1:1")
-    assert "no Ray cluster can be reached at '127.0.0.1:1'" in error
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        ((), "no Ray cluster runs on this machine; give the --address"),
+        (("127.0.0.1:2", "127.0.0.1:1"), "2 Ray clusters run on this machine, at 127.0.0.1:1, 127.0.0.1:2; give the"),
+        (("127.0.0.1:1",), "no Ray cluster can be reached at '127.0.0.1:1'"),
+    ],
+)
+def test_without_an_address_the_only_cluster_is_meant(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], found: tuple[str, ...], told: str
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", lambda: frozenset(found))
+    assert told in one_line_error(capsys, "swap", "--unload", "mood")
+
+
+def test_an_address_that_is_given_is_the_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:2")
+    told = "no Ray cluster can be reached at "
+    assert f"{told}'127.0.0.1:2'" in one_line_error(capsys, "swap", "--unload", "mood")
+    assert f"{told}'127.0.0.1:1'" in one_line_error(capsys, "swap", "--unload", "mood", "--address", "127.0.0.1:1")

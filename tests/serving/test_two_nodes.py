@@ -4,92 +4,37 @@ Two nodes of Ray on this machine, a replica on each; see nodes.py.
 """
 
 import itertools
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import yaml
 
+from benchmarks.running import Running, running
 from seqmodels.pipeline import Pipeline
 from serving.client import Client
 from serving.questions import Asking
 
-from .test_service import ROOT, free_port
-
 CLIENTS = 6
 
 
-class Nodes:
-    """The cluster, and the words that it obeys."""
-
-    def __init__(self, config: Path, ray_home: str) -> None:
-        self.url = f"http://127.0.0.1:{yaml.safe_load(config.read_text())['port']}"
-        own = {
-            "RAY_TMPDIR": ray_home, "RAY_AUTH_TOKEN_PATH": f"{ray_home}/token", "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",  # the first node's proxy would ask its own replica alone
-        }  # fmt: skip
-        self.errors = (config.parent / "errors").open("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.serving.nodes", str(config)], cwd=ROOT, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, env={**os.environ, **own},
-        )  # fmt: skip
-
-    def hear(self, word: str) -> None:
-        assert self.process.stdout
-        for line in self.process.stdout:  # Ray says much besides
-            if line.strip() == word:
-                return
-        self.errors.seek(0)
-        raise AssertionError(self.errors.read())
-
-    def say(self, word: str, answer: str) -> None:
-        assert self.process.stdin
-        self.process.stdin.write(f"{word}\n")
-        self.process.stdin.flush()
-        self.hear(answer)
-
-    def end(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        try:
-            assert self.process.wait(60) == 0
-        finally:
-            self.process.kill()
-            self.errors.close()
-
-
 @pytest.fixture
-def nodes(models: dict[str, str], tmp_path: Path) -> Iterator[Nodes]:
-    config = tmp_path / "service.yaml"
-    fields = {"models": {name: models[name] for name in ("mood", "story")}, "port": free_port(), "replicas": 2}
-    config.write_text(yaml.safe_dump({**fields, "drain_s": 1.0}))
-    ray_home = tempfile.mkdtemp(prefix="ray", dir="/tmp")
-    running = Nodes(config, ray_home)
-    try:
-        running.hear("ready")
-        yield running
-    finally:
-        running.end()
-        shutil.rmtree(ray_home, ignore_errors=True)
-    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if ray_home in read(path)]
-    assert not left
+def nodes(models: dict[str, str]) -> Iterator[Running]:
+    two = {name: models[name] for name in ("mood", "story")}
+    # Otherwise the first node's proxy would ask its own replica alone.
+    environment = {"RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0"}
+    with running(two, environment, "tests.serving.nodes", replicas=2, drain_s=1.0) as service:
+        yield service
 
 
-def read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:  # it has just ended
-        return ""
+def tell(nodes: Running, word: str, answer: str) -> None:
+    assert nodes.process.stdin
+    nodes.process.stdin.write(f"{word}\n".encode())
+    nodes.process.stdin.flush()
+    nodes.wait_until_it_says(answer)
 
 
 def options(seed: int) -> dict[str, Any]:
@@ -128,21 +73,21 @@ def asked_again(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
     return reasons
 
 
-def test_a_node_dies_and_another_comes(nodes: Nodes, models: dict[str, str], asked_again: list[Exception]) -> None:
+def test_a_node_dies_and_another_comes(nodes: Running, models: dict[str, str], asked_again: list[Exception]) -> None:
     """No answer is lost, wrong or another's, and they go on throughout."""
     story, stop = Pipeline.from_pretrained(models["story"]), threading.Event()
     with ThreadPoolExecutor(CLIENTS) as pool:
-        asking = [pool.submit(ask_on, nodes.url, first, stop) for first in range(CLIENTS)]
+        asking = [pool.submit(ask_on, nodes.address, first, stop) for first in range(CLIENTS)]
         try:
             time.sleep(3)
             before = len(asked_again)
             killed_at = time.monotonic()
-            nodes.say("kill", "killed")
+            tell(nodes, "kill", "killed")
             time.sleep(3)
-            assert is_ready(nodes.url)
-            nodes.say("add", "added")
+            assert is_ready(nodes.address)
+            tell(nodes, "add", "added")
             back_at = time.monotonic()
-            assert is_ready(nodes.url)
+            assert is_ready(nodes.address)
             time.sleep(2)
         finally:
             stop.set()
