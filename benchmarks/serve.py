@@ -301,8 +301,14 @@ def replica_mib(service: Running) -> float:
 
 
 def say(result: str, workload: str, **fields: Any) -> None:
-    rounded = {name: round(value, 3) if isinstance(value, float) else value for name, value in fields.items()}
-    print(json.dumps({"benchmark": "serve", "result": result, "workload": workload, **rounded}), flush=True)
+    told = {name: _told(value) if isinstance(value, float) else value for name, value in fields.items()}
+    line = {"benchmark": "serve", "result": result, "workload": workload, **told}
+    print(json.dumps(line, allow_nan=False), flush=True)
+
+
+def _told(value: float) -> float | None:
+    """JSON has no word for what is infinite, such as the p99 of answers some of which never came."""
+    return round(value, 3) if math.isfinite(value) else None
 
 
 def plot(points: dict[str, list[Point]], file: Path) -> None:
