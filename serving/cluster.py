@@ -18,7 +18,8 @@ import ray
 from ray import serve
 from ray._private import services
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.serve._private.common import RequestMetadata
 from ray.serve._private.constants import SERVE_NAMESPACE
 from ray.serve._private.utils import generate_request_id
@@ -93,8 +94,10 @@ def connect(address: str) -> None:
         logging.getLogger("ray").setLevel(logging.ERROR)  # it would warn that the token is asked for
         # Ray by itself sends the token only to a cluster that it has found by itself.
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        # Told at once of a wrong token, and in 40 s that nobody answers: `ray.init` asks for 20 s, or ends the process.
+        GcsClient(address=address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, AuthenticationError):
+    except (OSError, RayError):
         message = (
             f"what listens at {address!r} is no Ray cluster, or one that asks for another token; set "
             "RAY_AUTH_TOKEN_PATH to the file that holds it"

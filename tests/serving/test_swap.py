@@ -4,13 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
 
-from benchmarks.running import ROOT, running, until
+from benchmarks.running import ROOT, Running, running, until
 from seqmodels.pretrained import load_pretrained
 from serving import cluster
 from serving.__main__ import main
@@ -161,23 +162,45 @@ def test_replicas_that_never_agree(monkeypatch: pytest.MonkeyPatch, last: Any) -
         Told((False, last)).change_models(monkeypatch, timeout_s=0.3)
 
 
-def test_replicas_of_a_real_service_die_as_it_begins(models: dict[str, str]) -> None:
-    """Both, one after the other: it ends when two stand that serve what was asked for."""
+@pytest.fixture(scope="module")
+def service(models: dict[str, str]) -> Iterator[Running]:
+    """A real one, of two replicas."""
     with running({"mood": models["mood"]}, replicas=2) as service:
-        swapping = subprocess.Popen(
-            [sys.executable, "-m", "serving", "swap", f"mood={models['topics']}", "--timeout-s", "120"],
-            cwd=ROOT, env={**os.environ, "RAY_TMPDIR": str(service.home)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        first, second = service.processes(REPLICA)
-        os.kill(first, signal.SIGKILL)
-        until(lambda: len(service.processes(REPLICA)) == 2, 60)
-        os.kill(second, signal.SIGKILL)
-        out, error = swapping.communicate(timeout=180)
-        assert swapping.returncode == 0, error
-        assert f"2 replicas serve mood at {load_pretrained(models['topics']).revision}" in out
-        left = service.processes(REPLICA)
-        assert len(left) == 2 and not {first, second} & set(left)
+        yield service
+
+
+def begin_swap(service: Running, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "serving", "swap", *arguments, "--address", service.cluster],
+        cwd=ROOT, env={**os.environ, "RAY_TMPDIR": str(service.home), **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("token", [{"RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_TOKEN_PATH": "none"}])
+def test_a_cluster_refuses_who_has_not_its_token(
+    service: Running, models: dict[str, str], token: dict[str, str]
+) -> None:
+    swapping = begin_swap(service, f"mood={models['topics']}", **token)
+    out, error = swapping.communicate(timeout=60)
+    assert (swapping.returncode, out) == (2, "")
+    *rays, ours = error.splitlines()
+    assert len(rays) <= 1 and all("InvalidAuthToken" in line for line in rays), error
+    assert ours.startswith("error: what listens at") and "asks for another token; set RAY_AUTH_TOKEN_PATH" in ours
+
+
+def test_replicas_of_a_real_service_die_as_it_begins(service: Running, models: dict[str, str]) -> None:
+    """Both, one after the other: it ends when two stand that serve what was asked for."""
+    swapping = begin_swap(service, f"mood={models['topics']}", "--timeout-s", "120")
+    first, second = service.processes(REPLICA)
+    os.kill(first, signal.SIGKILL)
+    until(lambda: len(service.processes(REPLICA)) == 2, 60)
+    os.kill(second, signal.SIGKILL)
+    out, error = swapping.communicate(timeout=180)
+    assert swapping.returncode == 0, error
+    assert f"2 replicas serve mood at {load_pretrained(models['topics']).revision}" in out
+    left = service.processes(REPLICA)
+    assert len(left) == 2 and not {first, second} & set(left)
 
 
 @pytest.mark.parametrize(
