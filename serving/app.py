@@ -89,7 +89,7 @@ def build_app(
     silent = {"tracing": False, "metrics": False, "logs": False}
     app = FastAPIOffline(title="seqmodels", summary=summary, redoc_url=None, lifespan=lifespan, telemetry=silent)
     rates = Rates(settings.requests_per_minute, settings.most_replicas)
-    app.add_middleware(Guard, keys=keys, rates=rates, hosts=settings.hosts, begin=begin, observe=observe)
+    app.add_middleware(Guard, keys=keys, rates=rates, hosts=settings.allowed_hosts, begin=begin, observe=observe)
     if settings.cors_origins:  # around the guard, for a browser asks without a key whether it may ask
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]

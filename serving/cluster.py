@@ -67,7 +67,7 @@ def deploy(config: ServeConfig, is_stopped: Callable[[], bool]) -> None:
         "host": config.host,
         "port": config.port,
         # A backstop: the app expires requests itself. Serve has one for all, so it is that of the longest.
-        "request_timeout_s": max(config.limits.timeout_s, config.limits.batch_s) + 10.0,
+        "request_timeout_s": config.limits.longest_s + 10.0,
     }
     serve.start(proxy_location="HeadOnly", http_options=http_options, logging_config=LOGGING)
     _apply(application(config))
