@@ -38,6 +38,7 @@ def prepared(profile: str, limits: Limits) -> Iterator[None]:
         if len(directory) + TAKEN > 107:
             raise ConfigError(f"{directory} is too long a path for HAProxy's socket; set RAY_TMPDIR to a shorter one")
         _set(haproxy(limits, directory))
+        os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(HAPROXY)  # a script, which starts the one that was set
         yield
     finally:
         _end_those_that_name(directory)
@@ -54,7 +55,6 @@ def haproxy(limits: Limits, directory: str) -> dict[str, str]:
     longest_s = math.ceil(limits.longest_s) + 10
     return {
         "SEQMODELS_HAPROXY": os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH") or get_haproxy_binary(),
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(HAPROXY),
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(SILENT_S),
@@ -106,10 +106,7 @@ def set_token() -> None:
 
 def _set(variables: dict[str, str]) -> None:
     for name, value in variables.items():
-        if name == "RAY_SERVE_HAPROXY_BINARY_PATH":
-            os.environ[name] = value  # one that was set is what our script starts
-        else:
-            os.environ.setdefault(name, value)
+        os.environ.setdefault(name, value)
 
 
 def free_port() -> int:

@@ -71,6 +71,13 @@ def test_files_of_haproxy_are_private_and_go_with_the_service(tmp_path: Path) ->
     assert left.wait(10) == -signal.SIGTERM  # an HAProxy that Ray did not end would keep the port
 
 
+def test_an_haproxy_that_was_set_is_started_by_our_script_and_other_variables_stay() -> None:
+    os.environ |= {"RAY_TMPDIR": "/tmp", "RAY_SERVE_HAPROXY_BINARY_PATH": "/bin/own", "RAY_SERVE_ENABLE_HA_PROXY": "0"}
+    with prepared("haproxy", Limits()):
+        assert os.environ["SEQMODELS_HAPROXY"] == "/bin/own" and os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
+        assert os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] == str(HAPROXY)
+
+
 def test_a_socket_path_that_would_be_too_long(tmp_path: Path) -> None:
     os.environ["RAY_TMPDIR"] = str(tmp_path)
     with pytest.raises(ConfigError, match="set RAY_TMPDIR to a shorter one"), prepared("haproxy", Limits()):
