@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from seqmodels.config import Strict, Weights, explain
 from seqmodels.errors import ConfigError
+from seqmodels.yaml_files import read_yaml
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -243,14 +243,9 @@ class ServeConfig(ModelSet, Settings):
     def load(cls, path: Path, **overrides: Any) -> Self:
         """Read a YAML file; `overrides` replace its top-level fields. Its directories are taken from where the program
         was started, and become absolute, for replicas work elsewhere. Raises ConfigError that names the file."""
-        try:
-            fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror}") from None
-        except (yaml.YAMLError, ValueError, RecursionError):  # not UTF-8, among others
-            raise ConfigError(f"{path} is not YAML; see deploy/service.yaml for an example") from None
+        fields = read_yaml(path, "the service's file")
         if not isinstance(fields, dict):
-            raise ConfigError(f"{path} holds no fields; it needs at least `models`")
+            raise ConfigError(f"{path} holds no fields; it needs at least `models`, as deploy/service.yaml has")
         try:
             config = cls.parse({**fields, **overrides})
         except ConfigError as error:
