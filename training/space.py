@@ -34,6 +34,11 @@ class Distribution:
     kind: str
     values: tuple[Any, ...]
 
+    @property
+    def plain(self) -> dict[str, list[Any]]:
+        """As it stands in the file."""
+        return {self.kind: list(self.values)}
+
     def draw(self, source: random.Random) -> Any:
         match self.kind:
             case "uniform":
