@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from seqmodels.config import Strict, Weights, explain
 from seqmodels.errors import ConfigError
@@ -61,6 +69,9 @@ class Autoscaling(Strict):
     min_replicas: PositiveInt = 1
     max_replicas: PositiveInt = 4
     target_occupancy: PositiveFloat = 0.7  # of the rows of the fullest model in a replica
+    # How long more replicas, or fewer, must have been needed; by the mean of the last half minute.
+    upscale_delay_s: NonNegativeFloat = 30.0
+    downscale_delay_s: NonNegativeFloat = 600.0
 
     @model_validator(mode="after")
     def _check(self) -> Self:
