@@ -91,7 +91,7 @@ def build_app(
     rates = Rates(settings.requests_per_minute, settings.most_replicas)
     front = Front(service, models, settings.limits)
     app.add_middleware(
-        Guard, keys=keys, rates=rates, hosts=settings.hosts, begin=begin, admit=front.admit, observe=observe
+        Guard, keys=keys, rates=rates, hosts=settings.allowed_hosts, begin=begin, admit=front.admit, observe=observe
     )
     if settings.cors_origins:  # around the guard, for a browser asks without a key whether it may ask
         app.add_middleware(

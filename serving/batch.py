@@ -9,6 +9,7 @@ out while later lines are still being read; a full queue holds a line back, and 
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections import deque
@@ -30,7 +31,6 @@ from serving.http import unless
 logger = logging.getLogger(__name__)
 
 URLS = ("classify", "tag", "translate", "caption", "generate", "score", "completions")
-AGAIN_S = 0.1  # after which a line that met a full queue is tried again
 KEPT = ("type", "asgi", "http_version", "scheme", "root_path", "client", "server", "state", "extensions")
 
 
@@ -59,7 +59,7 @@ class BatchResponse(Response):
         self._request = request
         self._limits = limits
         self._batches = batches
-        self._asking_again = asyncio.Lock()
+        self._room = asyncio.Condition()  # of which one that waits is told when a line ends, in their order
         self._lines = _Lines(limits.body_bytes, limits.batch_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,16 +111,18 @@ class BatchResponse(Response):
         return _line(about, body)
 
     async def _ask(self, line: BatchLine, request_id: str) -> tuple[int, bytes]:
-        """Status and body of the answer. Asks again while the queue is full or the key has asked too often: of several
-        such lines one at a time, the first of them first."""
+        """Status and body of the answer. A line that is refused, for the queue is full or the key has asked too often,
+        is asked again: after so long as it is told to wait, or as soon as another line of this batch ends."""
         content = json.dumps(line.body, ensure_ascii=False).encode()
-        status, body = await call(self._app, self._scope(line.url, request_id), content)
-        if status == 429:
-            async with self._asking_again:
-                while status == 429:
-                    await asyncio.sleep(AGAIN_S)
-                    status, body = await call(self._app, self._scope(line.url, request_id), content)
-        return status, body
+        while True:
+            status, body, retry_after_s = await call(self._app, self._scope(line.url, request_id), content)
+            async with self._room:
+                if status != 429:
+                    self._room.notify()
+                    return status, body
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(retry_after_s):
+                        await self._room.wait()
 
     def _scope(self, path: str, request_id: str) -> Scope:
         outer = self._request.scope
@@ -189,10 +191,10 @@ class _Lines:
             yield line
 
 
-async def call(app: ASGIApp, scope: Scope, content: bytes) -> tuple[int, bytes]:
-    """Status and body of an app's answer to one whole request."""
+async def call(app: ASGIApp, scope: Scope, content: bytes) -> tuple[int, bytes, float]:
+    """Status and body of an app's answer to one whole request; and after how many seconds to ask again, if at all."""
     messages: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
-    status, parts = 0, []
+    status, parts, retry_after_s = 0, [], 0.0
 
     async def receive() -> Message:
         if messages:
@@ -201,14 +203,15 @@ async def call(app: ASGIApp, scope: Scope, content: bytes) -> tuple[int, bytes]:
         raise AssertionError
 
     async def send(message: Message) -> None:
-        nonlocal status
+        nonlocal status, retry_after_s
         if message["type"] == "http.response.start":
             status = message["status"]
+            retry_after_s = float(dict(message["headers"]).get(b"retry-after", 0.0))
         else:
             parts.append(message.get("body", b""))
 
     await app(scope, receive, send)
-    return status, b"".join(parts)
+    return status, b"".join(parts), retry_after_s
 
 
 def _parse(line: bytes) -> BatchLine:

@@ -8,6 +8,7 @@ deployment's `user_config`. Only this file speaks to Serve's controller.
 import contextlib
 import logging
 import os
+import pickle
 import socket
 import time
 from collections.abc import Callable
@@ -17,10 +18,14 @@ import ray
 from ray import serve
 from ray._private import services
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-from ray.exceptions import AuthenticationError, RayActorError
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.serve._private.common import RequestMetadata
+from ray.serve._private.constants import SERVE_NAMESPACE
+from ray.serve._private.utils import generate_request_id
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ApplicationStatus, ServeApplicationSchema, ServeDeploySchema
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeApplicationSchema, ServeDeploySchema
 
 from seqmodels.errors import ConfigError, SeqModelsError
 from serving.config import ModelSet, ServeConfig
@@ -29,6 +34,10 @@ APPLICATION = "seqmodels"
 DEPLOYMENT = "ModelServer"
 LOGGING = {"encoding": "JSON", "log_level": "WARNING", "enable_access_log": False}  # our own line is for each request
 POLL_S = 0.1
+REPORT_S = 5.0  # in which a replica says what it serves
+NOT_STANDING = ("STARTING", "STOPPING")  # a replica that begins is given what is wanted by then
+# What is raised where a replica has just died, or Serve's controller, which forgets nothing; another comes.
+DIED = (RayActorError, GetTimeoutError, LookupError, ValueError)
 
 
 class DeploymentError(SeqModelsError):
@@ -58,7 +67,7 @@ def deploy(config: ServeConfig, is_stopped: Callable[[], bool]) -> None:
         "host": config.host,
         "port": config.port,
         # A backstop: the app expires requests itself. Serve has one for all, so it is that of the longest.
-        "request_timeout_s": max(config.limits.timeout_s, config.limits.batch_s) + 10.0,
+        "request_timeout_s": config.limits.longest_s + 10.0,
     }
     serve.start(proxy_location="HeadOnly", http_options=http_options, logging_config=LOGGING)
     _apply(application(config))
@@ -85,8 +94,10 @@ def connect(address: str) -> None:
         logging.getLogger("ray").setLevel(logging.ERROR)  # it would warn that the token is asked for
         # Ray by itself sends the token only to a cluster that it has found by itself.
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        # Told at once of a wrong token, and in 40 s that nobody answers: `ray.init` asks for 20 s, or ends the process.
+        GcsClient(address=address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, AuthenticationError):
+    except (OSError, RayError):
         message = (
             f"what listens at {address!r} is no Ray cluster, or one that asks for another token; set "
             "RAY_AUTH_TOKEN_PATH to the file that holds it"
@@ -133,31 +144,53 @@ def model_set() -> ModelSet:
     raise ConfigError(f"the application's configuration has no user_config for {DEPLOYMENT}; see deploy/serve.yaml")
 
 
-def change_models(wanted: ModelSet) -> list[dict[str, Any]]:
-    """Have every replica, present and future, serve these models, and wait until all have tried: their reports."""
+def change_models(wanted: ModelSet, timeout_s: float = 600.0) -> list[dict[str, Any]]:
+    """Have every replica, present and future, serve these models, and wait until all that stand have tried: their
+    reports. Where none refused anything, this also waits for those that are being replaced.
+
+    Raises DeploymentError where that takes longer than `timeout_s`; the models remain what is to be served.
+    """
     schema = _ours().model_dump(exclude_unset=True)
+    asked = wanted.model_dump(mode="json")
     for deployment in schema["deployments"]:
         if deployment["name"] == DEPLOYMENT:
-            deployment["user_config"] = wanted.model_dump(mode="json")
+            deployment["user_config"] = asked
     _apply(ServeApplicationSchema.model_validate(schema))
-    while True:
-        _wait_until_running(lambda: False)
-        with contextlib.suppress(RayActorError):  # of a replica that has just died; one comes in its place
+    limit = time.monotonic() + timeout_s
+    state = "nothing"
+    while time.monotonic() < limit:
+        with contextlib.suppress(*DIED):
+            state = _state()
             told = reports()
-            if told and all(report["wanted"] == wanted.model_dump(mode="json") for report in told):
+            have_tried = bool(told) and all(report["wanted"] == asked for report in told)
+            if have_tried and (_is_running() or any(report["refused"] for report in told)):
                 return told
         time.sleep(POLL_S)
+    raise DeploymentError(
+        f"not every replica serves what it was told to within {timeout_s:g} s; Ray Serve says of them: {state}"
+    )
 
 
 def reports() -> list[dict[str, Any]]:
-    """What each replica serves."""
-    return list(serve.get_app_handle(APPLICATION).broadcast("report").results())
+    """What each replica serves that Serve's controller says stands. Raises one of DIED.
+
+    Each is asked itself, for Serve's handles may not know one that came while another died.
+    """
+    replicas = _details()[APPLICATION]["deployments"][DEPLOYMENT]["replicas"]
+    asked = [_report(replica["actor_name"]) for replica in replicas if replica["state"] not in NOT_STANDING]
+    return list(ray.get(asked, timeout=REPORT_S))
+
+
+def _report(replica: str) -> Any:
+    """A reference to its report, asked for as Serve's handles do."""
+    request = RequestMetadata(request_id=replica, internal_request_id=generate_request_id(), call_method="report")
+    return ray.get_actor(replica, namespace=SERVE_NAMESPACE).handle_request.remote(pickle.dumps(request))
 
 
 def replica_states() -> dict[str, int]:
     """How many replicas are in each state, in Serve's words."""
-    about = serve.status().applications[APPLICATION].deployments[DEPLOYMENT]
-    return {str(state): count for state, count in about.replica_states.items() if count}
+    ours = _status().deployments.get(DEPLOYMENT)
+    return {str(state): count for state, count in ours.replica_states.items() if count} if ours else {}
 
 
 def shut_down() -> None:
@@ -177,12 +210,33 @@ def _ours() -> ServeApplicationSchema:
 
 def _deployed() -> dict[str, ServeApplicationSchema]:
     """The configurations of all applications, as they were last given."""
+    given = {name: about["deployed_app_config"] for name, about in _details().items()}
+    return {name: ServeApplicationSchema.model_validate(config) for name, config in given.items() if config}
+
+
+def _details() -> dict[str, Any]:
+    """All that Serve tells of each application."""
     try:
-        applications = _get_global_client().get_serve_details()["applications"]
+        applications: dict[str, Any] = _get_global_client().get_serve_details()["applications"]
     except RayServeException:  # Serve has not been started
         return {}
-    given = {name: about["deployed_app_config"] for name, about in applications.items()}
-    return {name: ServeApplicationSchema.model_validate(config) for name, config in given.items() if config}
+    return applications
+
+
+def _status() -> ApplicationStatusOverview:
+    return serve.status().applications[APPLICATION]
+
+
+def _is_running() -> bool:
+    return bool(_status().status == ApplicationStatus.RUNNING)
+
+
+def _state() -> str:
+    """Of the application and its replicas, in Serve's words, with the end of what Serve says is wrong."""
+    about = _status()
+    ours = about.deployments.get(DEPLOYMENT)
+    said = (ours.message if ours else "") or about.message
+    return f"{about.status.value} {replica_states()} {said.strip()[-2000:]}".strip()
 
 
 def _apply(application: ServeApplicationSchema) -> None:
@@ -192,10 +246,7 @@ def _apply(application: ServeApplicationSchema) -> None:
 
 
 def _wait_until_running(is_stopped: Callable[[], bool]) -> None:
-    while not is_stopped():
-        about = serve.status().applications[APPLICATION]
-        if about.status == ApplicationStatus.RUNNING:
-            return
-        if about.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
-            raise DeploymentError(f"Ray Serve could not bring the service up: {about.message.strip()[-2000:]}")
+    while not is_stopped() and not _is_running():
+        if _status().status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            raise DeploymentError(f"Ray Serve could not bring the service up: {_state()}")
         time.sleep(POLL_S)

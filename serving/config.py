@@ -9,11 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from seqmodels.config import Strict, Weights, explain
 from seqmodels.errors import ConfigError
+from seqmodels.yaml_files import read_yaml
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -49,6 +57,11 @@ class Limits(Strict):
     batch_s: PositiveFloat = 3600.0  # from its first line to its last answer
     timeout_s: PositiveFloat = 60.0  # from arrival to answer; a client may ask for less, never for more
 
+    @property
+    def longest_s(self) -> float:
+        """That anything takes here: of a batch, unless that is bounded to less than a request."""
+        return max(self.timeout_s, self.batch_s)
+
 
 class Autoscaling(Strict):
     """How many replicas Ray Serve keeps, by the decoder rows that are in use or asked for."""
@@ -56,6 +69,9 @@ class Autoscaling(Strict):
     min_replicas: PositiveInt = 1
     max_replicas: PositiveInt = 4
     target_occupancy: PositiveFloat = 0.7  # of the rows of the fullest model in a replica
+    # How long more replicas, or fewer, must have been needed; by the mean of the last half minute.
+    upscale_delay_s: NonNegativeFloat = 30.0
+    downscale_delay_s: NonNegativeFloat = 600.0
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -119,18 +135,24 @@ class ModelSet(Parsed):
         return {name: [given] if isinstance(given, str) else given for name, given in self.models.items()}
 
 
-class Settings(Parsed):
-    """The rest: where a service listens, what it may use and what it allows, from its start to its end."""
+Port = Annotated[int, Field(ge=1, le=65535)]
 
-    host: str = "127.0.0.1"  # loopback unless told otherwise
-    port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    # What stands before the replicas of a service begun here: Ray's own proxy, or HAProxy, which is faster and leaves
-    # clients that fall silent. On a cluster its nodes' environment says so; see docs/serving.md.
-    profile: Literal["plain", "haproxy"] = "plain"
-    # Of Ray's exporter, for Prometheus, on all of the machine's addresses. Left out: one that is free.
-    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+# Fields of ServeConfig alone, and how a cluster is told the same.
+ELSEWHERE = {
+    "host": "under http_options, and allowed_hosts says by which names clients may call",
+    "port": "under http_options",
+    "profile": "by the environment of the nodes (see docs/serving.md)",
+    "metrics_port": "by `ray start --metrics-export-port`",
+}
+
+
+class Settings(Parsed):
+    """The rest: what a service may use and what it allows, from its start to its end. In a Serve configuration, its
+    `args`."""
+
     # Names by which clients may call this service, as `example.org` or `*.example.org`, so that no page of another site
-    # can reach it under a name of its own. Left out: those of this machine where host is loopback, any elsewhere.
+    # can reach it under a name of its own. Left out: any; but where `python -m serving` listens on loopback, the names
+    # of this machine.
     allowed_hosts: list[str] | None = None
     cors_origins: list[str] = Field(default=[])  # sites whose pages may call it, such as https://example.org
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPU when there is one, CPU otherwise
@@ -165,6 +187,16 @@ class Settings(Parsed):
     drain_s: PositiveFloat = 20.0  # on shutdown, the time that running requests get to finish
     limits: Limits = Limits()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_place(cls, fields: Any) -> Any:
+        for name in ELSEWHERE if isinstance(fields, dict) else ():
+            if name in fields and name not in cls.model_fields:
+                raise ValueError(
+                    f"{name} is for `python -m serving` alone; remove it here: a cluster is told {ELSEWHERE[name]}"
+                )
+        return fields
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.limits.inputs > self.max_requests:
@@ -187,10 +219,27 @@ class Settings(Parsed):
     def most_replicas(self) -> int:
         return self.autoscaling.max_replicas if self.autoscaling else self.replicas
 
+
+class ServeConfig(ModelSet, Settings):
+    """One service, whole, as `python -m serving` begins it on this machine."""
+
+    host: str = "127.0.0.1"  # loopback unless told otherwise
+    port: Port = 8000
+    # What stands before the replicas: Ray's own proxy, or HAProxy, which is faster and leaves clients that fall silent.
+    profile: Literal["plain", "haproxy"] = "plain"
+    # Of Ray's exporter, for Prometheus, on all of the machine's addresses. Left out: one that is free.
+    metrics_port: Port | None = None
+
     @property
-    def hosts(self) -> list[str] | None:
-        """Names by which clients may call this service; None for any."""
-        return list(LOOPBACK) if self.allowed_hosts is None and self.is_loopback else self.allowed_hosts
+    def model_set(self) -> ModelSet:
+        return ModelSet.model_validate(self.model_dump(include=set(ModelSet.model_fields)))
+
+    @property
+    def settings(self) -> Settings:
+        fields = self.model_dump(include=set(Settings.model_fields))
+        if self.allowed_hosts is None and self.is_loopback:
+            fields["allowed_hosts"] = list(LOOPBACK)
+        return Settings.model_validate(fields)
 
     @property
     def is_loopback(self) -> bool:
@@ -201,30 +250,13 @@ class Settings(Parsed):
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
 
-
-class ServeConfig(ModelSet, Settings):
-    """One service, whole."""
-
-    @property
-    def model_set(self) -> ModelSet:
-        return ModelSet.model_validate(self.model_dump(include=set(ModelSet.model_fields)))
-
-    @property
-    def settings(self) -> Settings:
-        return Settings.model_validate(self.model_dump(exclude=set(ModelSet.model_fields)))
-
     @classmethod
     def load(cls, path: Path, **overrides: Any) -> Self:
         """Read a YAML file; `overrides` replace its top-level fields. Its directories are taken from where the program
         was started, and become absolute, for replicas work elsewhere. Raises ConfigError that names the file."""
-        try:
-            fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror}") from None
-        except (yaml.YAMLError, ValueError, RecursionError):  # not UTF-8, among others
-            raise ConfigError(f"{path} is not YAML; see deploy/service.yaml for an example") from None
+        fields = read_yaml(path, "the service's file")
         if not isinstance(fields, dict):
-            raise ConfigError(f"{path} holds no fields; it needs at least `models`")
+            raise ConfigError(f"{path} holds no fields; it needs at least `models`, as deploy/service.yaml has")
         try:
             config = cls.parse({**fields, **overrides})
         except ConfigError as error:

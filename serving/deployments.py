@@ -166,6 +166,8 @@ def deployment_options(settings: Settings) -> dict[str, Any]:
         options["autoscaling_config"] = {
             "min_replicas": settings.autoscaling.min_replicas,
             "max_replicas": settings.autoscaling.max_replicas,
+            "upscale_delay_s": settings.autoscaling.upscale_delay_s,
+            "downscale_delay_s": settings.autoscaling.downscale_delay_s,
             "policy": {
                 "policy_function": ByOccupancy,
                 "policy_kwargs": {"target": settings.autoscaling.target_occupancy},

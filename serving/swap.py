@@ -3,9 +3,10 @@
     python -m serving swap mood=models/mood-2 [NAME=MODEL_DIR ...] [--unload NAME] [--alias OTHER=NAME]
     python -m serving swap service.yaml          # its models and aliases, and no others
 
-Every replica loads what is new beside what it serves, and answers from it once it is warm. This waits until all agree.
-Where one refuses a model (it lies damaged on its machine, or there is no memory for it), all go back to what they
-served, and the exit status is 1. Run it on a machine of the cluster, where the directories are.
+Every replica loads what is new beside what it serves, and answers from it once it is warm. This waits until all agree,
+also those that come in place of others that died. Where one refuses a model (it lies damaged on its machine, or there
+is no memory for it), or not all agree in time, all go back to what they served, and the exit status is 1. Run it on a
+machine of the cluster, where the directories are.
 """
 
 import argparse
@@ -29,16 +30,19 @@ def main(arguments: Sequence[str]) -> int:
     after = pinned(
         ServeConfig.load(Path(options.targets[0])).model_set if given is None else changed(before, given, options)
     )
-    reports = cluster.change_models(after)
-    refused = {name: reason for report in reports for name, reason in report["refused"].items()}
-    if refused:
-        cluster.change_models(before)
-        for name, reason in refused.items():
-            print(f"refused: {name}: {reason}", file=sys.stderr)
-        print("nothing has changed: every replica serves what it served before", file=sys.stderr)
-        return 1
-    _say(reports)
-    return 0
+    try:
+        reports = cluster.change_models(after, options.timeout_s)
+        refused = {f"{name}: {reason}" for report in reports for name, reason in report["refused"].items()}
+    except cluster.DeploymentError as error:
+        refused = {str(error)}
+    if not refused:
+        _say(reports)
+        return 0
+    for reason in sorted(refused):
+        print(f"refused: {reason}", file=sys.stderr, flush=True)  # going back may take as long as going
+    cluster.change_models(before, options.timeout_s)
+    print("nothing has changed: every replica serves what it served before", file=sys.stderr)
+    return 1
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -53,7 +57,16 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--address", default="auto", help="of the service's Ray cluster (default: the only one on this machine)"
     )
+    parser.add_argument(
+        "--timeout-s",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="until all agree, or else go back (default: 600)",
+    )
     options = parser.parse_args(arguments)
+    if not options.timeout_s > 0:
+        parser.error("--timeout-s must be above 0")
     if not (options.targets or options.unload or options.alias):
         parser.error("name a model to swap, --unload or --alias")
     if _is_file(options.targets) and (options.unload or options.alias):

@@ -15,8 +15,9 @@ from pydantic import ValidationError
 
 from seqmodels.config import Average, ModelConfig, Weights, explain
 from seqmodels.errors import CheckpointError, ConfigError, SeqModelsError
+from seqmodels.yaml_files import read_yaml
 from training.config import Recipe
-from training.parsing import differences, load_recipe, read_yaml
+from training.parsing import differences, load_recipe
 
 if TYPE_CHECKING:
     from training.adaptive import Adaptation

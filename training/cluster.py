@@ -12,6 +12,7 @@ import ray
 
 from seqmodels.errors import ConfigError
 from training.config import Recipe
+from training.interrupts import termination_interrupts
 
 # No statistics to Ray's makers, no folders, logs and tables of its own beside ours, and Ctrl-C is ours.
 SETTINGS = {
@@ -43,14 +44,15 @@ def ray_running(count: int, needed: Mapping[str, float]) -> Iterator[None]:
         yield
         return
     on_terminate = signal.getsignal(signal.SIGTERM)
-    try:
-        _start(count, needed)
-        set_handler(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; with Ray's own, the process would crash
-        _check_room(count, needed)
-        yield
-    finally:
-        ray.shutdown()
-        set_handler(signal.SIGTERM, on_terminate)
+    with termination_interrupts():
+        try:
+            _start(count, needed)
+            set_handler(signal.SIGTERM, signal.default_int_handler)  # with Ray's own, the process would crash
+            _check_room(count, needed)
+            yield
+        finally:
+            ray.shutdown()
+            set_handler(signal.SIGTERM, on_terminate)
 
 
 def set_handler(number: int, handler: Any) -> None:

@@ -148,8 +148,7 @@ def write_run(directory: Path, recipe: Recipe, codec: Codec, data: str) -> None:
         if name and tokenizer:
             with checkpoint.writing_whole(directory / name) as temporary:
                 tokenizer.save(temporary)
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    checkpoint.write_whole(directory / RECIPE, text)
+    checkpoint.write_whole(directory / RECIPE, as_yaml(recipe.model_dump(mode="json")))
     file = RunFile(
         recipe=_plain(recipe),
         data=data,
@@ -159,6 +158,10 @@ def write_run(directory: Path, recipe: Recipe, codec: Codec, data: str) -> None:
         threads=torch.get_num_threads(),
     )
     checkpoint.write_whole(directory / RUN, file.model_dump_json(indent=2) + "\n")
+
+
+def as_yaml(fields: dict[str, Any]) -> str:
+    return str(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
 
 
 def read_tokenizers(directory: Path, saved: RunFile) -> list[Tokenizer | None]:

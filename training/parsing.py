@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from seqmodels.config import ENCODERS, DecoderConfig, ModelConfig, TextEncoderConfig, explain, section_of, suggestion
 from seqmodels.errors import ConfigError
+from seqmodels.yaml_files import parse_yaml, read_yaml
 from training.config import Facts, Recipe
 
 # What no recipe says of a model: the data decides it, or the format.
@@ -34,19 +35,6 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if isinstance(fields["run"], dict) and fields["run"].get("output_dir") is None:
         fields["run"]["output_dir"] = f"models/{path.stem}"
     return parse_recipe(fields)
-
-
-def read_yaml(path: Path, kind: str) -> Any:
-    """What a file holds. kind: what it is called in the ConfigError that is raised where it cannot be read."""
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise ConfigError(f"{kind} {path}: {error.strerror}; give the path of a YAML file") from None
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ConfigError(f"{kind} {path} is not UTF-8 (byte {byte:#04x} at {error.start}); convert it first") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date of month 13, or very deep nesting
-        raise ConfigError(f"{kind} {path} is not YAML: {' '.join(str(error).split())}") from None
 
 
 def differences(was: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -144,32 +132,13 @@ def _check_vectors(recipe: Recipe, config: ModelConfig) -> None:
             )
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-3 as a number, as everybody who writes it expects, and takes no key twice."""
-
-    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        lines: dict[str, int] = {}
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in lines:
-                both = f"lines {lines[key.value]} and {key.start_mark.line + 1}"
-                raise yaml.YAMLError(f"{key.value!r} stands twice, in {both}; keep one")
-            lines[key.value] = key.start_mark.line + 1
-        return node
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def _apply(fields: dict[str, Any], override: str) -> None:
     """Set one dotted key, in place."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r} is no override; write key=value, such as run.seed=2")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = parse_yaml(text)
     except (yaml.MarkedYAMLError, ValueError, RecursionError):
         raise ConfigError(f"override {key}: {text!r} is not YAML; quote it") from None
     except yaml.YAMLError as error:  # our own

@@ -3,12 +3,17 @@
 import html
 import io
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
+from seqmodels.pretrained import RECIPE
 from training.data.rows import in_order
+from training.directory import RunFile
 
 RATIO = "update to weights"
 # Name in the log: panel, and what the curve is called there.
@@ -53,13 +58,33 @@ def write_report(
     """Curves are drawn from metrics.jsonl and timings.jsonl. recipe: as YAML. The others: see `Evaluation`."""
     curves = draw_curves([*_lines(directory / "metrics.jsonl"), *_lines(directory / "timings.jsonl")])
     (directory / "curves.svg").write_text(curves, encoding="utf-8")
-    rows = "".join(
-        f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>" for key, value in facts.items()
-    )
     tables = _table("Each kind of span", kinds), _confusion_table(confusion), _table("What it says", samples)
-    body = f"""<table>{rows}</table><h2>Curves</h2>{curves[curves.index("<svg") :]}
-{"".join(tables)}<h2>Recipe</h2><pre>{html.escape(recipe)}</pre>"""
+    body = f"""{html_facts(facts)}<h2>Curves</h2>{curves[curves.index("<svg") :]}
+{"".join(tables)}{html_text("Recipe", recipe)}"""
     (directory / "report.html").write_text(html_page(title, body), encoding="utf-8")
+
+
+def provenance(directory: Path, run: RunFile, device: str) -> dict[str, str]:
+    """What made a run what it is, and how to make it again: to the bit, on the same machine."""
+    return {
+        "Rows": f"sha256 {run.data}",
+        "Made with": f"torch {run.torch}, Python {platform.python_version()}, threads: {run.threads}",
+        "Processor": _processor(device),
+        "Again": f"python -m training train {directory / RECIPE} run.output_dir=NEW_DIRECTORY",
+    }
+
+
+def _processor(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return torch.backends.cpu.get_cpu_capability() + ", " + (_model_of_processor() or platform.machine())
+
+
+def _model_of_processor() -> str:
+    """As Linux names it; empty elsewhere."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def html_page(title: str, body: str) -> str:
@@ -133,6 +158,18 @@ def _confusion_table(confusion: Confusion) -> str:
 
 def _table(title: str, lines: Sequence[Mapping[str, str]]) -> str:
     return f"<h2>{title}</h2>{html_table(lines)}" if lines else ""
+
+
+def html_facts(facts: Mapping[str, object]) -> str:
+    rows = "".join(
+        f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>" for key, value in facts.items()
+    )
+    return f"<table>{rows}</table>"
+
+
+def html_text(title: str, text: str) -> str:
+    """Such as a recipe, as it stands in its file."""
+    return f"<h2>{title}</h2><pre>{html.escape(text)}</pre>"
 
 
 def html_table(lines: Sequence[Mapping[str, str]]) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,7 +40,7 @@ from training.directory import (
 from training.initial import check_memory
 from training.interrupts import termination_interrupts
 from training.loop import Trainer
-from training.report import write_report
+from training.report import provenance, write_report
 from training.reporter import Reporter, Silence
 from training.scoring import score
 from training.vectors import check_files, read_vectors, save_vectors
@@ -298,12 +297,7 @@ def _finish(recipe: Recipe, trainer: Trainer, best: Path, num_examples: int) -> 
     shown = json.loads((best / SHOWN).read_text(encoding="utf-8"))
     saved = read_run(directory)
     assert saved is not None
-    facts |= {
-        "Rows": f"sha256 {saved.data}",
-        "Made with": f"torch {saved.torch}, Python {platform.python_version()}, threads: {saved.threads}",
-        "Processor": _processor(recipe.run.device),
-        "Again": f"python -m training train {directory / RECIPE} run.output_dir=NEW_DIRECTORY",
-    }
+    facts |= provenance(directory, saved, recipe.run.device)
     text = (directory / RECIPE).read_text(encoding="utf-8")
     write_report(directory, f"Training {directory.name}", facts, text, **shown)
     (directory / ENCODED).unlink(missing_ok=True)
@@ -313,19 +307,6 @@ def _finish(recipe: Recipe, trainer: Trainer, best: Path, num_examples: int) -> 
         directory / FINISHED, json.dumps({"step": trainer.progress.step, "validation": scores}) + "\n"
     )
     shutil.rmtree(directory / VALIDATED)
-
-
-def _processor(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return torch.backends.cpu.get_cpu_capability() + ", " + (_model_of_processor() or platform.machine())
-
-
-def _model_of_processor() -> str:
-    """As Linux names it; empty elsewhere."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _origin(trainer: Trainer, best: Path) -> str:

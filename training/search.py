@@ -50,7 +50,7 @@ def search(
     trials = draw_trials(recipe, overrides, searched, count, seed)
     console = Console(highlight=False, soft_wrap=True)
     with locked(directory):
-        _begin(directory, base, {key: {value.kind: list(value.values)} for key, value in searched.items()}, seed)
+        _begin(directory, base, {key: values.plain for key, values in searched.items()}, seed)
         problems: dict[int, str] = {}
         if all(trial.number in done for trial in trials):
             console.print(f"all {count} trials in {directory} are done; nothing to do", markup=False)
@@ -60,7 +60,7 @@ def search(
 
             problems = run_trials(trials, directory, sorted(done), at_once, min_validations)
         outcomes = [outcome_of(trial, problems.get(trial.number, "")) for trial in trials]
-        conclude(directory, outcomes, searched)
+        conclude(directory, outcomes, base, searched)
         show(outcomes, console)
     if all(outcome.ended == "failed" for outcome in outcomes):
         raise ConfigError(f"all trials failed, the first with: {outcomes[0].problem}")

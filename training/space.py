@@ -18,8 +18,9 @@ from typing import Any
 
 from seqmodels.config import suggestion
 from seqmodels.errors import ConfigError
+from seqmodels.yaml_files import read_yaml
 from training.config import Recipe
-from training.parsing import load_recipe, read_yaml
+from training.parsing import load_recipe
 
 KINDS = ("uniform", "log_uniform", "integers", "choice")
 # What must be alike for trials to be compared, and what the search itself decides.
@@ -32,6 +33,11 @@ class Distribution:
 
     kind: str
     values: tuple[Any, ...]
+
+    @property
+    def plain(self) -> dict[str, list[Any]]:
+        """As it stands in the file."""
+        return {self.kind: list(self.values)}
 
     def draw(self, source: random.Random) -> Any:
         match self.kind:

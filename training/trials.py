@@ -20,8 +20,8 @@ from rich.console import Console
 from training import checkpoint
 from training.config import Recipe, merit
 from training.data.encoded import ENCODED
-from training.directory import FINISHED
-from training.report import html_page, html_table
+from training.directory import FINISHED, as_yaml, readable_run
+from training.report import html_facts, html_page, html_table, html_text, provenance
 from training.space import Space, Trial
 from training.vectors import FILE as VECTORS
 
@@ -117,14 +117,15 @@ def best_of(outcomes: Sequence[Outcome]) -> Outcome | None:
     return next((outcome for outcome in ranked(outcomes) if outcome.ended == "finished"), None)
 
 
-def conclude(directory: Path, outcomes: Sequence[Outcome], space: Space) -> None:
-    """Write what came of the trials, then remove the large files of all but the best."""
+def conclude(directory: Path, outcomes: Sequence[Outcome], recipe: Recipe, space: Space) -> None:
+    """Write what came of the trials, then remove the large files of all but the best. recipe: before a trial
+    changes it."""
     text = io.StringIO()
     lines = table_of(outcomes)
     writer = csv.DictWriter(text, list(lines[0]))
     writer.writeheader()
     writer.writerows(lines)
-    checkpoint.write_whole(directory / "report.html", _report(directory.name, outcomes, space))
+    checkpoint.write_whole(directory / "report.html", _report(directory.name, outcomes, recipe, space))
     checkpoint.write_whole(directory / CSV, text.getvalue())
     best = best_of(outcomes)
     for outcome in outcomes:
@@ -150,10 +151,23 @@ def show(outcomes: Sequence[Outcome], console: Console) -> None:
         console.print(f"the best, trial {best.trial.number}, is in {best.trial.directory}", markup=False)
 
 
-def _report(title: str, outcomes: Sequence[Outcome], space: Space) -> str:
+def _report(title: str, outcomes: Sequence[Outcome], recipe: Recipe, space: Space) -> str:
     plots = draw_trials_plots(outcomes, space)
     table = html_table([{key: _short(value) for key, value in line.items()} for line in table_of(outcomes)])
-    return html_page(f"Search {title}", f"{table}<h2>Scores</h2>{plots[plots.index('<svg') :]}")
+    body = f"""{table}<h2>Scores</h2>{plots[plots.index("<svg") :]}{_provenance(outcomes)}
+{html_text("Recipe", as_yaml(recipe.model_dump(mode="json")))}
+{html_text("Space", as_yaml({key: values.plain for key, values in space.items()}))}"""
+    return html_page(f"Search {title}", body)
+
+
+def _provenance(outcomes: Sequence[Outcome]) -> str:
+    """Of the best trial, as its own report tells it."""
+    best = best_of(outcomes)
+    run = best and readable_run(best.trial.directory)
+    if not best or not run:
+        return ""
+    facts = {"Trial": best.trial.number, **provenance(best.trial.directory, run, best.trial.recipe.run.device)}
+    return f"<h2>The best</h2>{html_facts(facts)}"
 
 
 def draw_trials_plots(outcomes: Sequence[Outcome], space: Space) -> str:

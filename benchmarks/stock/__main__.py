@@ -10,13 +10,13 @@ import os
 import signal
 from collections.abc import Sequence
 
-from serving.config import Settings
+from serving.config import Limits
 from serving.environment import prepared
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
-    with prepared(Settings(port=options.port, profile=options.profile)):
+    with prepared(options.profile, Limits()):
         import ray  # reads the environment that has just been prepared
         from ray import serve
 

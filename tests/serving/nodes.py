@@ -23,7 +23,6 @@ set_token()  # before Ray is imported
 
 import ray  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
-from ray.exceptions import RayActorError  # noqa: E402
 
 from serving import cluster  # noqa: E402
 
@@ -61,7 +60,7 @@ def wait_for_replicas(number: int) -> None:
     told = 0
     while told < number:
         time.sleep(0.1)
-        with contextlib.suppress(RayActorError):
+        with contextlib.suppress(*cluster.DIED):
             told = len(cluster.reports())
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -189,6 +190,54 @@ def test_a_full_queue_holds_lines_back_and_fails_none() -> None:
     with in_process(max_requests=2, limits={"inputs": 2, "batch_window": 50}) as server:
         answers = ask(server, b"".join(line(["a b", "c"], str(i)) for i in range(20)))
     assert [answer["response"]["status_code"] for answer in answers] == [200] * 20
+
+
+class FakeApp:
+    """In place of `call`: takes so many lines at a time, each for a while, and refuses the others."""
+
+    def __init__(self, places: int, seconds: float, retry_after_s: float) -> None:
+        self.free = places
+        self.seconds = seconds
+        self.retry_after_s = retry_after_s
+        self.asked: list[tuple[int, float]] = []  # the line, and when
+
+    async def call(self, app: Any, scope: Any, content: bytes) -> tuple[int, bytes, float]:
+        self.asked.append((json.loads(content)["inputs"], time.monotonic()))
+        if not self.free:
+            return 429, b"{}", self.retry_after_s
+        self.free -= 1
+        await asyncio.sleep(self.seconds)
+        self.free += 1
+        return 200, b"{}", 0.0
+
+
+def test_a_refused_line_is_asked_again_as_soon_as_another_ends(
+    server: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = FakeApp(places=5, seconds=0.2, retry_after_s=60)
+    monkeypatch.setattr("serving.batch.call", app.call)
+    began = time.monotonic()
+    assert len(ask(server, b"".join(map(line, range(20))))) == 20
+    assert 0.79 <= time.monotonic() - began < 2.5  # four turns of five lines, not sixteen of which most have one
+    assert [number for number, _ in app.asked] == [
+        *range(20),
+        *range(5, 20),
+    ]  # again when there is room, and not before
+
+
+def test_a_refused_line_waits_for_so_long_as_it_is_told_where_no_other_ends(
+    server: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then all that wait are asked, and do not wait for each other's answers."""
+    app = FakeApp(places=0, seconds=0.5, retry_after_s=0.4)
+    monkeypatch.setattr("serving.batch.call", app.call)
+    server.loop.call_soon_threadsafe(server.loop.call_later, 0.6, setattr, app, "free", 10)
+    began = time.monotonic()
+    assert len(ask(server, b"".join(map(line, range(10))))) == 10
+    assert time.monotonic() - began < 3
+    assert [number for number, _ in app.asked] == 3 * list(range(10))
+    times = [at for number, at in app.asked if number == 9]
+    assert all(later - at >= 0.39 for at, later in itertools.pairwise(times))
 
 
 def test_who_leaves_frees_what_his_lines_held() -> None:

@@ -54,6 +54,14 @@ def test_yaml_that_is_none(tmp_path: Path, text: str) -> None:
         ServeConfig.load(tmp_path / "none.yaml")
 
 
+@pytest.mark.parametrize("text", ["models: {a: x}\nport: 1\nport: 2\n", "models: {a: x}\nlimits: {port: 1,\n port: 2}"])
+def test_a_key_that_stands_twice(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"serve\.yaml is not YAML: 'port' stands twice, in lines 2 and 3; keep one"):
+        ServeConfig.load(path)
+
+
 def test_named_models(tmp_path: Path) -> None:
     (tmp_path / "sentiment").mkdir()
     directory = tmp_path / "sentiment"

@@ -13,9 +13,9 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
 from seqmodels.errors import ConfigError
-from serving import deployments
+from serving import cluster, deployments
 from serving.cluster import DEPLOYMENT
-from serving.config import ModelSet, ServeConfig, Settings
+from serving.config import LOOPBACK, ModelSet, ServeConfig, Settings
 from serving.deployments import ModelServer, build, deployment_options
 from serving.runner import Order
 
@@ -34,14 +34,36 @@ def test_the_cluster_example_is_what_ray_expects(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(deployments, "load_keys", lambda path: ())  # its key file is not on this machine
     built = call_user_app_builder_with_args_if_necessary(build, application.args)  # as `serve deploy` does
     assert isinstance(built, Application)
-    host = fields["http_options"]["host"]
-    assert application.args["host"] == host and Settings.parse(application.args).hosts is None  # no client gets a 421
+    assert Settings.parse(application.args).allowed_hosts is None  # no client gets a 421
     (server,) = application.deployments
     assert server.name == DEPLOYMENT and ModelSet.parse(server.user_config or {}).aliases
     unknown = set(fields) - set(ServeDeploySchema.model_fields) | set(fields["applications"][0]) - set(
         type(application).model_fields
     )
     assert not unknown, "Ray ignores fields that it does not know"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "place"),
+    [
+        ("host", "0.0.0.0", "under http_options, and allowed_hosts says"), ("port", 8000, "under http_options"),
+        ("profile", "haproxy", "by the environment of the nodes"), ("metrics_port", 8080, "--metrics-export-port"),
+    ],
+)  # fmt: skip
+def test_what_is_for_one_machine_is_told_where_it_belongs_on_a_cluster(name: str, value: Any, place: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is for `python -m serving` alone.*{place}"):
+        call_user_app_builder_with_args_if_necessary(build, {name: value})
+    assert getattr(ServeConfig.parse({"models": {"a": "a"}, name: value}), name) == value
+
+
+def test_names_of_the_machine_are_all_that_a_service_on_loopback_is_called_by() -> None:
+    def of(**fields: Any) -> list[str] | None:
+        return Settings.parse(
+            cluster.application(ServeConfig.parse({"models": {"a": "a"}, **fields})).args
+        ).allowed_hosts
+
+    assert of() == list(LOOPBACK) and of(host="0.0.0.0") is None
+    assert of(allowed_hosts=["example.org"]) == of(allowed_hosts=["example.org"], host="0.0.0.0") == ["example.org"]
 
 
 def test_the_example_for_kubernetes_holds_the_same_application_and_gives_it_no_rights() -> None:
@@ -104,7 +126,7 @@ def test_health_check_fails_when_the_engine_stands_still(models: dict[str, str])
     server.runner.start(lambda events: None)
     server.check_health()
     model = server.models.served["mood"]
-    model.pipeline.step = lambda: [time.sleep(1.5)][:0]  # type: ignore[method-assign, func-returns-value]
+    model.pipeline.step = lambda bounds: [time.sleep(1.5)][:0]  # type: ignore[method-assign, func-returns-value]
     server.runner.submit([Order(model, model.pipeline.prepare("good"))])
     time.sleep(1.2)
     with pytest.raises(RuntimeError, match="has not turned"):

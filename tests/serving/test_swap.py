@@ -1,17 +1,25 @@
 """`python -m serving swap`: what it makes of its arguments, and that a refusal anywhere leaves all as it was."""
 
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
 
+from benchmarks.running import ROOT, Running, running, until
 from seqmodels.pretrained import load_pretrained
 from serving import cluster
 from serving.__main__ import main
 from serving.config import ModelSet, ServeConfig
 
 from .test_main import one_line_error
+
+REPLICA = "ray::ServeReplica:"
 
 
 class FakeCluster:
@@ -20,31 +28,34 @@ class FakeCluster:
     def __init__(self, models: dict[str, Any]) -> None:
         self.history = [ModelSet.parse(models)]
         self.refusing: dict[str, str] = {}
+        self.too_late = False
 
     def model_set(self) -> ModelSet:
         return self.history[-1]
 
-    def change_models(self, wanted: ModelSet) -> list[dict[str, Any]]:
+    def change_models(self, wanted: ModelSet, timeout_s: float) -> list[dict[str, Any]]:
         self.history.append(wanted)
+        if self.too_late and len(self.history) == 2:
+            raise cluster.DeploymentError(f"not within {timeout_s:g} s")
         report = {"revisions": wanted.revisions, "aliases": wanted.aliases, "refused": {}}
         return [report, {**report, "refused": self.refusing}]
 
 
 @pytest.fixture
-def running(monkeypatch: pytest.MonkeyPatch, models: dict[str, str]) -> FakeCluster:
+def fake(monkeypatch: pytest.MonkeyPatch, models: dict[str, str]) -> FakeCluster:
     fields = {"models": {"mood": models["mood"], "names": models["names"]}, "aliases": {"feelings": "mood"}}
-    fake = FakeCluster(fields)
+    cluster_of_two = FakeCluster(fields)
     monkeypatch.setattr(cluster, "connect", lambda address: None)
-    monkeypatch.setattr(cluster, "model_set", fake.model_set)
-    monkeypatch.setattr(cluster, "change_models", fake.change_models)
-    return fake
+    monkeypatch.setattr(cluster, "model_set", cluster_of_two.model_set)
+    monkeypatch.setattr(cluster, "change_models", cluster_of_two.change_models)
+    return cluster_of_two
 
 
 def test_one_model_changes_and_the_others_stay(
-    running: FakeCluster, models: dict[str, str], capsys: pytest.CaptureFixture[str]
+    fake: FakeCluster, models: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["swap", f"mood={models['topics']}", f"story={models['story']}", "--alias", "tale=story"]) == 0
-    after = running.history[-1]
+    after = fake.history[-1]
     assert after.models == {name: str(Path(models[source]).resolve()) for name, source in
                             (("mood", "topics"), ("names", "names"), ("story", "story"))}  # fmt: skip
     assert after.aliases == {"feelings": "mood", "tale": "story"}
@@ -52,32 +63,40 @@ def test_one_model_changes_and_the_others_stay(
     assert f"2 replicas serve mood at {after.revisions['mood']}" in capsys.readouterr().out
 
 
-def test_unload_takes_the_aliases_along(running: FakeCluster) -> None:
+def test_unload_takes_the_aliases_along(fake: FakeCluster) -> None:
     assert main(["swap", "--unload", "mood"]) == 0
-    assert list(running.history[-1].models) == ["names"] and not running.history[-1].aliases
+    assert list(fake.history[-1].models) == ["names"] and not fake.history[-1].aliases
 
 
-def test_a_file_says_all(running: FakeCluster, models: dict[str, str], tmp_path: Path) -> None:
+def test_a_file_says_all(fake: FakeCluster, models: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "service.yaml"
     path.write_text(f"models: {{story: [{models['story']}]}}\naliases: {{tale: story}}\nport: 1234\n")
     assert main(["swap", str(path)]) == 0
-    assert running.history[-1].models == {"story": [models["story"]]} and running.history[-1].aliases == {
-        "tale": "story"
-    }
+    assert fake.history[-1].models == {"story": [models["story"]]} and fake.history[-1].aliases == {"tale": "story"}
 
 
 def test_a_refusal_takes_everything_back(
-    running: FakeCluster, models: dict[str, str], capsys: pytest.CaptureFixture[str]
+    fake: FakeCluster, models: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    running.refusing = {"mood": "there is no room for it"}
+    fake.refusing = {"mood": "there is no room for it"}
     assert main(["swap", f"mood={models['topics']}"]) == 1
-    assert running.history[-1] == running.history[0] and len(running.history) == 3
+    assert fake.history[-1] == fake.history[0] and len(fake.history) == 3
     error = capsys.readouterr().err
     assert "refused: mood: there is no room for it" in error and "nothing has changed" in error
 
 
+def test_what_takes_too_long_is_taken_back(
+    fake: FakeCluster, models: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.too_late = True
+    assert main(["swap", f"mood={models['topics']}", "--timeout-s", "7"]) == 1
+    assert fake.history[-1] == fake.history[0] and len(fake.history) == 3
+    error = capsys.readouterr().err
+    assert "refused: not within 7 s" in error and "nothing has changed" in error
+
+
 def test_mistakes_change_nothing(
-    running: FakeCluster, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fake: FakeCluster, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "is not a directory" in one_line_error(capsys, "swap", f"mood={tmp_path / 'none'}")
     assert "has no config.json" in one_line_error(capsys, "swap", f"mood={tmp_path}")
@@ -87,28 +106,101 @@ def test_mistakes_change_nothing(
     assert "--alias x: write OTHER=NAME" in one_line_error(capsys, "swap", "--alias", "x")
     assert "aliases.x is 'y', which is no name in models" in one_line_error(capsys, "swap", "--alias", "x=y")
     assert "models" in one_line_error(capsys, "swap", "--unload", "mood", "--unload", "names")
-    assert len(running.history) == 1
-    for contradiction in (["swap"], ["swap", "a.yaml", "--unload", "mood"]):
+    assert len(fake.history) == 1
+    for contradiction in (
+        ["swap"], ["swap", "a.yaml", "--unload", "mood"], ["swap", "--unload", "mood", "--timeout-s", "0"]
+    ):  # fmt: skip
         with pytest.raises(SystemExit) as ended:
             main(contradiction)
         assert ended.value.code == 2
 
 
-def test_a_replica_that_dies_meanwhile_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = ModelSet.parse({"models": {"mood": "models/mood"}})
-    told = [{"wanted": wanted.model_dump(mode="json")}]
-    answers: list[Any] = [RayActorError(), [], [{"wanted": None}], told]  # [] while none stands
+WANTED = ModelSet.parse({"models": {"mood": "models/mood"}})
+NEW = {"wanted": WANTED.model_dump(mode="json"), "refused": {}}
+OLD = {"wanted": None, "refused": {}}
+REFUSED = {**NEW, "refused": {"mood": "there is no room for it"}}
 
-    def reports() -> Any:
-        if isinstance(answer := answers.pop(0), Exception):
+
+class Told:
+    """What replicas report, one time after another, and whether Serve says by then that the service runs."""
+
+    def __init__(self, *answers: tuple[bool, list[Any] | Exception]) -> None:
+        self.answers = list(answers)
+        self.runs = False
+
+    def reports(self) -> list[Any]:
+        self.runs, answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, Exception):
             raise answer
         return answer
 
-    monkeypatch.setattr(cluster, "_ours", lambda: cluster.application(ServeConfig.parse(wanted.model_dump())))
-    monkeypatch.setattr(cluster, "_apply", lambda application: None)
-    monkeypatch.setattr(cluster, "_wait_until_running", lambda is_stopped: None)
-    monkeypatch.setattr(cluster, "reports", reports)
-    assert cluster.change_models(wanted) == told and not answers
+    def change_models(self, monkeypatch: pytest.MonkeyPatch, timeout_s: float = 60.0) -> list[Any]:
+        monkeypatch.setattr(cluster, "_ours", lambda: cluster.application(ServeConfig.parse(WANTED.model_dump())))
+        monkeypatch.setattr(cluster, "_apply", lambda application: None)
+        monkeypatch.setattr(cluster, "_state", lambda: "UNHEALTHY")
+        monkeypatch.setattr(cluster, "_is_running", lambda: self.runs)
+        monkeypatch.setattr(cluster, "reports", self.reports)
+        return cluster.change_models(WANTED, timeout_s)
+
+
+def test_replicas_that_die_meanwhile_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Told(
+        (True, RayActorError()), (False, []), (True, []), (False, [NEW]), (True, [NEW, OLD]), (True, [NEW, NEW])
+    )
+    assert told.change_models(monkeypatch) == [NEW, NEW] and len(told.answers) == 1
+
+
+def test_one_refusal_is_enough_where_another_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica that cannot begin with what all are to serve; those that stand have tried, or are about to."""
+    told = Told((False, [REFUSED, OLD]), (False, [REFUSED, NEW]))
+    assert told.change_models(monkeypatch) == [REFUSED, NEW]
+
+
+@pytest.mark.parametrize("last", [RayActorError(), LookupError(), [], [NEW]])
+def test_replicas_that_never_agree(monkeypatch: pytest.MonkeyPatch, last: Any) -> None:
+    with pytest.raises(cluster.DeploymentError, match=r"within 0\.3 s; Ray Serve says of them: UNHEALTHY"):
+        Told((False, last)).change_models(monkeypatch, timeout_s=0.3)
+
+
+@pytest.fixture(scope="module")
+def service(models: dict[str, str]) -> Iterator[Running]:
+    """A real one, of two replicas."""
+    with running({"mood": models["mood"]}, replicas=2) as service:
+        yield service
+
+
+def begin_swap(service: Running, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "serving", "swap", *arguments, "--address", service.cluster],
+        cwd=ROOT, env={**os.environ, "RAY_TMPDIR": str(service.home), **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("token", [{"RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_TOKEN_PATH": "none"}])
+def test_a_cluster_refuses_who_has_not_its_token(
+    service: Running, models: dict[str, str], token: dict[str, str]
+) -> None:
+    swapping = begin_swap(service, f"mood={models['topics']}", **token)
+    out, error = swapping.communicate(timeout=60)
+    assert (swapping.returncode, out) == (2, "")
+    *rays, ours = error.splitlines()
+    assert len(rays) <= 1 and all("InvalidAuthToken" in line for line in rays), error
+    assert ours.startswith("error: what listens at") and "asks for another token; set RAY_AUTH_TOKEN_PATH" in ours
+
+
+def test_replicas_of_a_real_service_die_as_it_begins(service: Running, models: dict[str, str]) -> None:
+    """Both, one after the other: it ends when two stand that serve what was asked for."""
+    swapping = begin_swap(service, f"mood={models['topics']}", "--timeout-s", "120")
+    first, second = service.processes(REPLICA)
+    os.kill(first, signal.SIGKILL)
+    until(lambda: len(service.processes(REPLICA)) == 2, 60)
+    os.kill(second, signal.SIGKILL)
+    out, error = swapping.communicate(timeout=180)
+    assert swapping.returncode == 0, error
+    assert f"2 replicas serve mood at {load_pretrained(models['topics']).revision}" in out
+    left = service.processes(REPLICA)
+    assert len(left) == 2 and not {first, second} & set(left)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,21 @@
 """Ctrl-C: a step is done whole and saved, a second one ends at once, and the end is that of a run left alone."""
 
+import fcntl
 import os
+import pty
 import signal
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.training.kill_storm import outcome
-from tests.training.recipes import recipe
-from training.interrupts import interrupts_wait
+from tests.training.recipes import fields, recipe
+from training.interrupts import interrupts_wait, termination_interrupts
 from training.loop import Trainer
 from training.optim import Update
 from training.run import train
@@ -16,7 +23,7 @@ from training.run import train
 RUN = {"max_steps": 6, "eval_steps": 3, "logging_steps": 2}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("step", [2, 3, 5])  # after which it is to be validated, to be nothing, and to end
 def test_what_is_interrupted_is_saved_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, step: int
@@ -45,7 +52,7 @@ def test_what_is_interrupted_is_saved_and_goes_on(
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_validation_that_is_interrupted_leaves_what_was_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
@@ -57,6 +64,49 @@ def test_a_validation_that_is_interrupted_leaves_what_was_trained(
     assert newest(tmp_path / "cut") == "step-00000003"
     train(recipe(directory=tmp_path / "cut", run=RUN))
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+@pytest.fixture(autouse=True)
+def _hangup() -> Iterator[None]:
+    """Not ignored, as by nohup, and not after a test either."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_closed_terminal_counts_once() -> None:
+    with pytest.raises(KeyboardInterrupt), termination_interrupts():
+        with interrupts_wait() as came:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)  # while what was under way is saved
+        assert came.is_set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("not reached")
+
+
+def test_a_terminal_that_is_really_closed(tmp_path: Path) -> None:
+    """Nothing of what was trained is lost, with a bar that can no longer be drawn."""
+    ours, theirs = pty.openpty()
+    made = fields(
+        run={"max_steps": 10**6, "eval_steps": 10**6, "save_steps": 10**6, "output_dir": str(tmp_path / "run")}
+    )
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(made), encoding="utf-8")
+    training = subprocess.Popen(
+        [sys.executable, "-m", "training", "train", str(tmp_path / "recipe.yaml")],
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    try:
+        os.close(theirs)
+        said = b""
+        while b"loss" not in said:
+            said += os.read(ours, 10_000)
+        os.close(ours)
+        training.wait(60)  # with which status nobody is left to ask
+    finally:
+        training.kill()
+    assert newest(tmp_path / "run") > "step-00000000"
 
 
 def newest(directory: Path) -> str:

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from seqmodels.pretrained import load_pretrained
@@ -77,6 +79,10 @@ def test_a_search_end_to_end(
     assert f"the best, trial {best}, is in search/trial-{best:03d}" in out and "(to go on)" in out
     page = Path("search/report.html").read_text(encoding="utf-8")
     assert "<svg" in page and "optim.learning_rate" in page and "http://" not in page.split("<svg")[0]
+    assert "learning_rate: 0.001" in page and "log_uniform:" in page  # the recipe, and the space
+    own = (trial(best) / "report.html").read_text(encoding="utf-8")
+    facts = re.findall("<tr><th>(?:Rows|Made with|Processor|Again)</th>.*?</tr>", own)
+    assert len(facts) == 4 and all(fact in page for fact in facts) and f"torch {torch.__version__}" in page
     assert not list(Path("search").glob(".ray"))
 
     for number in set(curves) - {best}:
