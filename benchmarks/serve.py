@@ -338,7 +338,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--profile", choices=["plain", "haproxy"], default="haproxy")
     parser.add_argument("--sentences", type=int, default=400, help="of each workload")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
-    parser.add_argument("--max-requests", type=int, default=1024, help="that setting of the service")
+    parser.add_argument("--max-requests", type=int, default=256, help="that setting of the service")
     parser.add_argument("--stock-batch", type=int, default=32, help="requests at most in a batch of the stock recipe")
     parser.add_argument("--plot", type=Path, help="an image file: p99 against the rate")
     return parser

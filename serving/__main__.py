@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return COMMANDS[arguments[0]](arguments[1:])
         config = read_config(arguments)
         _check(config)
-        with prepared(config.profile, config.limits):
+        with prepared(config.profile, config.limits, config.max_requests):
             _serve(config)
     except (SeqModelsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

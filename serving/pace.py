@@ -106,14 +106,12 @@ class Pace:
         """What so many new requests would take, with caution; 0 where nobody would go before them, or nothing is known:
         then a short one may be ready long before others are."""
         turn = self._now
-        if not turn.running:
-            return 0.0
         with self._lock:
             ahead = sum(_ahead(queue, priority, client, _moment(deadline)) for queue in (turn.waiting, self._coming))
         beyond = ahead + count - 1 - turn.room
         if beyond <= 0:
             return 0.0
-        return self._needs_s * (1 + beyond / turn.running)
+        return self._needs_s * (1 + beyond / max(1, turn.running))
 
 
 def _ahead(waiting: Waiting, priority: int, client: str, deadline: float) -> int:

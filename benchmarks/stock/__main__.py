@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from serving.config import Limits
 from serving.environment import prepared
 
+MAX_REQUESTS = 4096  # as many as HAProxy takes by itself
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
-    with prepared(options.profile, Limits()):
+    with prepared(options.profile, Limits(), MAX_REQUESTS):
         import ray  # reads the environment that has just been prepared
         from ray import serve
 

