@@ -174,7 +174,8 @@ class Runner(Generic[M]):
         ClosingError."""
         self._check_open()
         if models:
-            _check_time(models, wanted, 1 + self._num_reserved)  # those in preparation will go before it
+            # Those in preparation will go before it.
+            _check_time(models, wanted, 1 + self._num_reserved)
 
     @contextmanager
     def place(self) -> Iterator[None]:
