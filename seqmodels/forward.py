@@ -17,9 +17,9 @@ from seqmodels.config import Average
 from seqmodels.decoding.best import best_candidates
 from seqmodels.decoding.padding import ROW_FLOOR, bucket, grouped, has_steps, pad_inputs
 from seqmodels.decoding.request import Event, Failed, Finished, Scores, Times
-from seqmodels.decoding.waiting import UNBOUNDED, Bounds, Waiting
+from seqmodels.decoding.waiting import Waiting
 from seqmodels.ensemble import Mean, mean_of
-from seqmodels.errors import DeadlineError, hopeless
+from seqmodels.errors import DeadlineError
 from seqmodels.kernels import packed
 from seqmodels.models import Labeller, Model, SequenceClassifier, SequenceGenerator, SequenceTagger, chosen
 from seqmodels.state import State
@@ -101,19 +101,18 @@ class Forward:
         self._waiting.remove(request_id)
 
     @torch.inference_mode()
-    def step(self, bounds: Bounds = UNBOUNDED) -> list[Event]:
-        """Answer as many of those who wait as one budget of positions holds."""
+    def step(self, share: float = 1.0) -> list[Event]:
+        """Answer as many of those who wait as this share of one budget of positions holds."""
         late = self._waiting.expired(time.monotonic())
         events: list[Event] = [Failed(request.id, DeadlineError(TOO_LATE)) for request in late]
-        taken = self._take(bounds.share)
+        taken = self._take(share)
         for group in grouped(taken, _shape):
             results = self._answers(group)
             now = time.monotonic()
             for request, result in zip(group, results, strict=True):
                 request.times.first_token = request.times.finished = now
                 events.append(Finished(request.id, result))
-        in_vain = self._waiting.expired(time.monotonic() + bounds.needs_s) if bounds.needs_s else []
-        return events + [Failed(request.id, hopeless(bounds.needs_s)) for request in in_vain]
+        return events
 
     def _take(self, share: float) -> list[ForwardRequest]:
         taken: list[ForwardRequest] = []

@@ -34,12 +34,13 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        lines: dict[str, int] = {}
+        lines: dict[tuple[str, str], int] = {}
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in lines:
-                both = f"lines {lines[key.value]} and {key.start_mark.line + 1}"
+            name = (key.tag, key.value)
+            if name in lines:
+                both = f"lines {lines[name]} and {key.start_mark.line + 1}"
                 raise yaml.YAMLError(f"{key.value!r} stands twice, in {both}; keep one")
-            lines[key.value] = key.start_mark.line + 1
+            lines[name] = key.start_mark.line + 1
         return node
 
 

@@ -22,6 +22,6 @@ class ByOccupancy:
         return sum(told.values()) / self.target, context.policy_state
 
 
-def occupancy(loads: list[dict[str, int]]) -> float:
-    """Rows in use or asked for as a share of all, of the fullest model: above 1 where requests wait."""
-    return max(((load["rows_live"] + load["rows_waiting"]) / load["rows_total"] for load in loads), default=0.0)
+def occupancy(load: dict[str, int], share: float = 1.0) -> float:
+    """Rows of a model in use or asked for, as a share of those that may be in use now: above 1 where requests wait."""
+    return (load["rows_live"] + load["rows_waiting"]) / (share * load["rows_total"])

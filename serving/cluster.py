@@ -80,7 +80,7 @@ def connect(address: str) -> None:
     """Join the cluster there; "auto" is RAY_ADDRESS, or else the one on this machine. Raises DeploymentError where none
     can be joined, and where "auto" could be several."""
     if address == "auto":
-        address = os.environ.get("RAY_ADDRESS", "auto")
+        address = os.environ.get("RAY_ADDRESS") or "auto"
     if address == "auto":
         address = _only_one()
     try:

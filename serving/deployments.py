@@ -101,7 +101,8 @@ class ModelServer:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve where replicas are scaled."""
-        return {METRIC: occupancy(list(self._loads().values()))}
+        of_each = (occupancy(model.load, model.pace.share) for model in self.models.served.values())
+        return {METRIC: max(of_each, default=0.0)}
 
     def _loads(self) -> dict[str, dict[str, int]]:
         return {name: model.load for name, model in self.models.served.items()}

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
@@ -28,9 +28,6 @@ from serving.guard import Exchange, exchange_of, priority_of
 from serving.http import EventStream, read_body, seconds_allowed, server_sent_event, unless_client_leaves
 from serving.models import Models, ServedModel
 from serving.service import Answer, Call, Delta, Service, Work, ending_at
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +62,7 @@ class Front:
     def admit(self, request: Request) -> None:
         """Before a request is routed, let alone read: refuse one that no model of its endpoint can answer in time.
         Raises QueueFullError, ClosingError, and HttpError for a wrong header."""
-        path = request.scope["path"]
+        path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
         if request.method == "POST" and (tasks := TASKS.get(path)):
             exchange_of(request).route = path  # for logs and metrics, where it gets no further
             self.service.runner.check_time(self.models.of_tasks(tasks), self._terms(request))

@@ -7,9 +7,9 @@
 # - No splicing: with it a client that leaves before its answer begins is often not noticed, and its rows go on. Seen
 #   with HAProxy 2.8 where a request's head and body come in two packets, as most clients send them.
 # - A request's head must be whole by the time after which a silent client is left, however its bytes are spread.
-# - Where every replica has as many requests as it takes, further ones are refused here, in the words of the service: a
-#   replica that must read and refuse thousands a second has no time for anything else. Some places are kept for
-#   questions such as GET /readyz.
+# - Where the replicas have as many requests as they take, further ones are refused here, in the words of the service: a
+#   replica that must read and refuse thousands a second has no time for anything else. Some places are kept, of all
+#   replicas together, for questions such as GET /readyz.
 set -eu
 kept=64
 refused='{"error":{"message":"the server has as many requests as it takes; try again later",'
@@ -21,7 +21,7 @@ sed -i \
     -e '/option splice-/d' \
     -e 's/mode 666 level admin/mode 600 level admin/' \
     -e 's/^\( *\)timeout client \(.*\)$/&\n\1timeout http-request \2/' \
-    -e "s|^\( *\)http-reuse always$|&\n\1$rule if METH_POST { be_conn_free le $kept }|" \
+    -e "s|^\( *\)http-reuse always$|&\n\1$rule if METH_POST { nbsrv gt 0 } { be_conn_free ge 0 } { be_conn_free le $kept }|" \
     -e "s/^ *server .* check.*$/& maxconn $((SEQMODELS_MAX_REQUESTS + kept))/" \
     "$3"
 exec "$SEQMODELS_HAPROXY" "$@"

@@ -18,9 +18,11 @@ from seqmodels.decoding.request import Times
 from seqmodels.decoding.waiting import Bounds
 
 OF_TURNS, OF_SECONDS = 0.1, 0.2  # how much the newest counts
+MOST_LONGER = 4.0  # than the mean of turns, that one counts
 # An estimate is multiplied by a factor, for one that is right in the mean would be too short for half of all requests.
 # The factor grows with each request that was let in and was not ready in time, and shrinks with each that was, so that
-# in the long run at most one in ten is late. So does the share of rows in use: fewer requests at a time end sooner.
+# in the long run at most one in ten is late. The share of the rows that may be in use goes the other way, for fewer
+# requests at a time end sooner.
 CAUTION, MOST_CAUTION = 1.25, 2.0
 LEAST_SHARE = 1 / 32
 GROWS, SHRINKS = 1.1, 0.99
@@ -39,14 +41,14 @@ class Turn:
 
 
 class Pace:
-    """Of one model. `turned` and `finished` belong to the runner's thread; the rest may be called by any."""
+    """Of one model. `comes`, `seconds` and `share` may be used by any thread; the rest belongs to the runner's."""
 
     def __init__(self) -> None:
         self._turns = 0.0  # of a request; 0 where none has been answered
         self._turn_s = 0.0
         self._caution = CAUTION
-        self._share = 1.0
-        self._was_late = False  # in this turn, somebody who had rows
+        self.share = 1.0  # of the rows, that may be in use
+        self._was_late = False  # in this turn, somebody who had rows, while others waited for some
         self._now = Turn()
         self._coming: defaultdict[Key, list[float]] = defaultdict(list)
         self._lock = threading.Lock()
@@ -67,16 +69,17 @@ class Pace:
     def turned(self, seconds: float | None, turn: Turn) -> None:
         """Note a turn; seconds: None where there was nothing to do in it."""
         if self._was_late:
-            self._share = max(LEAST_SHARE, self._share / GROWS)
+            self.share = max(LEAST_SHARE, self.share / GROWS)
         self._was_late = False
         if seconds is not None:
-            self._turn_s = _mixed(self._turn_s, seconds, OF_SECONDS)
+            most = MOST_LONGER * self._turn_s if self._turn_s else seconds  # one that stood still says little of others
+            self._turn_s = _mixed(self._turn_s, min(seconds, most), OF_SECONDS)
         self._now = turn
 
     def finished(self, times: Times, was_estimated: bool) -> None:
         """Note a request that was answered in time. was_estimated: whether it was let in by an estimate that was not
         0."""
-        self._share = min(1.0, self._share / SHRINKS)
+        self.share = min(1.0, self.share / SHRINKS)
         if times.admitted is not None and times.finished is not None and self._turn_s:
             turns = max(1.0, (times.finished - times.admitted) / self._turn_s)
             self._turns = _mixed(self._turns, turns, OF_TURNS)
@@ -85,7 +88,7 @@ class Pace:
 
     def expired(self, times: Times, was_estimated: bool, now: float) -> None:
         """Note a request whose deadline has passed. It would have taken longer than until now."""
-        self._was_late |= times.admitted is not None
+        self._was_late |= times.admitted is not None and bool(self._now.waiting)
         if times.admitted is not None and self._turn_s:
             turns = (now - times.admitted) / self._turn_s
             self._turns = max(self._turns, _mixed(self._turns, turns, OF_TURNS))
@@ -95,7 +98,7 @@ class Pace:
     @property
     def bounds(self) -> Bounds:
         """Within which requests should begin now."""
-        return Bounds(self._share, self._needs_s)
+        return Bounds(self.share, self._needs_s)
 
     @property
     def _needs_s(self) -> float:
@@ -106,12 +109,14 @@ class Pace:
         """What so many new requests would take, with caution; 0 where nobody would go before them, or nothing is known:
         then a short one may be ready long before others are."""
         turn = self._now
+        if not turn.running:
+            return 0.0
         with self._lock:
             ahead = sum(_ahead(queue, priority, client, _moment(deadline)) for queue in (turn.waiting, self._coming))
         beyond = ahead + count - 1 - turn.room
         if beyond <= 0:
             return 0.0
-        return self._needs_s * (1 + beyond / max(1, turn.running))
+        return self._needs_s * (1 + beyond / turn.running)
 
 
 def _ahead(waiting: Waiting, priority: int, client: str, deadline: float) -> int:

@@ -73,20 +73,19 @@ class Model:
     load: dict[str, int] = field(init=False)  # its gauges, as of the last turn
     num_running: int = 0  # requests given to the pipeline and not yet ended
     pace: Pace = field(default_factory=Pace)
-    rows_each: float = 0.0  # of a request, in the last turn in which some had rows
 
     def __post_init__(self) -> None:
         self.load = self.pipeline.load()
 
     def last_turn(self, num_running: int) -> Turn:
         """What its pace is told of the turn that has just ended, in which so many requests ran or waited."""
-        waiting = self.pipeline.waiting() if self.num_running else {}
+        if not self.num_running:
+            return Turn()
+        waiting = self.pipeline.waiting()
         with_rows = max(0, num_running - sum(map(len, waiting.values())))
-        if with_rows and self.load["rows_live"]:  # a forward pass has none
-            self.rows_each = self.load["rows_live"] / with_rows
-        free = self.pace.bounds.share * self.load["rows_total"] - self.load["rows_live"]
-        room = free / self.rows_each if self.rows_each else math.inf
-        return Turn(with_rows if self.num_running else 0, waiting, 0.0 if waiting else room)
+        rows = self.load["rows_live"] / with_rows if with_rows else 0.0  # of each; a forward pass has none
+        room = (self.pace.share * self.load["rows_total"] - self.load["rows_live"]) / rows if rows else math.inf
+        return Turn(with_rows, waiting, 0.0 if waiting else room)
 
     @property
     def is_broken(self) -> bool:
@@ -174,8 +173,7 @@ class Runner(Generic[M]):
         ClosingError."""
         self._check_open()
         if models:
-            # Those in preparation will go before it.
-            _check_time(models, wanted, 1 + self._num_reserved)
+            _check_time(models, wanted)
 
     @contextmanager
     def place(self) -> Iterator[None]:

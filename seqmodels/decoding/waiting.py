@@ -33,7 +33,7 @@ R = TypeVar("R", bound=Waits)
 @dataclass(frozen=True)
 class Bounds:
     """Within which a step lets requests begin. share: of the rows, and of the positions of a batch, that may be in use.
-    needs_s: how long a request takes from its beginning to its end; who still waits and has less time left, fails."""
+    needs_s: how long one that needs rows takes from then to its end; who still waits and has less time left, fails."""
 
     share: float = 1.0
     needs_s: float = 0.0

@@ -100,10 +100,10 @@ def test_replicas_follow_the_rows_that_are_asked_for(told: dict[str, float], wan
     assert ByOccupancy(target=0.5)(context(told))[0] == pytest.approx(wanted)
 
 
-def test_occupancy_is_that_of_the_fullest_model() -> None:
+def test_occupancy_is_of_the_rows_that_may_be_in_use() -> None:
     idle = {"rows_live": 0, "rows_waiting": 0, "rows_total": 256}
     full = {"rows_live": 256, "rows_waiting": 128, "rows_total": 256}
-    assert occupancy([]) == occupancy([idle]) == 0 and occupancy([idle, full]) == 1.5
+    assert occupancy(idle) == 0 and occupancy(full) == 1.5 and occupancy(full, share=0.5) == 3.0
 
 
 def test_serve_knows_the_policy() -> None:

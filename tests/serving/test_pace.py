@@ -92,6 +92,12 @@ def test_it_follows_the_machine() -> None:
     assert pace.seconds(0, "", 9.0) == pytest.approx(CAUTION * 3 * WITH_QUEUE, rel=0.01)
 
 
+def test_a_turn_that_stood_still_says_little_of_others() -> None:
+    pace = known(QUEUE)
+    pace.turned(100.0, QUEUE)
+    assert pace.seconds(0, "", 9.0) == pytest.approx(CAUTION * (1 + 0.2 * 3) * WITH_QUEUE)
+
+
 def test_caution_grows_with_who_was_late_and_shrinks_with_who_was_not() -> None:
     pace, times = known(QUEUE), Times(submitted=0.0, admitted=1.0, finished=1.0 + TURNS * TURN_S)
     pace.expired(Times(submitted=0.0, admitted=1.0), was_estimated=True, now=1.1)
@@ -127,6 +133,8 @@ def test_the_share_shrinks_once_a_turn_and_grows_with_who_was_in_time() -> None:
     pace.finished(times, was_estimated=False)
     assert pace.bounds.share == pytest.approx(1 / 1.1 / 0.99)
     pace.expired(Times(submitted=0.0), was_estimated=False, now=2.0)  # had no rows, so that it is no sign of too many
+    pace.turned(TURN_S, Turn(4))
+    pace.expired(times, was_estimated=False, now=2.0)  # nobody waits: it would have been late alone, too
     pace.turned(TURN_S, QUEUE)
     assert pace.bounds.share == pytest.approx(1 / 1.1 / 0.99)
     for _ in range(99):

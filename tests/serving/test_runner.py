@@ -126,8 +126,8 @@ def test_what_cannot_be_answered_in_time_is_refused_at_once() -> None:
         with pytest.raises(QueueFullError):
             runner.check_time([pipeline.model], wanted(2.6).job)
         runner.check_time([pipeline.model], wanted(60).job)
-        runner.submit([wanted(0.3, priority=1)])  # goes first
-        runner.submit([wanted(0.3)])  # has the earliest deadline
+        runner.submit([wanted(1.2, priority=1)])  # goes first
+        runner.submit([wanted(1.2)])  # has the earliest deadline
         for one in running:
             runner.cancel([one.job.id])
         until(lambda: not pipeline.live)
