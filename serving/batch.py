@@ -206,7 +206,7 @@ async def call(app: ASGIApp, scope: Scope, content: bytes) -> tuple[int, bytes, 
         nonlocal status, retry_after_s
         if message["type"] == "http.response.start":
             status = message["status"]
-            retry_after_s = float(dict(message["headers"]).get(b"retry-after", 0.0))
+            retry_after_s = float(dict(message["headers"]).get(b"retry-after", 1))
         else:
             parts.append(message.get("body", b""))
 

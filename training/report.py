@@ -69,9 +69,14 @@ def provenance(directory: Path, run: RunFile, device: str) -> dict[str, str]:
     return {
         "Rows": f"sha256 {run.data}",
         "Made with": f"torch {run.torch}, Python {platform.python_version()}, threads: {run.threads}",
-        "Processor": _processor(device),
+        **({"Processor": _processor(device)} if _is_here(device) else {}),
         "Again": f"python -m training train {directory / RECIPE} run.output_dir=NEW_DIRECTORY",
     }
+
+
+def _is_here(device: str) -> bool:
+    """A search may be told of on another machine than its trials ran on."""
+    return device == "cpu" or torch.cuda.is_available()
 
 
 def _processor(device: str) -> str:

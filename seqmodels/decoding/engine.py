@@ -2,8 +2,9 @@
 
 Synchronous; knows no thread, no text and no HTTP. Live requests stand in lanes, one per (search, width, memory
 length), all functions of the request alone. What is row-wise runs over all rows at once; attention and selection run
-lane by lane. One turn is: expire, admit, read, leave, advance, retire. The move of rows is one gather at the head of
-`advance`, which follows beams to their parents, closes the gaps of those that left and takes in those that joined.
+lane by lane. One turn is: expire, admit, give up, read, leave, advance, retire. The move of rows is one gather at the
+head of `advance`, which follows beams to their parents, closes the gaps of those that left and takes in those that
+joined.
 """
 
 import time

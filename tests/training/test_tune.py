@@ -5,7 +5,8 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from tests.training.conftest import TrainUntil
 from tests.training.recipes import WORDS, fields, write_rows
 from training.__main__ import main
 from training.data.generated import generate
+from training.directory import RunFile
 from training.parsing import load_recipe
+from training.report import provenance
 from training.run import train
 from training.space import draw_trials, load_space
 
@@ -141,3 +144,11 @@ def test_a_search_whose_trials_all_fail_is_an_error(
     assert main(["tune", "mine.yaml", "space.yaml", "--trials", "2"]) == 2
     told = capsys.readouterr()
     assert told.err == "error: all trials failed, the first with: no data\n" and "failed" in told.out
+
+
+def test_a_report_elsewhere_leaves_out_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search on GPUs may be concluded on a machine without one."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    run = SimpleNamespace(data="abc", torch="2", threads=1)
+    assert "Processor" not in provenance(Path("trial"), cast(RunFile, run), "cuda")
+    assert "Processor" in provenance(Path("trial"), cast(RunFile, run), "cpu")
