@@ -103,6 +103,7 @@ class FakePipeline:
     live: dict[str, tuple[FakeJob, int]] = field(default_factory=dict)
     submitted: list[FakeJob] = field(default_factory=list)
     steps: int = 0
+    bounds: Bounds = UNBOUNDED  # of the last step
     gate: threading.Event = field(default_factory=threading.Event)  # cleared: a step waits
 
     def __post_init__(self) -> None:
@@ -214,6 +215,7 @@ class FakePipeline:
         self.live.pop(request_id, None)
 
     def step(self, bounds: Bounds = UNBOUNDED) -> list[Event]:
+        self.bounds = bounds
         self.gate.wait(30)
         if self.step_s:
             time.sleep(self.step_s)

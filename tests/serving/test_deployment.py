@@ -14,6 +14,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from seqmodels.errors import ConfigError
 from serving import cluster, deployments
+from serving.autoscaling import METRIC
 from serving.cluster import DEPLOYMENT
 from serving.config import LOOPBACK, ModelSet, ServeConfig, Settings
 from serving.deployments import ModelServer, build, deployment_options
@@ -114,6 +115,18 @@ def test_a_gpu_is_asked_for_when_there_is_one(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
     assert deployment_options(settings(device=device))["ray_actor_options"]["num_gpus"] == expected
+
+
+def test_autoscaling_is_told_of_the_rows_that_may_be_in_use(models: dict[str, str]) -> None:
+    """Under overload fewer may be, and what is full then must not look half empty."""
+    server = ModelServer(settings().model_dump(mode="json"), (), b"")
+    assert server.record_autoscaling_stats() == {METRIC: 0}
+    asyncio.run(server.reconfigure({"models": {"mood": models["mood"]}}))
+    model = server.models.served["mood"]
+    model.load = {**model.load, "rows_live": model.load["rows_total"] // 2}
+    assert server.record_autoscaling_stats() == {METRIC: 0.5}
+    model.pace.share = 0.25
+    assert server.record_autoscaling_stats() == {METRIC: 2.0}
 
 
 def test_health_check_fails_when_the_engine_stands_still(models: dict[str, str]) -> None:

@@ -134,6 +134,15 @@ def test_what_cannot_be_answered_in_time_is_refused_at_once() -> None:
         until(lambda: not pipeline.model.pace.seconds(0, "", None))
 
 
+def test_a_step_keeps_within_what_the_pace_says() -> None:
+    pipeline = FakePipeline("translate")
+    runner: Runner[Model] = Runner([pipeline.model])
+    runner.submit([Order(pipeline.model, pipeline.prepare("a b", {}))])
+    pipeline.model.pace.share = 0.25
+    runner.turn()
+    assert pipeline.bounds.share == 0.25
+
+
 def test_a_runner_that_closes_says_so_and_not_that_it_is_busy() -> None:
     pipeline = FakePipeline("translate")
     runner: Runner[Model] = Runner([pipeline.model])
