@@ -15,8 +15,6 @@ Each message names the field, the value and the fix. Nothing else is raised on p
 is a bug of ours.
 """
 
-import math
-
 
 class SeqModelsError(Exception):
     """Base of every error that is the user's to mend."""
@@ -67,7 +65,7 @@ class CheckpointError(SeqModelsError):
 class QueueFullError(SeqModelsError):
     """No room for another request now; try again after so many seconds."""
 
-    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
@@ -77,7 +75,7 @@ def hopeless(seconds: float) -> QueueFullError:
     return QueueFullError(
         f"an answer would take another {seconds:.1f} s, and this request cannot wait so long; try again later, or "
         "allow more time",
-        max(1, math.ceil(seconds)),
+        seconds,
     )
 
 

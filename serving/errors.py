@@ -6,6 +6,7 @@ Messages are ours: they hold field names, numbers and limits, never an exception
 the words of a forced prefix that a model does not know, a few and cut short.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,7 +68,9 @@ def http_error(error: BaseException) -> HttpError:
         case InputError():
             return HttpError(422 if error.code == EMPTY else 400, str(error), error.code, error.param)
         case QueueFullError():
-            return HttpError(429, str(error), "queue_full", headers={"retry-after": str(error.retry_after_s)})
+            return HttpError(
+                429, str(error), "queue_full", headers={"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
+            )
         case RateError():
             return HttpError(429, str(error), "rate_limited", headers={"retry-after": str(error.retry_after_s)})
         case DeadlineError():

@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
+from seqmodels.errors import QueueFullError
 from serving import intake, schema
 from serving.batch import BatchResponse
 from serving.completions import CompletionRequest, CompletionWriter
@@ -47,6 +48,9 @@ TASKS = {
     "/v1/completions": GENERATORS,
 }
 LINES = ("application/x-ndjson", "application/jsonl", "application/jsonlines")
+# For so long it is taken for certain that requests like one that was refused would be too: a share of the time that it
+# allows at least, for a queue is about as long as that.
+LEAST_ALIKE, MOST_ALIKE_S = 0.05, 0.05
 DONE = b"data: [DONE]\n\n"
 
 
@@ -65,7 +69,15 @@ class Front:
         path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
         if request.method == "POST" and (tasks := TASKS.get(path)):
             exchange_of(request).route = path  # for logs and metrics, where it gets no further
-            self.service.runner.check_time(self.models.of_tasks(tasks), self._terms(request))
+            terms = self._terms(request)
+            allowed_s = terms.deadline - time.monotonic()
+            try:
+                self.service.runner.check_time(self.models.of_tasks(tasks), terms, self.service.preparing.seconds)
+            except QueueFullError as error:
+                told = http_error(error)
+                alike_s = min(MOST_ALIKE_S, max(LEAST_ALIKE * allowed_s, error.retry_after_s))
+                told.headers["x-refused-alike"] = str(round(1000 * alike_s))  # for haproxy.sh, in ms
+                raise told from None
 
     async def answer(self, request: Request, shape: type[intake.TaskRequest], task: str) -> Response:
         """An endpoint whose `inputs` go to a model of one task."""
@@ -132,7 +144,10 @@ class Front:
 
         with self.service.runner.place():
             async with ending_at(terms.deadline):
-                body, work = await self.service.in_pool(in_pool, await read_body(request, self.limits.body_bytes))
+                data = await read_body(request, self.limits.body_bytes)
+                coming = self.service.runner.on_the_way(self.models.of_tasks(tasks), terms)
+                with self.service.preparing.one(), coming:
+                    body, work = await self.service.in_pool(in_pool, data)
         exchange.model, exchange.revision = work.model.name, work.model.revision
         exchange.times = [job.request.times for job in work.jobs]
         return body, work

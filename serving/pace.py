@@ -10,22 +10,27 @@ how many others run; the seconds that a turn takes now; how many run, and how ma
 
 import math
 import threading
-from collections import defaultdict
-from collections.abc import Mapping
+import time
+from bisect import bisect_right
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from seqmodels.decoding.request import Times
 from seqmodels.decoding.waiting import Bounds
 
-OF_TURNS, OF_SECONDS = 0.1, 0.2  # how much the newest counts
+OF_SECONDS = 0.2  # how much the newest turn counts
 MOST_LONGER = 4.0  # than the mean of turns, that one counts
-# An estimate is multiplied by a factor, for one that is right in the mean would be too short for half of all requests.
-# The factor grows with each request that was let in and was not ready in time, and shrinks with each that was, so that
-# in the long run at most one in ten is late. The share of the rows that may be in use goes the other way, for fewer
-# requests at a time end sooner.
-CAUTION, MOST_CAUTION = 1.25, 2.0
+LAST = 64  # requests, of which an estimate is made
+LAST_TURNS = 4096  # whose ends are kept, to count those of a request
+LONG = 0.9  # of these take at most what a request must have time for
+# The share of the rows that may be in use, for fewer requests at a time end sooner: it shrinks with each turn in which
+# one was late that fewer would have let be in time, and grows with each that was in time.
 LEAST_SHARE = 1 / 32
-GROWS, SHRINKS = 1.1, 0.99
+SLOWED = 2.0  # a turn takes more than so many times the least where too many are in it
+SHRINKS, GROWS = 1 / 1.1, 1.005
+MOST_CAUTION = 2.0
 
 Key = tuple[int, str]  # a priority and a client
 Waiting = Mapping[Key, list[float]]  # the deadlines of requests without rows
@@ -33,22 +38,64 @@ Waiting = Mapping[Key, list[float]]  # the deadlines of requests without rows
 
 @dataclass(frozen=True)
 class Turn:
-    """How many requests had rows in it, 0 where none is left; who still waits; how many more would have had rows."""
+    """How many requests had rows in it; how many are left, with those that wait; who waits; how many more would have
+    had rows: none where it was a forward pass, which takes all who have come, and takes longer for it."""
 
     running: int = 0
+    left: int = 0
     waiting: Waiting = field(default_factory=dict)
     room: float = 0.0
+
+
+class Recent:
+    """The mean of the last so many values, and what most of them do not exceed; 0 where there is none."""
+
+    def __init__(self) -> None:
+        self._values: deque[float] = deque(maxlen=LAST)
+        self.mean = self.long = 0.0
+
+    def add(self, value: float) -> None:
+        self._values.append(value)
+        self.mean = sum(self._values) / len(self._values)
+        self.long = sorted(self._values)[int(LONG * len(self._values))]
+
+
+class Preparing:
+    """How long calls take from when their bodies have come until they are prepared, for all models together. Of the
+    event loop alone."""
+
+    def __init__(self) -> None:
+        self._num_calls = 0
+        self._seconds = Recent()  # for each call that is prepared
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Around the preparation of one call."""
+        self._num_calls += 1
+        num_calls, began = self._num_calls, time.monotonic()
+        try:
+            yield
+        finally:
+            self._num_calls -= 1
+            self._seconds.add((time.monotonic() - began) / num_calls)
+
+    @property
+    def seconds(self) -> float:
+        """Until those are prepared that are at it now."""
+        return self._num_calls * self._seconds.long
 
 
 class Pace:
     """Of one model. `comes`, `seconds` and `share` may be used by any thread; the rest belongs to the runner's."""
 
     def __init__(self) -> None:
-        self._turns = 0.0  # of a request; 0 where none has been answered
+        self._turns = Recent()  # that requests took
+        self._ends: deque[float] = deque(maxlen=LAST_TURNS)  # of turns, in `time.monotonic` seconds
         self._turn_s = 0.0
-        self._caution = CAUTION
+        self._least_turn_s = math.inf  # so far: about what a turn takes in which hardly anybody runs
         self.share = 1.0  # of the rows, that may be in use
-        self._was_late = False  # in this turn, somebody who had rows, while others waited for some
+        self._caution = 1.0  # by which an estimate is multiplied
+        self._was_late = False  # in this turn, somebody who would have been in time if fewer had run
         self._now = Turn()
         self._coming: defaultdict[Key, list[float]] = defaultdict(list)
         self._lock = threading.Lock()
@@ -66,57 +113,61 @@ class Pace:
             if not coming:
                 del self._coming[priority, client]
 
-    def turned(self, seconds: float | None, turn: Turn) -> None:
-        """Note a turn; seconds: None where there was nothing to do in it."""
+    def turned(self, seconds: float | None, turn: Turn, now: float) -> None:
+        """Note a turn that has just ended; seconds: None where there was nothing to do in it."""
         if self._was_late:
-            self.share = max(LEAST_SHARE, self.share / GROWS)
+            self.share = max(LEAST_SHARE, self.share * SHRINKS)
         self._was_late = False
         if seconds is not None:
+            self._ends.append(now)
             most = MOST_LONGER * self._turn_s if self._turn_s else seconds  # one that stood still says little of others
             self._turn_s = _mixed(self._turn_s, min(seconds, most), OF_SECONDS)
+            self._least_turn_s = min(self._least_turn_s, self._turn_s)
         self._now = turn
 
-    def finished(self, times: Times, was_estimated: bool) -> None:
-        """Note a request that was answered in time. was_estimated: whether it was let in by an estimate that was not
-        0."""
-        self.share = min(1.0, self.share / SHRINKS)
-        if times.admitted is not None and times.finished is not None and self._turn_s:
-            turns = max(1.0, (times.finished - times.admitted) / self._turn_s)
-            self._turns = _mixed(self._turns, turns, OF_TURNS)
-        if was_estimated:
-            self._caution = max(CAUTION, self._caution * SHRINKS)
+    def finished(self, times: Times) -> None:
+        """Note a request that was answered in time."""
+        self.share = min(1.0, self.share * GROWS)
+        self._caution = max(1.0, self._caution / GROWS)
+        if times.admitted is not None:
+            self._turns.add(self._turns_since(times.admitted))
 
-    def expired(self, times: Times, was_estimated: bool, now: float) -> None:
+    def expired(self, times: Times, now: float) -> None:
         """Note a request whose deadline has passed. It would have taken longer than until now."""
-        self._was_late |= times.admitted is not None and bool(self._now.waiting)
+        self._caution = min(MOST_CAUTION, self._caution / SHRINKS)
         if times.admitted is not None and self._turn_s:
-            turns = (now - times.admitted) / self._turn_s
-            self._turns = max(self._turns, _mixed(self._turns, turns, OF_TURNS))
-        if was_estimated:
-            self._caution = min(MOST_CAUTION, self._caution * GROWS)
+            had_s = now - times.admitted
+            slowed = self._turn_s > SLOWED * self._least_turn_s
+            self._was_late |= slowed and had_s >= self._turns.long * self._least_turn_s
+            if (turns := self._turns_since(times.admitted)) > self._turns.mean:
+                self._turns.add(turns)
+
+    def given_up(self) -> None:
+        """Note a request that was let in and has waited in vain: all that was done for it was done for nothing."""
+        self._caution = min(MOST_CAUTION, self._caution / SHRINKS)
+
+    def _turns_since(self, admitted: float) -> int:
+        """With the one that goes on."""
+        return len(self._ends) - bisect_right(self._ends, admitted) + 1
 
     @property
     def bounds(self) -> Bounds:
         """Within which requests should begin now."""
-        return Bounds(self.share, self._needs_s)
+        return Bounds(self.share, (self._turns.long + 1) * self._turn_s)  # who waits is looked at once a turn
 
-    @property
-    def _needs_s(self) -> float:
-        """What a request takes from when it has its rows, with caution; 0 where nothing is known."""
-        return self._caution * self._turns * self._turn_s
-
-    def seconds(self, priority: int, client: str, deadline: float | None, count: int = 1) -> float:
-        """What so many new requests would take, with caution; 0 where nobody would go before them, or nothing is known:
-        then a short one may be ready long before others are."""
+    def seconds(
+        self, priority: int, client: str, deadline: float | None, count: int = 1, preparing_s: float = 0.0
+    ) -> float:
+        """What so many new requests would take, if they are long ones; 0 where nobody would go before them, or nothing
+        is known: then a short one may be ready long before others are. preparing_s: until they come to the model."""
         turn = self._now
-        if not turn.running:
-            return 0.0
         with self._lock:
             ahead = sum(_ahead(queue, priority, client, _moment(deadline)) for queue in (turn.waiting, self._coming))
-        beyond = ahead + count - 1 - turn.room
-        if beyond <= 0:
+            is_idle = not turn.running or not (turn.left or self._coming)
+        beyond = 0.0 if is_idle else max(0.0, ahead + count - 1 - turn.room) / turn.running
+        if not beyond and not preparing_s:
             return 0.0
-        return self._needs_s * (1 + beyond / turn.running)
+        return self._caution * (preparing_s + self._turn_s * (self._turns.long + self._turns.mean * beyond))
 
 
 def _ahead(waiting: Waiting, priority: int, client: str, deadline: float) -> int:
@@ -138,8 +189,3 @@ def _moment(deadline: float | None) -> float:
 
 def _mixed(old: float, new: float, share: float) -> float:
     return new if not old else old + share * (new - old)
-
-
-def try_again_s(seconds: float, allowed: float) -> int:
-    """Whole seconds after which to try again, at least 1."""
-    return max(1, math.ceil(seconds - allowed))

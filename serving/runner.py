@@ -9,7 +9,6 @@ others are turned; one that is replaced answers what it was asked and then is le
 """
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from seqmodels.decoding.request import Event, Failed, Finished, Times
 from seqmodels.decoding.waiting import Bounds
 from seqmodels.errors import QueueFullError, SeqModelsError
 from serving.errors import ClosingError, EngineError
-from serving.pace import Pace, Turn, try_again_s
+from serving.pace import Pace, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -77,15 +76,15 @@ class Model:
     def __post_init__(self) -> None:
         self.load = self.pipeline.load()
 
-    def last_turn(self, num_running: int) -> Turn:
-        """What its pace is told of the turn that has just ended, in which so many requests ran or waited."""
-        if not self.num_running:
-            return Turn()
+    def last_turn(self, num_running: int, rows_before: int) -> Turn:
+        """What its pace is told of the turn that has just ended, in which so many requests ran or waited, with so many
+        rows at its beginning."""
         waiting = self.pipeline.waiting()
         with_rows = max(0, num_running - sum(map(len, waiting.values())))
-        rows = self.load["rows_live"] / with_rows if with_rows else 0.0  # of each; a forward pass has none
-        room = (self.pace.share * self.load["rows_total"] - self.load["rows_live"]) / rows if rows else math.inf
-        return Turn(with_rows, waiting, 0.0 if waiting else room)
+        rows = max(rows_before, self.load["rows_live"])  # none in a forward pass
+        free = max(0.0, self.pace.share * self.load["rows_total"] - self.load["rows_live"])
+        room = free * with_rows / rows if rows and not waiting else 0.0
+        return Turn(with_rows, self.num_running, waiting, room)
 
     @property
     def is_broken(self) -> bool:
@@ -97,12 +96,10 @@ M = TypeVar("M", bound=Model)
 
 @dataclass(eq=False)
 class Order(Generic[M]):
-    """One prepared request on its way to one model. was_estimated: whether the time that it will take was, when it was
-    accepted."""
+    """One prepared request on its way to one model."""
 
     model: M
     job: Prepared
-    was_estimated: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,12 +165,12 @@ class Runner(Generic[M]):
             self.models = {other: model for other, model in self.models.items() if other != name}
         self._inbox.put(_Leave(leaving))
 
-    def check_time(self, models: Collection[M], wanted: Wanted) -> None:
-        """Of a call that will ask one of the models: raises QueueFullError if none of them can answer it in time, and
-        ClosingError."""
+    def check_time(self, models: Collection[M], wanted: Wanted, preparing_s: float) -> None:
+        """Of a call that will ask one of the models, and will be prepared in so many seconds: raises QueueFullError if
+        none of them can answer it in time, and ClosingError."""
         self._check_open()
         if models:
-            _check_time(models, wanted)
+            _check_time(models, wanted, 1, preparing_s)
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -187,11 +184,24 @@ class Runner(Generic[M]):
             with self._lock:
                 self._num_reserved -= 1
 
+    @contextmanager
+    def on_the_way(self, models: Collection[M], wanted: Wanted) -> Iterator[None]:
+        """Count a call while it is prepared among those that go before others, where it can ask one model only."""
+        turn = (wanted.priority, wanted.client, wanted.deadline)
+        paces = [model.pace for model in models] if len(models) == 1 else []
+        for pace in paces:
+            pace.comes(*turn)
+        try:
+            yield
+        finally:
+            for pace in paces:
+                pace.came(*turn)
+
     def submit(self, orders: Sequence[Order[M]]) -> None:
         """Accept all the orders or, raising QueueFullError or ClosingError, none."""
         self._check_open()
         if orders:  # of one call, and so all alike in this
-            orders[0].was_estimated = _check_time([orders[0].model], orders[0].job, len(orders)) > 0
+            _check_time([orders[0].model], orders[0].job, len(orders), 0.0)
         with self._lock:
             self._check_room(len(orders))
             self._open.update((order.job.id, order) for order in orders)
@@ -263,15 +273,16 @@ class Runner(Generic[M]):
         began = time.monotonic()
         models = (*self.models.values(), *self._leaving)
         running = [model.num_running for model in models]
+        rows = [model.load["rows_live"] for model in models]
         for index, model in enumerate(models):
             if model.pipeline.has_work:
                 stepped = self._step(model)
                 running[index] -= sum(isinstance(event, Failed) for event in stepped)  # most had no rows
                 events += stepped
             model.load = model.pipeline.load()
-        seconds = time.monotonic() - began
-        for model, num_running in zip(models, running, strict=True):
-            model.pace.turned(seconds if num_running else None, model.last_turn(num_running))
+        now = time.monotonic()
+        for model, num_running, rows_before in zip(models, running, rows, strict=True):
+            model.pace.turned(now - began if num_running else None, model.last_turn(num_running, rows_before), now)
         self._leaving = [model for model in self._leaving if model.pipeline.has_work and not model.is_broken]
         return events
 
@@ -326,7 +337,10 @@ class Runner(Generic[M]):
         """Note an end; false for an event of a request that has ended here already."""
         if not isinstance(event, Finished | Failed):
             return event.request_id in self._running
-        return self._close(event.request_id, isinstance(event, Finished)) is not None
+        order = self._close(event.request_id, isinstance(event, Finished))
+        if order and isinstance(event, Failed) and isinstance(event.error, QueueFullError):
+            order.model.pace.given_up()
+        return order is not None
 
     def _fail(self, request_ids: Sequence[str], error: SeqModelsError) -> list[Event]:
         for request_id in request_ids:
@@ -352,25 +366,25 @@ class Runner(Generic[M]):
             order.model.num_running -= 1
             now = time.monotonic()
             if order.job.deadline is not None and order.job.deadline < now:
-                order.model.pace.expired(order.job.times, order.was_estimated, now)
+                order.model.pace.expired(order.job.times, now)
             elif is_answered:
-                order.model.pace.finished(order.job.times, order.was_estimated)
+                order.model.pace.finished(order.job.times)
         return order
 
 
-def _check_time(models: Collection[Model], wanted: Wanted, count: int = 1) -> float:
-    """In how many seconds one of the models can answer. Raises QueueFullError where none can in time."""
+def _check_time(models: Collection[Model], wanted: Wanted, count: int, preparing_s: float) -> None:
+    """Raises QueueFullError where none of the models can answer in time."""
     if wanted.deadline is None:
-        return 0.0
-    seconds = min(model.pace.seconds(wanted.priority, wanted.client, wanted.deadline, count) for model in models)
+        return
+    of_model = (wanted.priority, wanted.client, wanted.deadline, count, preparing_s)
+    seconds = min(model.pace.seconds(*of_model) for model in models)
     allowed = wanted.deadline - time.monotonic()
     if 0 < allowed < seconds:  # one whose time is over already is told just that
         raise QueueFullError(
             f"an answer would take about {seconds:.1f} s now, and this request can wait {allowed:.1f} s; try "
             "again later, or allow more time",
-            try_again_s(seconds, allowed),
+            seconds - allowed,
         )
-    return seconds
 
 
 def _nobody(events: list[Event]) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 from seqmodels.decoding.request import Event, Failed, Finished, Progress, Scores
 from seqmodels.errors import DeadlineError
 from serving.models import ServedModel
+from serving.pace import Preparing
 from serving.runner import Order, Runner
 from serving.states import Seal
 
@@ -86,6 +87,7 @@ class Service:
         self.stream_interval_s = stream_interval_s
         self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="prepare")
         self._free_threads = asyncio.Semaphore(POOL_THREADS)
+        self.preparing = Preparing()
         self._calls: dict[str, Call] = {}  # by request id; of the event loop alone
         self._loop: asyncio.AbstractEventLoop | None = None
 

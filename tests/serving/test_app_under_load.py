@@ -119,8 +119,9 @@ def test_calls_in_preparation_take_places_and_expire() -> None:
 
     pipeline.prepare = slowly  # type: ignore[method-assign]
     with in_process({"slow": pipeline}, max_requests=12, limits={"inputs": 2}) as server:
-        for _ in range(2):  # the second time no thread of the pool is free
-            assert server.wait(crowd(server, 30, json={"inputs": "a"})) == [408] * 12 + [429] * 18
+        assert server.wait(crowd(server, 30, json={"inputs": "a"})) == [408] * 12 + [429] * 18
+        told = server.wait(crowd(server, 30, json={"inputs": "a"}))  # no thread of the pool is free
+        assert set(told) == {408, 429} and told.count(408) < 12  # what preparing takes is known by now
         assert server.runner.num_open == 0 and not pipeline.submitted
         hurry.set()
         assert server.post("/v1/translate", {"inputs": ["a", "b"]}).status_code == 200
@@ -170,5 +171,6 @@ def test_what_cannot_be_in_time_is_refused_before_it_is_read() -> None:
         server.models.served["slow"].pace.seconds = lambda *wanted: 9.0  # type: ignore[method-assign]
         response = server.wait(server.send("POST", "/v1/translate", content=endless(), headers=headers))
         assert error_of(response, 429)["code"] == "queue_full" and response.headers["retry-after"] == "5"
+        assert response.headers["x-refused-alike"] == "50"  # ms, in which HAProxy refuses those that are alike
         assert server.wait(server.send("POST", "/v1/classify", content=b"{}", headers=headers)).status_code != 429
         assert server.get("/v1/translate").status_code == 405

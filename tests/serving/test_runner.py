@@ -122,10 +122,10 @@ def test_what_cannot_be_answered_in_time_is_refused_at_once() -> None:
             QueueFullError, match=r"an answer would take about \d\.\d s now, and this .* 0\.\d s"
         ) as full:
             runner.submit([wanted(0.3)] * 20)
-        assert full.value.retry_after_s >= 1
+        assert full.value.retry_after_s > 0
         with pytest.raises(QueueFullError):
-            runner.check_time([pipeline.model], wanted(2.6).job)
-        runner.check_time([pipeline.model], wanted(60).job)
+            runner.check_time([pipeline.model], wanted(2.6).job, 0.0)
+        runner.check_time([pipeline.model], wanted(60).job, 0.0)
         runner.submit([wanted(1.2, priority=1)])  # goes first
         runner.submit([wanted(1.2)])  # has the earliest deadline
         for one in running:
@@ -153,7 +153,7 @@ def test_a_runner_that_closes_says_so_and_not_that_it_is_busy() -> None:
     with pytest.raises(ClosingError):
         runner.submit([late])
     with pytest.raises(ClosingError):
-        runner.check_time([pipeline.model], late.job)
+        runner.check_time([pipeline.model], late.job, 0.0)
     with pytest.raises(ClosingError), runner.place():
         pass
 
@@ -165,7 +165,7 @@ def test_who_expires_in_a_turn_did_not_run_in_it() -> None:
     jobs = [pipeline.prepare("a " * 30, {}, deadline=None if i < 2 else soon) for i in range(40)]
     runner.submit([Order(pipeline.model, job) for job in jobs])
     runner.turn()
-    assert pipeline.model.last_turn(40).running == 2
+    assert pipeline.model.last_turn(40, 2).running == 2
     pipeline.rows = 40  # so that the step meets those whose time is over
     time.sleep(0.06)
     runner.turn()
