@@ -12,7 +12,7 @@ import pickle
 import socket
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray import serve
@@ -35,9 +35,12 @@ DEPLOYMENT = "ModelServer"
 LOGGING = {"encoding": "JSON", "log_level": "WARNING", "enable_access_log": False}  # our own line is for each request
 POLL_S = 0.1
 REPORT_S = 5.0  # in which a replica says what it serves
+CONTROLLER_S = 60.0  # in which another controller comes where Serve's has died
 NOT_STANDING = ("STARTING", "STOPPING")  # a replica that begins is given what is wanted by then
 # What is raised where a replica has just died, or Serve's controller, which forgets nothing; another comes.
 DIED = (RayActorError, GetTimeoutError, LookupError, ValueError)
+
+R = TypeVar("R")
 
 
 class DeploymentError(SeqModelsError):
@@ -202,7 +205,7 @@ def shut_down() -> None:
 
 
 def _ours() -> ServeApplicationSchema:
-    deployed = _deployed()
+    deployed = _once_there(_deployed)
     if APPLICATION not in deployed:
         raise DeploymentError(f"no application {APPLICATION!r} runs on this cluster; start it with python -m serving")
     return deployed[APPLICATION]
@@ -241,8 +244,25 @@ def _state() -> str:
 
 def _apply(application: ServeApplicationSchema) -> None:
     """Serve drops applications that a configuration does not name, so the others go with it."""
-    others = [config for name, config in _deployed().items() if name != APPLICATION]
-    _get_global_client().deploy_apps(ServeDeploySchema(applications=[*others, application]))
+
+    def apply() -> None:
+        others = [config for name, config in _deployed().items() if name != APPLICATION]
+        _get_global_client().deploy_apps(ServeDeploySchema(applications=[*others, application]))
+
+    _once_there(apply)
+
+
+def _once_there(ask: Callable[[], R]) -> R:
+    """What Serve's controller answers: where it has died, the next one. Raises DeploymentError where none comes."""
+    limit = time.monotonic() + CONTROLLER_S
+    while True:
+        try:
+            return ask()
+        except (RayActorError, GetTimeoutError):
+            if time.monotonic() > limit:
+                message = f"Ray Serve's controller has died, and no other came within {CONTROLLER_S:g} s; try again"
+                raise DeploymentError(message) from None
+            time.sleep(POLL_S)
 
 
 def _wait_until_running(is_stopped: Callable[[], bool]) -> None:

@@ -29,7 +29,7 @@ LONG = 0.9  # of these take at most what a request must have time for
 # one was late that fewer would have let be in time, and grows with each that was in time.
 LEAST_SHARE = 1 / 32
 SLOWED = 2.0  # a turn takes more than so many times the least where too many are in it
-SHRINKS, GROWS = 1 / 1.1, 1.005
+SHRINKS, GROWS = 1 / 1.1, 1.002
 MOST_CAUTION = 2.0
 
 Key = tuple[int, str]  # a priority and a client

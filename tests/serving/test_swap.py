@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from benchmarks.running import ROOT, Running, running, until
 from seqmodels.pretrained import load_pretrained
@@ -160,6 +160,24 @@ def test_one_refusal_is_enough_where_another_never_comes(monkeypatch: pytest.Mon
 def test_replicas_that_never_agree(monkeypatch: pytest.MonkeyPatch, last: Any) -> None:
     with pytest.raises(cluster.DeploymentError, match=r"within 0\.3 s; Ray Serve says of them: UNHEALTHY"):
         Told((False, last)).change_models(monkeypatch, timeout_s=0.3)
+
+
+def test_a_controller_that_has_died_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = cluster.application(ServeConfig.parse(WANTED.model_dump()))
+    answers: list[Any] = [RayActorError(), GetTimeoutError(), {cluster.APPLICATION: config}]
+
+    def deployed() -> Any:
+        answer = answers.pop(0) if answers else RayActorError()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(cluster, "_deployed", deployed)
+    assert cluster.model_set() == WANTED and not answers
+    monkeypatch.setattr(cluster, "CONTROLLER_S", 0.2)
+    for asked in (cluster.model_set, lambda: cluster.change_models(WANTED)):
+        with pytest.raises(cluster.DeploymentError, match=r"no other came within 0\.2 s; try again"):
+            asked()
 
 
 @pytest.fixture(scope="module")
