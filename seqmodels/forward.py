@@ -101,11 +101,11 @@ class Forward:
         self._waiting.remove(request_id)
 
     @torch.inference_mode()
-    def step(self, share: float = 1.0) -> list[Event]:
-        """Answer as many of those who wait as this share of one budget of positions holds."""
+    def step(self) -> list[Event]:
+        """Answer as many of those who wait as one budget of positions holds."""
         late = self._waiting.expired(time.monotonic())
         events: list[Event] = [Failed(request.id, DeadlineError(TOO_LATE)) for request in late]
-        taken = self._take(share)
+        taken = self._take()
         for group in grouped(taken, _shape):
             results = self._answers(group)
             now = time.monotonic()
@@ -114,12 +114,12 @@ class Forward:
                 events.append(Finished(request.id, result))
         return events
 
-    def _take(self, share: float) -> list[ForwardRequest]:
+    def _take(self) -> list[ForwardRequest]:
         taken: list[ForwardRequest] = []
         positions_of: Counter[str] = Counter()  # by client
         while request := self._waiting.head(positions_of):
             positions = _positions(request)
-            if taken and positions_of.total() + positions > share * self._max_positions:
+            if taken and positions_of.total() + positions > self._max_positions:
                 break
             self._waiting.take(request)
             positions_of[request.client] += positions

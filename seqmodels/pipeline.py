@@ -359,7 +359,7 @@ class Pipeline:
 
     def step(self, bounds: Bounds = UNBOUNDED) -> list[Event]:
         """Turn once: a forward pass for those who wait for one, a token for those who generate."""
-        events = self._forward.step(bounds.share) if self._forward.has_work else []
+        events = self._forward.step() if self._forward.has_work else []
         if self._engine and self._engine.has_work:
             events += self._engine.step(bounds)
         return events

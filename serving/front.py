@@ -48,9 +48,10 @@ TASKS = {
     "/v1/completions": GENERATORS,
 }
 LINES = ("application/x-ndjson", "application/jsonl", "application/jsonlines")
-# For so long it is taken for certain that requests like one that was refused would be too: a share of the time that it
-# allows at least, for a queue is about as long as that.
-LEAST_ALIKE, MOST_ALIKE_S = 0.05, 0.05
+# For so long requests like one that was refused are taken to be refused too: until it would have been in time, and at
+# least for a share of the time that it allows, which a queue is about as long as.
+LEAST_ALIKE = 0.05
+MOST_ALIKE_S = 0.05
 DONE = b"data: [DONE]\n\n"
 
 

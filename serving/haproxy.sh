@@ -12,19 +12,21 @@
 #   replicas together, for questions such as GET /readyz.
 # - For the same reason: where a replica says of a request that all like it will be refused for so many milliseconds
 #   (x-refused-alike), they are refused here. Alike are requests with the same path, key, priority and time allowed, which
-#   is all that such a refusal depends on. Only a digest of these is kept, with the moment until which they are refused.
-#   Moments are of 30 bits, as a table holds 32, and so begin anew every 12 days.
+#   is all that such a refusal depends on, but for the replica: another may have had room. Only a digest of these is
+#   kept, with the moment until which they are refused. Moments are of 30 bits, as a table holds 32, and so begin anew
+#   every 12 days.
 set -eu
 kept=64
-refused='{"error":{"message":"the server has as many requests as it takes; try again later",'
+refused='{"error":{"message":"the server has as many requests as it can answer; try again later",'
 refused="$refused"'"type":"rate_limit_error","param":null,"code":"queue_full"}}'
 refuse="http-request return status 429 content-type application/json string '$refused' hdr retry-after 1"
 alike='%[path] %[req.fhdr(authorization,1)] %[req.fhdr(x-request-priority,1)] %[req.fhdr(x-request-timeout-seconds,1)]'
 now='date(0,ms),and(1073741823)'
 cat > "$3.rules" << END
+    stick-table type binary len 20 size 100k expire 1s store gpt0
     $refuse if METH_POST { nbsrv gt 0 } { be_conn_free ge 0 } { be_conn_free le $kept }
     http-request set-var-fmt(txn.alike) "$alike" if METH_POST
-    http-request track-sc0 var(txn.alike),sha1 table refused_alike if METH_POST
+    http-request track-sc0 var(txn.alike),sha1 if METH_POST
     http-request set-var(txn.until) sc0_get_gpt0 if METH_POST
     http-request set-var(txn.left) $now,neg,add(txn.until) if METH_POST
     $refuse if METH_POST { var(txn.left) -m int gt 0 } { var(txn.left) -m int le 1000 }
@@ -41,8 +43,4 @@ sed -i \
     -e "/^ *http-reuse always$/r $3.rules" \
     -e "s/^ *server .* check.*$/& maxconn $((SEQMODELS_MAX_REQUESTS + kept))/" \
     "$3"
-cat >> "$3" << END
-backend refused_alike
-    stick-table type binary len 20 size 100k expire 1s store gpt0
-END
 exec "$SEQMODELS_HAPROXY" "$@"

@@ -71,6 +71,7 @@ class Model:
     failures: int = 0  # failed steps since the last good one
     load: dict[str, int] = field(init=False)  # its gauges, as of the last turn
     num_running: int = 0  # requests given to the pipeline and not yet ended
+    step_s: float = 0.0  # what its last step took
     pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self) -> None:
@@ -84,7 +85,7 @@ class Model:
         rows = max(rows_before, self.load["rows_live"])  # none in a forward pass
         free = max(0.0, self.pace.share * self.load["rows_total"] - self.load["rows_live"])
         room = free * with_rows / rows if rows and not waiting else 0.0
-        return Turn(with_rows, self.num_running, waiting, room)
+        return Turn(with_rows, self.num_running, waiting, room, not rows, self.step_s)
 
     @property
     def is_broken(self) -> bool:
@@ -96,10 +97,12 @@ M = TypeVar("M", bound=Model)
 
 @dataclass(eq=False)
 class Order(Generic[M]):
-    """One prepared request on its way to one model."""
+    """One prepared request on its way to one model. was_estimated: whether the time that it will take was, when it was
+    accepted."""
 
     model: M
     job: Prepared
+    was_estimated: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ class Runner(Generic[M]):
         self._open: dict[str, Order[M]] = {}  # accepted and not yet ended; changed under the lock
         self._num_reserved = 0  # places of calls that are not requests yet; changed under the lock
         self._running: dict[str, Order[M]] = {}  # given to a pipeline and not yet ended; of the thread alone
+        self._arrived: list[Order[M]] = []  # in this turn; of the thread alone
         self._leaving: list[M] = []  # no longer in `models`, and still at work; of the thread alone
         self._closing = False
         self._stop_at = float("inf")
@@ -187,21 +191,24 @@ class Runner(Generic[M]):
     @contextmanager
     def on_the_way(self, models: Collection[M], wanted: Wanted) -> Iterator[None]:
         """Count a call while it is prepared among those that go before others, where it can ask one model only."""
+        if len(models) != 1:
+            yield
+            return
+        (pace,) = (model.pace for model in models)
         turn = (wanted.priority, wanted.client, wanted.deadline)
-        paces = [model.pace for model in models] if len(models) == 1 else []
-        for pace in paces:
-            pace.comes(*turn)
+        pace.comes(*turn)
         try:
             yield
         finally:
-            for pace in paces:
-                pace.came(*turn)
+            pace.came(*turn)
 
     def submit(self, orders: Sequence[Order[M]]) -> None:
         """Accept all the orders or, raising QueueFullError or ClosingError, none."""
         self._check_open()
         if orders:  # of one call, and so all alike in this
-            _check_time([orders[0].model], orders[0].job, len(orders), 0.0)
+            seconds = _check_time([orders[0].model], orders[0].job, len(orders), 0.0)
+            for order in orders:
+                order.was_estimated = seconds > 0
         with self._lock:
             self._check_room(len(orders))
             self._open.update((order.job.id, order) for order in orders)
@@ -283,6 +290,9 @@ class Runner(Generic[M]):
         now = time.monotonic()
         for model, num_running, rows_before in zip(models, running, rows, strict=True):
             model.pace.turned(now - began if num_running else None, model.last_turn(num_running, rows_before), now)
+        for order in self._arrived:  # not sooner: until then nothing else tells of them
+            order.model.pace.came(order.job.priority, order.job.client, order.job.deadline)
+        self._arrived.clear()
         self._leaving = [model for model in self._leaving if model.pipeline.has_work and not model.is_broken]
         return events
 
@@ -303,7 +313,7 @@ class Runner(Generic[M]):
             return events
 
     def _begin(self, order: Order[M]) -> list[Event]:
-        order.model.pace.came(order.job.priority, order.job.client, order.job.deadline)
+        self._arrived.append(order)
         try:
             order.model.pipeline.submit(order.job)
         except SeqModelsError as error:
@@ -330,7 +340,8 @@ class Runner(Generic[M]):
             model.failures += 1
             return self._fail([id for id, order in self._running.items() if order.model is model], EngineError())
         model.failures = 0
-        self._stepped(model.name, time.monotonic() - started_at)
+        model.step_s = time.monotonic() - started_at
+        self._stepped(model.name, model.step_s)
         return [event for event in events if self._passes_on(event)]
 
     def _passes_on(self, event: Event) -> bool:
@@ -339,7 +350,7 @@ class Runner(Generic[M]):
             return event.request_id in self._running
         order = self._close(event.request_id, isinstance(event, Finished))
         if order and isinstance(event, Failed) and isinstance(event.error, QueueFullError):
-            order.model.pace.given_up()
+            order.model.pace.given_up(order.was_estimated)
         return order is not None
 
     def _fail(self, request_ids: Sequence[str], error: SeqModelsError) -> list[Event]:
@@ -366,16 +377,16 @@ class Runner(Generic[M]):
             order.model.num_running -= 1
             now = time.monotonic()
             if order.job.deadline is not None and order.job.deadline < now:
-                order.model.pace.expired(order.job.times, now)
+                order.model.pace.expired(order.job.times, order.was_estimated, now)
             elif is_answered:
                 order.model.pace.finished(order.job.times)
         return order
 
 
-def _check_time(models: Collection[Model], wanted: Wanted, count: int, preparing_s: float) -> None:
-    """Raises QueueFullError where none of the models can answer in time."""
+def _check_time(models: Collection[Model], wanted: Wanted, count: int, preparing_s: float) -> float:
+    """In how many seconds one of the models can answer. Raises QueueFullError where none can in time."""
     if wanted.deadline is None:
-        return
+        return 0.0
     of_model = (wanted.priority, wanted.client, wanted.deadline, count, preparing_s)
     seconds = min(model.pace.seconds(*of_model) for model in models)
     allowed = wanted.deadline - time.monotonic()
@@ -385,6 +396,7 @@ def _check_time(models: Collection[Model], wanted: Wanted, count: int, preparing
             "again later, or allow more time",
             seconds - allowed,
         )
+    return seconds
 
 
 def _nobody(events: list[Event]) -> None:

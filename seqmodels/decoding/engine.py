@@ -213,7 +213,7 @@ class Engine:
         """One token for all live requests."""
         events: list[Event] = self._expire()
         self._admit(bounds.share)
-        events += self._give_up(bounds.needs_s)
+        events += self._give_up(bounds)
         self._read()
         events += self._leave()
         if self._lanes:
@@ -232,13 +232,19 @@ class Engine:
         late += self._drop(passed) if passed else []
         return [Failed(name, DeadlineError("the deadline passed before the answer was ready")) for name in late]
 
-    def _give_up(self, needs_s: float) -> list[Event]:
+    def _give_up(self, bounds: Bounds) -> list[Event]:
         """On those who wait in vain: with rows they would take them from others, and be late all the same."""
-        if not needs_s:
-            return []
-        in_vain = self._waiting.expired(time.monotonic() + needs_s)
-        self._no_longer_wait(in_vain)
-        return [Failed(request.id, hopeless(needs_s)) for request in in_vain]
+        now = time.monotonic()
+
+        def needed_s(request: Request) -> float:
+            return bounds.needed_s(request.params.max_new_tokens + 1)  # the turn that goes on included
+
+        def in_vain(request: Request) -> bool:
+            return request.deadline is not None and request.deadline <= now + needed_s(request)
+
+        given_up = self._waiting.expired(now + bounds.needs_s, in_vain) if bounds.needs_s else []
+        self._no_longer_wait(given_up)
+        return [Failed(request.id, hopeless(needed_s(request))) for request in given_up]
 
     def _drop(self, ids: Set[str]) -> list[str]:
         """Remove live requests; returns the ids of those that were there."""

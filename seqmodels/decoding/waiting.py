@@ -6,7 +6,7 @@ deadline; then the first to arrive. Costs grow with the number of clients, not w
 
 import heapq
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from typing import Generic, Protocol, TypeVar
@@ -32,11 +32,17 @@ R = TypeVar("R", bound=Waits)
 
 @dataclass(frozen=True)
 class Bounds:
-    """Within which a step lets requests begin. share: of the rows, and of the positions of a batch, that may be in use.
-    needs_s: how long one that needs rows takes from then to its end; who still waits and has less time left, fails."""
+    """Within which a step lets requests begin. share: of the rows that may be in use. needs_s: how long a long request
+    takes from its turn to its end, and turn_s what one turn takes: a request takes no more turns than it may write
+    tokens. Who still waits and has less time left than it needs, fails."""
 
     share: float = 1.0
     needs_s: float = 0.0
+    turn_s: float = math.inf
+
+    def needed_s(self, turns: int) -> float:
+        """By a request of at most so many turns."""
+        return min(self.needs_s, turns * self.turn_s)
 
 
 UNBOUNDED = Bounds()
@@ -80,13 +86,17 @@ class Waiting(Generic[R]):
         """Remove what `head` has just named."""
         self._pop((request.priority, request.client))
 
-    def expired(self, now: float) -> list[R]:
-        """Remove and return those whose deadline has passed."""
-        late = []
+    def expired(self, by: float, only: Callable[[R], bool] = lambda request: True) -> list[R]:
+        """Remove and return those whose deadline has passed by then, if they are such as `only` says."""
+        late: list[tuple[float, int, R]] = []
+        spared: list[tuple[float, int, R]] = []
         for key in list(self._heaps):
-            while key in self._heaps and self._heaps[key][0][0] <= now:
-                late.append(self._pop(key))
-        return late
+            while key in self._heaps and self._heaps[key][0][0] <= by:
+                entry = self._pop(key)
+                (late if only(entry[2]) else spared).append(entry)
+        for entry in spared:
+            heapq.heappush(self._heaps.setdefault((entry[2].priority, entry[2].client), []), entry)
+        return [request for _, _, request in late]
 
     def remove(self, request_id: str) -> list[R]:
         """Remove and return those of that id."""
@@ -101,9 +111,9 @@ class Waiting(Generic[R]):
                 self._heaps[key] = kept
         return removed
 
-    def _pop(self, key: tuple[int, str]) -> R:
+    def _pop(self, key: tuple[int, str]) -> tuple[float, int, R]:
         heap = self._heaps[key]
-        request = heapq.heappop(heap)[2]
+        entry = heapq.heappop(heap)
         if not heap:
             del self._heaps[key]
-        return request
+        return entry

@@ -372,6 +372,21 @@ def test_only_a_share_of_the_rows_is_given_but_to_one_who_is_alone() -> None:
     assert (engine.num_rows, engine.num_waiting) == (2, 1)
 
 
+def test_a_short_request_is_not_given_up_for_what_long_ones_take() -> None:
+    engine = Engine(make_language_model(14, vocab_size=30), max_rows=1)
+    now = time.monotonic()
+    for name, tokens in {"runs": 50, "short": 4, "in vain": 50}.items():
+        params = SearchParams(max_new_tokens=tokens, min_new_tokens=tokens)
+        engine.submit(Request(name, None, params, deadline=now + 60 if tokens == 4 or name == "in vain" else now + 50))
+    told = engine.step(Bounds(needs_s=120, turn_s=10))  # the short one takes 5 turns at most, with the one that goes on
+    assert [event.request_id for event in told] == ["in vain"]
+    assert engine.num_waiting == 1
+    told = engine.step(Bounds(needs_s=120, turn_s=13))
+    assert [event.request_id for event in told if isinstance(event, Failed)] == ["short"]
+    assert isinstance(told[0], Failed) and isinstance(told[0].error, QueueFullError)
+    assert told[0].error.retry_after_s == 65 and not engine.num_waiting
+
+
 def test_who_waits_in_vain_is_told_and_who_has_rows_goes_on() -> None:
     engine = Engine(make_language_model(14, vocab_size=30), max_rows=2)
     params, now = SearchParams(max_new_tokens=4, min_new_tokens=4), time.monotonic()

@@ -53,14 +53,6 @@ def test_the_urgent_go_first_and_the_late_are_told() -> None:
     assert [step(worker) for _ in range(3)] == [["soon"], ["normal"], ["low"]] and not worker.has_work
 
 
-def test_only_a_share_of_the_positions_is_taken_but_at_least_one_request() -> None:
-    worker = forward(4)
-    for id in "abc":
-        worker.submit(request(id))
-    assert [event.request_id for event in worker.step(share=0.5)] == ["a", "b"]
-    assert [event.request_id for event in worker.step(share=0.01)] == ["c"]
-
-
 def test_answers_are_the_same_in_any_order() -> None:
     ids = ["one", "three", "fives", "sevenths"]
     answers = []

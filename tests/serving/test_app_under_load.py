@@ -119,9 +119,8 @@ def test_calls_in_preparation_take_places_and_expire() -> None:
 
     pipeline.prepare = slowly  # type: ignore[method-assign]
     with in_process({"slow": pipeline}, max_requests=12, limits={"inputs": 2}) as server:
-        assert server.wait(crowd(server, 30, json={"inputs": "a"})) == [408] * 12 + [429] * 18
-        told = server.wait(crowd(server, 30, json={"inputs": "a"}))  # no thread of the pool is free
-        assert set(told) == {408, 429} and told.count(408) < 12  # what preparing takes is known by now
+        for _ in range(2):  # the second time no thread of the pool is free
+            assert server.wait(crowd(server, 30, json={"inputs": "a"})) == [408] * 12 + [429] * 18
         assert server.runner.num_open == 0 and not pipeline.submitted
         hurry.set()
         assert server.post("/v1/translate", {"inputs": ["a", "b"]}).status_code == 200

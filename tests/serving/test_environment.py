@@ -106,6 +106,7 @@ def test_what_the_script_changes_in_rays_configuration(tmp_path: Path) -> None:
     assert [bind.split(":")[0] for bind in binds] == ["{{ config.frontend_host }}", "{{ config.grpc_frontend_host }}"]
     servers = [line for line in changed.splitlines() if re.match(r" *server .* check", line)]
     assert servers and all(line.endswith(" maxconn 69") for line in servers)  # of 5, and 64 kept
-    refuses = re.findall(r"http-reuse always\n *http-request return status 429 .*be_conn_free le 64 }\n", changed)
+    refuses = re.findall(r"http-reuse always\n *stick-table .*\n *http-request return status 429 .* le 64 }\n", changed)
+    assert changed.count("del-header x-refused-alike") == len(refuses)
     assert len(refuses) == changed.count("http-reuse always") > 0
     assert "mode 600 level admin" in changed and "timeout http-request" in changed and "splice" not in changed

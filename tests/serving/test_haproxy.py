@@ -28,6 +28,7 @@ backend app
     server one 127.0.0.1:{behind} check
 """
 HELD_MS = 400
+LONGEST_MS = 900  # for more than a second nothing is refused, whoever says so
 
 
 class Replica(ThreadingHTTPServer):
@@ -103,22 +104,22 @@ def test_what_was_refused_just_now_is_refused_without_asking_again(tmp_path: Pat
         assert replica.num_asked == 2
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"authorization": "Bearer another"},
-        {"x-request-priority": "high"},
-        {"x-request-timeout-seconds": "60"},
-    ],
-)
-def test_another_key_priority_or_time_is_asked_for(tmp_path: Path, headers: dict[str, str]) -> None:
-    replica, usual = Replica(60_000), {"authorization": "Bearer one", "x-request-timeout-seconds": "1"}
+def test_another_key_path_priority_or_time_is_asked_for(tmp_path: Path) -> None:
+    usual = {"authorization": "Bearer one", "x-request-priority": "normal", "x-request-timeout-seconds": "1"}
+    others = {"authorization": "Bearer other", "x-request-priority": "high", "x-request-timeout-seconds": "60"}
+    replica = Replica(alike_ms=LONGEST_MS)
     with behind_haproxy(replica, tmp_path) as client:
-        client.post("/v1/translate", headers=usual)
-        client.post("/v1/translate", headers={**usual, **headers})
-        client.post("/v1/classify", headers=usual)
+        began = time.monotonic()
+        for _ in range(2):  # all of the second time were asked for the first time
+            client.post("/v1/translate", headers=usual)
+            for name, value in others.items():
+                client.post("/v1/translate", headers={**usual, name: value})
+            client.post("/v1/classify", headers=usual)
+        asked = replica.num_asked
         client.get("/v1/translate", headers=usual)
-        assert replica.num_asked == 4
+        if time.monotonic() - began > LONGEST_MS / 1000:
+            pytest.skip("the machine is too slow for the time in which requests are alike")
+        assert (asked, replica.num_asked) == (5, 6)
 
 
 def test_a_refusal_that_says_nothing_of_others_is_of_that_request_alone(tmp_path: Path) -> None:
@@ -133,5 +134,13 @@ def test_what_a_client_says_in_a_header_of_its_own_changes_nothing(tmp_path: Pat
     replica = Replica(alike_ms=None)
     with behind_haproxy(replica, tmp_path) as client:
         for _ in range(3):
-            client.post("/v1/translate", headers={"x-refused-alike": "60000"})
+            client.post("/v1/translate", headers={"x-refused-alike": str(LONGEST_MS)})
+        assert replica.num_asked == 3
+
+
+def test_nobody_can_have_requests_refused_for_long(tmp_path: Path) -> None:
+    replica = Replica(alike_ms=2_000_000_000)
+    with behind_haproxy(replica, tmp_path) as client:
+        for _ in range(3):
+            client.post("/v1/translate")
         assert replica.num_asked == 3

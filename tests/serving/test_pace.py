@@ -3,13 +3,13 @@
 import heapq
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from seqmodels.decoding.request import Times
 from seqmodels.decoding.waiting import Bounds
-from serving.pace import GROWS, LEAST_SHARE, MOST_CAUTION, SHRINKS, Pace, Preparing, Turn
+from serving.pace import IN_TIME, LATE, LEAST_SHARE, MOST_CAUTION, Pace, Preparing, Turn
 
 TURNS, TURN_S = 10, 0.05
 
@@ -49,9 +49,13 @@ def test_without_a_queue_nobody_is_refused() -> None:
     assert known(busy(4)).seconds(0, "", 9.0) == 0
 
 
+NEEDS_S = (TURNS + 1) * TURN_S  # of a long request, and of the turn that goes on
+MEAN_S = TURNS * TURN_S
+
+
 def test_a_queue_adds_a_share_for_each_who_goes_first() -> None:
-    # 2 of 8 run, 6 wait: those wait for three times what a request takes.
-    assert known(busy(2, {(0, ""): [1.0] * 6})).seconds(0, "", 9.0) == pytest.approx(TURNS * TURN_S * (1 + 6 / 2))
+    # 2 of 8 run, 6 wait: until one of those has its rows, three times what a request takes in the mean goes by.
+    assert known(busy(2, {(0, ""): [1.0] * 6})).seconds(0, "", 9.0) == pytest.approx(NEEDS_S + MEAN_S * 6 / 2)
 
 
 @pytest.mark.parametrize(
@@ -65,14 +69,14 @@ def test_a_queue_adds_a_share_for_each_who_goes_first() -> None:
 )
 def test_only_those_count_who_go_first(priority: int, client: str, ahead: int) -> None:
     pace = known(busy(10, {(0, "many"): [1.0] * 40, (0, "few"): [1.0] * 2, (1, "urgent"): [1.0] * 7}))
-    assert pace.seconds(priority, client, 9.0) == pytest.approx(TURNS * TURN_S * (1 + ahead / 10))
+    assert pace.seconds(priority, client, 9.0) == pytest.approx(NEEDS_S + MEAN_S * ahead / 10)
 
 
 def test_of_one_client_the_earlier_deadlines_go_first() -> None:
     pace = known(busy(2, {(0, ""): [3.0, 9.0, 60.0, 60.0]}))
     assert pace.seconds(0, "", 2.0) == 0
-    assert pace.seconds(0, "", 10.0) == pytest.approx(TURNS * TURN_S * (1 + 2 / 2))
-    assert pace.seconds(0, "", None) == pytest.approx(TURNS * TURN_S * (1 + 4 / 2))
+    assert pace.seconds(0, "", 10.0) == pytest.approx(NEEDS_S + MEAN_S * 2 / 2)
+    assert pace.seconds(0, "", None) == pytest.approx(NEEDS_S + MEAN_S * 4 / 2)
 
 
 def test_more_urgent_requests_wait_for_nobody() -> None:
@@ -80,14 +84,14 @@ def test_more_urgent_requests_wait_for_nobody() -> None:
 
 
 def test_a_list_waits_for_itself() -> None:
-    assert known(busy(4)).seconds(0, "", 9.0, count=9) == pytest.approx(TURNS * TURN_S * (1 + 8 / 4))
+    assert known(busy(4)).seconds(0, "", 9.0, count=9) == pytest.approx(NEEDS_S + MEAN_S * 8 / 4)
 
 
 def test_who_is_on_the_way_counts_beyond_the_room_that_is_left() -> None:
     pace = known(busy(4, room=6))
     for _ in range(8):
         pace.comes(0, "", 5.0)
-    assert pace.seconds(0, "", 9.0) == pytest.approx(TURNS * TURN_S * (1 + 2 / 4))
+    assert pace.seconds(0, "", 9.0) == pytest.approx(NEEDS_S + MEAN_S * 2 / 4)
     pace.came(0, "", 5.0)
     pace.came(0, "", 5.0)
     assert pace.seconds(0, "", 9.0) == 0
@@ -95,27 +99,28 @@ def test_who_is_on_the_way_counts_beyond_the_room_that_is_left() -> None:
 
 def test_who_has_come_during_a_forward_pass_goes_into_the_next_one() -> None:
     pace = Pace()
-    pace.finished(Times(admitted=0.0))
-    pace.turned(TURN_S, Turn(8), now=TURN_S)  # 8 were answered by it, and nobody is left
+    for number, running in enumerate((8, 2)):  # so many were answered by it, and nobody is left
+        pace.finished(Times(admitted=(number + 0.5) * TURN_S))
+        pace.turned(TURN_S, Turn(running, is_pass=True), now=(number + 1) * TURN_S)
     assert pace.seconds(0, "", 9.0) == 0
     for _ in range(16):
         pace.comes(0, "", 5.0)
-    assert pace.seconds(0, "", 9.0) == pytest.approx(TURN_S * (1 + 16 / 8))
+    assert pace.seconds(0, "", 9.0) == pytest.approx(TURN_S * (1 + 1 + 16 / 8))  # 8 have gone through one before
 
 
 def test_there_must_be_time_for_nine_of_ten_requests_and_a_queue_moves_as_the_mean_does() -> None:
     pace, turn = Pace(), busy(2, {(0, ""): [1.0] * 4})
     for turns in range(1, 65):
         answered(pace, turns, turn)
-    assert pace.bounds.needs_s == pytest.approx((58 + 1) * TURN_S)  # the 58th of 64, and until its first turn begins
-    assert pace.seconds(0, "", 9.0) == pytest.approx(TURN_S * (58 + 32.5 * 4 / 2))
+    assert pace.bounds.needs_s == pytest.approx((58 + 1) * TURN_S)  # the 58th of 64
+    assert pace.seconds(0, "", 9.0) == pytest.approx(TURN_S * (58 + 1 + 32.5 * 4 / 2))
     for _ in range(64):
         answered(pace, 3, turn)
     assert pace.bounds.needs_s == pytest.approx((3 + 1) * TURN_S)  # older ones no longer count
 
 
 QUEUE = busy(4, {(0, ""): [1.0] * 4})
-WITH_QUEUE = TURNS * TURN_S * 2
+WITH_QUEUE = NEEDS_S + MEAN_S
 
 
 def test_it_follows_the_machine() -> None:
@@ -133,25 +138,39 @@ def test_a_turn_that_stood_still_says_little_of_others() -> None:
 
 def test_who_was_late_would_have_taken_more_turns() -> None:
     pace = known(QUEUE)
-    pace.expired(Times(admitted=TURNS * TURN_S / 2), now=TURNS * TURN_S)
+    pace.expired(Times(admitted=TURNS * TURN_S / 2), was_estimated=False, now=TURNS * TURN_S)
     assert pace.bounds.needs_s == pytest.approx((TURNS + 1) * TURN_S)  # of half the turns nothing is learned
     for number in range(1, 2 * TURNS + 1):
         pace.turned(TURN_S, QUEUE, now=(TURNS + number) * TURN_S)
-    pace.expired(Times(admitted=TURN_S / 2), now=3 * TURNS * TURN_S)
+    pace.expired(Times(admitted=TURN_S / 2), was_estimated=False, now=3 * TURNS * TURN_S)
     assert pace.bounds.needs_s == pytest.approx((3 * TURNS + 1 + 1) * TURN_S)
 
 
-def test_more_care_where_many_wait_in_vain() -> None:
+def test_more_care_where_an_estimate_was_wrong_but_once_a_turn() -> None:
     pace = known(QUEUE)
-    pace.given_up()
-    assert pace.seconds(0, "", 9.0) == pytest.approx(WITH_QUEUE / SHRINKS)
+    for _ in range(8):
+        pace.given_up(was_estimated=True)
+        pace.expired(Times(), was_estimated=True, now=9.0)
+    pace.turned(TURN_S, QUEUE, now=1.0)
+    assert pace.seconds(0, "", 9.0) == pytest.approx(WITH_QUEUE * LATE)
     pace.finished(Times())
-    assert pace.seconds(0, "", 9.0) == pytest.approx(WITH_QUEUE / SHRINKS / GROWS)
+    assert pace.seconds(0, "", 9.0) == pytest.approx(WITH_QUEUE * LATE / IN_TIME)
     for _ in range(50):
-        pace.given_up()
+        pace.given_up(was_estimated=True)
+        pace.turned(TURN_S, QUEUE, now=1.0)
     assert pace.seconds(0, "", 9.0) == pytest.approx(WITH_QUEUE * MOST_CAUTION)
     for _ in range(500):
         pace.finished(Times())
+    assert pace.seconds(0, "", 9.0) == pytest.approx(WITH_QUEUE)
+
+
+def test_nobody_was_promised_anything_without_an_estimate() -> None:
+    """As a list of requests that allow a tenth of a second, on a service that has nothing to do."""
+    pace = known(QUEUE)
+    for _ in range(8):
+        pace.given_up(was_estimated=False)
+        pace.expired(Times(), was_estimated=False, now=9.0)
+        pace.turned(TURN_S, QUEUE, now=1.0)
     assert pace.seconds(0, "", 9.0) == pytest.approx(WITH_QUEUE)
 
 
@@ -159,41 +178,61 @@ def test_what_is_prepared_before_it_counts(monkeypatch: pytest.MonkeyPatch) -> N
     clock = [0.0]
     monkeypatch.setattr("serving.pace.time.monotonic", lambda: clock[0])
     preparing = Preparing()
-    assert preparing.seconds == 0
-    with preparing.one(), preparing.one():
-        assert preparing.seconds == 0  # nothing is known yet
-        clock[0] = 0.2
+    calls = [preparing.one() for _ in range(4)]
+    for call in calls[:3]:
+        call.__enter__()
+    assert preparing.seconds == 0  # nothing is known yet
+    for call, moment in zip(calls[:3], (0.3, 0.4, 0.5), strict=True):  # one was slow, then they ended in turn
+        clock[0] = moment
+        call.__exit__(None, None, None)
     assert preparing.seconds == 0  # nobody else is at it
+    clock[0] = 9.0
     with preparing.one(), preparing.one(), preparing.one():
-        assert preparing.seconds == pytest.approx(3 * 0.2)  # of 0.1 and 0.2 s for each, the longer
-    assert known(busy(4)).seconds(0, "", 9.0, preparing_s=0.3) == pytest.approx(0.3 + TURNS * TURN_S)
+        assert preparing.seconds == pytest.approx(3 * (0.3 + 0.1 + 0.1) / 3)
+        clock[0] = 9.1
+    assert preparing.seconds == 0
 
 
-def slowed() -> Pace:
+def test_before_a_model_that_nobody_waits_for_only_preparing_counts() -> None:
+    assert known(busy(4)).seconds(0, "", 9.0, preparing_s=0.3) == pytest.approx(0.3)
+    assert known(Turn(4)).seconds(0, "", 9.0, preparing_s=0.3) == pytest.approx(0.3)
+    assert known(QUEUE).seconds(0, "", 9.0, preparing_s=0.3) == pytest.approx(0.3 + WITH_QUEUE)
+
+
+def slowed(step_s: float = 4 * TURN_S, is_pass: bool = False) -> Pace:
     """`known`, and now a turn takes four times as long: many run. One that has had rows for long enough is late."""
-    pace = known(QUEUE)
+    pace = Pace()
+    for number in range(TURNS):
+        pace.turned(TURN_S, replace(QUEUE, step_s=TURN_S), now=number * TURN_S)
+    pace.finished(Times(admitted=TURN_S / 2))
     for _ in range(50):
-        pace.turned(4 * TURN_S, QUEUE, now=9.0)
+        pace.turned(4 * TURN_S, replace(QUEUE, step_s=step_s, is_pass=is_pass), now=9.0)
     return pace
 
 
-ENOUGH_S = 1.1 * TURNS * TURN_S  # for a request that runs alone
+ENOUGH_S = 1.1 * MEAN_S  # for a request that runs alone
 
 
 def test_the_share_shrinks_once_a_turn_and_grows_with_who_was_in_time() -> None:
     pace = slowed()
     assert pace.bounds.share == 1
     for _ in range(3):
-        pace.expired(Times(admitted=9.0), now=9.0 + ENOUGH_S)
+        pace.expired(Times(admitted=9.0), was_estimated=False, now=9.0 + ENOUGH_S)
     assert pace.bounds.share == 1  # until the turn is over
     pace.turned(4 * TURN_S, QUEUE, now=9.8)
     pace.turned(4 * TURN_S, QUEUE, now=10.0)
-    assert pace.bounds.share == pytest.approx(SHRINKS)
+    assert pace.bounds.share == pytest.approx(1 / LATE)
     pace.finished(Times())
-    assert pace.bounds.share == pytest.approx(SHRINKS * GROWS)
+    assert pace.bounds.share == pytest.approx(IN_TIME / LATE)
+    pace.turned(None, Turn(), now=11.0)
+    assert pace.bounds.share == 1  # nothing is to do
+
+
+def test_the_share_has_an_end() -> None:
+    pace = slowed()
     for _ in range(99):
-        pace.expired(Times(admitted=10.0), now=10.0 + ENOUGH_S)
-        pace.turned(4 * TURN_S, QUEUE, now=10.0)
+        pace.expired(Times(admitted=10.0), was_estimated=False, now=10.0 + ENOUGH_S)
+        pace.turned(4 * TURN_S, replace(QUEUE, step_s=4 * TURN_S), now=10.0)
     assert pace.bounds.share == LEAST_SHARE
 
 
@@ -201,12 +240,14 @@ def test_the_share_shrinks_once_a_turn_and_grows_with_who_was_in_time() -> None:
     ("pace", "times", "now"),
     [
         (slowed(), Times(submitted=0.0), 20.0),  # had no rows
-        (slowed(), Times(admitted=9.0), 9.0 + 0.9 * TURNS * TURN_S),  # too late for it alone, too
+        (slowed(), Times(admitted=9.0), 9.0 + 0.9 * MEAN_S),  # too late for it alone, too
+        (slowed(step_s=TURN_S), Times(admitted=9.0), 29.0),  # it is another model that takes its time
+        (slowed(is_pass=True), Times(admitted=9.0), 29.0),  # smaller passes would take longer in all
         (known(QUEUE), Times(admitted=9.0), 9.0 + ENOUGH_S),  # turns are as short as can be: it took many
     ],
 )
 def test_who_fewer_would_not_have_let_be_in_time_is_no_sign_of_too_many(pace: Pace, times: Times, now: float) -> None:
-    pace.expired(times, now)
+    pace.expired(times, was_estimated=False, now=now)
     pace.turned(TURN_S, QUEUE, now=30.0)
     assert pace.bounds.share == 1
 
@@ -251,7 +292,7 @@ class Server:
         self.waiting = [arrival for arrival in self.waiting if arrival + 1 > now]
         for arrival, times, _ in self.running:
             if arrival + 1 <= now:
-                self.pace.expired(times, now)
+                self.pace.expired(times, was_estimated=True, now=now)
         self.running = [one for one in self.running if one[0] + 1 > now]
 
     def _begin(self, now: float, drawn: random.Random) -> None:
@@ -261,7 +302,7 @@ class Server:
             self.running.append((heapq.heappop(self.waiting), Times(admitted=now), turns))
         kept = [arrival for arrival in self.waiting if arrival + 1 > now + bounds.needs_s]
         for _ in range(len(self.waiting) - len(kept)):
-            self.pace.given_up()
+            self.pace.given_up(was_estimated=True)
         self.waiting = kept
 
     def _turn(self, now: float) -> int:
@@ -270,7 +311,6 @@ class Server:
             if turns > 1 or now > arrival + 1:
                 left.append((arrival, times, turns - 1))
                 continue
-            times.finished = now
             self.pace.finished(times)
             answered += 1
         self.running = left
@@ -281,8 +321,9 @@ class Server:
         waiting = {(0, ""): [arrival + 1 for arrival in self.waiting]}
         room = max(0.0, share * self.rows - num_running)
         left = len(self.running) + len(self.waiting)
-        turn = Turn(num_running, left, waiting, room) if num_running else Turn()
-        self.pace.turned(self.turn_s(num_running), turn, now)
+        step_s = self.turn_s(num_running)
+        turn = Turn(num_running, left, waiting, room, step_s=step_s) if num_running else Turn()
+        self.pace.turned(step_s, turn, now)
 
 
 def test_ten_times_too_much_is_answered_in_time_as_far_as_it_can_be() -> None:

@@ -1,5 +1,6 @@
 """The runner's thread, with fake pipelines: what goes in comes out once, or fails in a way that says why."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -132,6 +133,54 @@ def test_what_cannot_be_answered_in_time_is_refused_at_once() -> None:
             runner.cancel([one.job.id])
         until(lambda: not pipeline.live)
         until(lambda: not pipeline.model.pace.seconds(0, "", None))
+
+
+def test_a_call_on_its_way_counts_where_it_can_only_be_for_one_model() -> None:
+    one, other = FakePipeline("translate", name="one"), FakePipeline("translate", name="other")
+    runner: Runner[Model] = Runner([one.model, other.model])
+    job = one.prepare("a b", {})
+
+    def coming() -> list[int]:
+        return [sum(map(len, pipeline.model.pace._coming.values())) for pipeline in (one, other)]
+
+    with runner.on_the_way([one.model], job):
+        assert coming() == [1, 0]
+    with runner.on_the_way([one.model, other.model], job), runner.on_the_way([], job):
+        assert coming() == [0, 0]
+    with pytest.raises(asyncio.CancelledError), runner.on_the_way([one.model], job):
+        raise asyncio.CancelledError
+    assert coming() == [0, 0]
+
+
+def test_who_arrives_in_a_turn_counts_until_it_is_over() -> None:
+    pipeline = FakePipeline("translate")
+    runner: Runner[Model] = Runner([pipeline.model])
+    seen: list[int] = []
+    step = pipeline.step
+
+    def watched(*args: Any) -> Any:
+        seen.append(sum(map(len, pipeline.model.pace._coming.values())))
+        return step(*args)
+
+    pipeline.step = watched  # type: ignore[method-assign]
+    runner.submit([order(pipeline, "a b"), order(pipeline, "c d")])
+    runner.turn()
+    runner.turn()
+    assert seen == [2, 0]
+
+
+def test_who_is_given_up_has_waited_in_vain() -> None:
+    pipeline = FakePipeline("translate")
+    runner: Runner[Model] = Runner([pipeline.model])
+    told: list[bool] = []
+    pipeline.model.pace.given_up = told.append  # type: ignore[method-assign]
+    promised, not_promised, wrong = (order(pipeline, "a b") for _ in range(3))
+    runner.submit([promised, not_promised, wrong])
+    promised.was_estimated = True
+    failed = {promised: QueueFullError(""), not_promised: QueueFullError(""), wrong: InputError("")}
+    pipeline.step = lambda *_: [Failed(one.job.id, error) for one, error in failed.items()]  # type: ignore[method-assign]
+    runner.turn()
+    assert told == [True, False]
 
 
 def test_a_step_keeps_within_what_the_pace_says() -> None:

@@ -175,7 +175,7 @@ def test_a_controller_that_has_died_is_waited_for(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cluster, "_deployed", deployed)
     assert cluster.model_set() == WANTED and not answers
     monkeypatch.setattr(cluster, "CONTROLLER_S", 0.2)
-    for asked in (cluster.model_set, lambda: cluster.change_models(WANTED)):
+    for asked in (cluster.model_set, lambda: cluster._apply(config)):
         with pytest.raises(cluster.DeploymentError, match=r"no other came within 0\.2 s; try again"):
             asked()
 
