@@ -14,10 +14,12 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -83,8 +85,9 @@ class RecurrentConfig(Strict):
 
 
 class BackboneConfig(Strict):
-    """A compact residual CNN (He et al. 2016): a stem, then stages that halve the picture."""
+    """A compact residual CNN (He et al. 2016) to train from nothing: a stem, then stages that halve the picture."""
 
+    kind: Literal["compact"] = "compact"
     image_size: tuple[PositiveInt, PositiveInt] = (32, 32)  # height, width in pixels
     in_channels: Literal[1, 3] = 3
     channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=8)] = (16, 32, 64)
@@ -93,8 +96,46 @@ class BackboneConfig(Strict):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the features of a picture."""
-        shrink = 2 ** (len(self.channels) - 1)
-        return -(-self.image_size[0] // shrink), -(-self.image_size[1] // shrink)
+        return _shrunk(self.image_size, 2 ** (len(self.channels) - 1))
+
+    @property
+    def output_size(self) -> int:
+        """Features of each cell of the grid."""
+        return self.channels[-1]
+
+
+class PublishedBackboneConfig(Strict):
+    """A CNN of which trained weights are published: a ResNet (He et al. 2016), MobileNetV2 (Sandler et al. 2018)."""
+
+    kind: Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"]
+    image_size: tuple[PositiveInt, PositiveInt] = (224, 224)  # height, width in pixels
+    in_channels: Literal[3] = 3
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the features of a picture."""
+        return _shrunk(self.image_size, 32)
+
+    @property
+    def output_size(self) -> int:
+        """Features of each cell of the grid."""
+        return {"mobilenet_v2": 320, "resnet18": 512, "resnet34": 512}.get(self.kind, 2048)
+
+
+def _shrunk(size: tuple[int, int], by: int) -> tuple[int, int]:
+    return -(-size[0] // by), -(-size[1] // by)
+
+
+def _backbone_of(value: Any) -> str:
+    """Which of the two: it need not be said of the compact one."""
+    kind = value.get("kind", "compact") if isinstance(value, dict) else getattr(value, "kind", "compact")
+    return "compact" if kind == "compact" else "published"
+
+
+AnyBackboneConfig = Annotated[
+    Annotated[BackboneConfig, Tag("compact")] | Annotated[PublishedBackboneConfig, Tag("published")],
+    Discriminator(_backbone_of),
+]
 
 
 class StackConfig(Strict):
@@ -142,17 +183,17 @@ class TextEncoderConfig(StackConfig):
 
 class ImageEncoderConfig(Strict):
     input: Literal["image"] = "image"
-    backbone: BackboneConfig = BackboneConfig()
+    backbone: AnyBackboneConfig = BackboneConfig()
     dropout: Probability = 0.0
 
     @property
     def output_size(self) -> int:
-        return self.backbone.channels[-1]
+        return self.backbone.output_size
 
 
 class FrameEncoderConfig(StackConfig):
     input: Literal["frames"] = "frames"
-    backbone: BackboneConfig = BackboneConfig()
+    backbone: AnyBackboneConfig = BackboneConfig()
 
 
 class FeatureEncoderConfig(StackConfig):
@@ -324,6 +365,9 @@ class ModelConfig(Strict):
         path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
+MEMBERS = {"encoder": ENCODERS, "backbone": ("compact", "published")}  # what pydantic names behind these fields
+
+
 def explain(error: ValidationError, root: type[BaseModel] | None = None) -> str:
     """The first few faults of a validation error, each with its field and value.
 
@@ -354,11 +398,7 @@ def _fields_of(location: Sequence[int | str]) -> list[str]:
     as "constrained-float", or behind `encoder` the kind of its input."""
     parts = [str(part) for part in location]
     pairs = zip(["", *parts], parts, strict=False)
-    return [
-        part
-        for before, part in pairs
-        if not UNION_MEMBER.fullmatch(part) and not (before == "encoder" and part in ENCODERS)
-    ]
+    return [part for before, part in pairs if not UNION_MEMBER.fullmatch(part) and part not in MEMBERS.get(before, ())]
 
 
 def suggestion(key: str, names: Iterable[str]) -> str:

@@ -15,13 +15,14 @@ from seqmodels.config import (
     FeatureEncoderConfig,
     FrameEncoderConfig,
     ImageEncoderConfig,
+    PublishedBackboneConfig,
     StackConfig,
     TextEncoderConfig,
 )
 from seqmodels.dropout import dropout, embed
 from seqmodels.recurrent import Recurrent
 from seqmodels.state import Memory, State
-from seqmodels.vision import Backbone
+from seqmodels.vision import build_backbone
 
 Encoded = tuple[Memory, State | None]
 
@@ -34,7 +35,7 @@ class RecurrentEncoder(nn.Module):
         self.recurrent = Recurrent.from_config(config.recurrent, input_size, config.locked_dropout)
         self.dropout, self.locked_dropout = config.dropout, config.locked_dropout
         self.input_dropout = config.rate_on_inputs
-        self.output_size = self.recurrent.output_size
+        self.output_size = self.summary_size = self.recurrent.output_size
 
     def start(self, rows: int) -> State:
         """Of a one-directional encoder: what each row's input begins from."""
@@ -92,8 +93,8 @@ class FrameEncoder(RecurrentEncoder):
     """Frames of a video (B, S, C, height, width): each through the backbone, flattened, then through time."""
 
     def __init__(self, config: FrameEncoderConfig) -> None:
-        backbone = Backbone(config.backbone)
-        size = backbone.output_size * backbone.grid[0] * backbone.grid[1]  # a flat grid still knows where things are
+        backbone, grid = build_backbone(config.backbone), config.backbone.grid
+        size = backbone.output_size * grid[0] * grid[1]  # a flat grid still knows where things are
         super().__init__(config, size)
         self.backbone = backbone
 
@@ -103,21 +104,30 @@ class FrameEncoder(RecurrentEncoder):
 
 
 class ImageEncoder(nn.Module):
-    """An image (B, C, height, width) -> Memory whose positions are the cells of the backbone's grid, row by row."""
+    """An image -> Memory whose positions are the cells of the backbone's grid, row by row.
+
+    Inputs are images (B, C, height, width), or grids (B, D, h, w) of the backbone, where they have been made before.
+    """
 
     def __init__(self, config: ImageEncoderConfig) -> None:
         super().__init__()
-        self.backbone = Backbone(config.backbone)
+        self.backbone = build_backbone(config.backbone)
         self.output_size = self.backbone.output_size
+        self.summary_size = self.backbone.pooled_size
         self.dropout = config.dropout
-        cells = self.backbone.grid[0] * self.backbone.grid[1]
+        self._makes_grids = config.backbone.in_channels
+        self._pools = isinstance(config.backbone, PublishedBackboneConfig)
+        cells = config.backbone.grid[0] * config.backbone.grid[1]
         self.places = nn.Parameter(torch.randn(cells, self.output_size) * 0.1)  # where a cell stands in the picture
 
     def forward(self, inputs: Tensor, lengths: Tensor | None = None, state: State | None = None) -> Encoded:
-        values = self.backbone(inputs).flatten(2).mT + self.places  # (B, S, D)
+        grid = self.backbone(inputs) if inputs.shape[1] == self._makes_grids else inputs
+        values = grid.flatten(2).mT + self.places  # (B, S, D)
         values = F.dropout(values, self.dropout, self.training)
         mask = values.new_ones(values.shape[:2], dtype=torch.bool)
-        return Memory(values, mask, values.mean(1)), None
+        # As the published weights were trained; a compact backbone has no such habit.
+        summary = self.backbone.pool(grid) if self._pools else values.mean(1)
+        return Memory(values, mask, summary), None
 
 
 def _mask(lengths: Tensor, positions: int) -> Tensor:

@@ -33,7 +33,9 @@ class Labeller(nn.Module):
         assert config.encoder is not None
         self.config = config
         self.encoder = build_encoder(config.encoder)
-        self.head = nn.Linear(self.encoder.output_size, len(config.labels))
+        pools = config.architecture == "classifier" and config.pooling == "last"
+        size = self.encoder.summary_size if pools else self.encoder.output_size
+        self.head = nn.Linear(size, len(config.labels))
         self._weights = [config.class_weights.get(label, 1.0) for label in config.labels]
 
     def forward(self, inputs: Tensor, labels: Tensor, lengths: Tensor | None = None) -> Output:
@@ -169,8 +171,8 @@ class SequenceGenerator(nn.Module):
         assert config.decoder is not None
         self.config = config
         self.encoder = build_encoder(config.encoder) if config.encoder else None
-        size = self.encoder.output_size if self.encoder else None
-        self.decoder = Decoder(config.decoder, size, size)
+        sizes = (self.encoder.output_size, self.encoder.summary_size) if self.encoder else (None, None)
+        self.decoder = Decoder(config.decoder, *sizes)
 
     def forward(
         self,
