@@ -26,7 +26,7 @@ METRICS: dict[Task, tuple[str, ...]] = {
     "tag": ("accuracy", "span_f1", "nll"),
     # chrF first: BLEU is 0, or luck, where targets are shorter than four words.
     "translate": ("chrf", "bleu", "exact_match", "nll"),
-    "caption": ("chrf", "bleu", "exact_match", "nll"),
+    "caption": ("cider_d", "cider", "bleu_4", "rouge_l", "chrf", "bleu", "exact_match", "nll"),
     "generate": ("nll", "perplexity", "bits_per_character"),
 }
 METRICS_OF_PROBLEMS: dict[ProblemType, tuple[str, ...]] = {
@@ -114,6 +114,7 @@ class DataSection(Strict):
     tokenizer: TokenizerSection = TokenizerSection()
     input_vectors: str | None = None  # a text file of word vectors: the embeddings that the encoder begins with ...
     target_vectors: str | None = None  # ... and those of the decoder; the tokenizer's kind must be `word`
+    backbone_weights: str | None = None  # a safetensors file, or a model of the hub, that the backbone begins with
     max_input_length: PositiveInt = 256  # tokens, frames or steps
     max_target_length: PositiveInt = 256  # tokens
     chunk_length: PositiveInt = 64  # language models: steps between two cuts of back-propagation

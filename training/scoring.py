@@ -5,7 +5,7 @@ likelihood, forward only, the state carried from chunk to chunk.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from seqmodels.pipeline import Pipeline
 from seqmodels.rendering import is_bio
 from seqmodels.state import State
 from seqmodels.tokenizer import BOS
-from training import metrics
+from training import captions, metrics
 from training.adaptive import SEGMENT_LENGTH, Adaptation, Adaptive
 from training.config import some
 from training.data.batches import Buckets
@@ -74,7 +74,7 @@ def score(
         )
     pipeline = Pipeline.from_pretrained(directory, device, average=average, **loading)
     # A classifier reads the beginning of what is too long, in training as here; let the others do what they can.
-    jobs = [pipeline.prepare(row.item, params, truncate=True) for row in rows]
+    jobs = [pipeline.prepare(_item(row, codec), params, truncate=True) for row in rows]
     answers = pipeline.run(jobs)
     nll = _mean_nll(_model(directory, device, average), rows, codec, device)
     if codec.config.task == "classify":
@@ -83,7 +83,13 @@ def score(
         read = [len(job.reading.positions) for job in jobs]
         return _score_tags(rows, answers, read, nll, is_bio(codec.config.labels))
     texts = [answer["sequences"][0]["text"] if answer["sequences"] else "" for answer in answers]
-    return _score_texts(rows, texts, nll)
+    scored = _score_texts(rows, texts, nll)
+    return _with_caption_scores(scored, rows, texts) if codec.config.task == "caption" else scored
+
+
+def _item(row: Row, codec: Codec) -> Any:
+    """As `Pipeline.prepare` takes it: of a picture whose grid is known, that."""
+    return {"image": codec.decode_picture(row.input)} if codec.grids and isinstance(row.input, bytes) else row.item
 
 
 def applicable(config: ModelConfig, loading: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,6 +224,17 @@ def _score_texts(rows: Sequence[Row], texts: Sequence[str], nll: float) -> Score
     }
     signatures = {"bleu": cased_signature, "bleu_lowercase": lower_signature, "chrf": chrf_signature}
     return Scored(scores, len(rows), signatures, _samples(rows, texts))
+
+
+def _with_caption_scores(scored: Scored, rows: Sequence[Row], texts: Sequence[str]) -> Scored:
+    """And those of the captioning evaluation."""
+    candidates = [captions.tokens(text) for text in texts]
+    references = [[captions.tokens(text) for text in row.references] for row in rows]
+    scores = {f"bleu_{order}": score for order, score in enumerate(captions.bleu(candidates, references), start=1)}
+    scores["rouge_l"] = captions.rouge_l(candidates, references)
+    scores["cider"] = captions.cider(candidates, references)
+    scores["cider_d"] = captions.cider_d(candidates, references)
+    return replace(scored, scores=scores | scored.scores)
 
 
 def _model(directory: Directories, device: str, average: Average) -> Model | Averaged:

@@ -1,10 +1,14 @@
 """The captioning measures by hand."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 
+from tests.training.recipes import recipe
 from training.captions import Cider, bleu, cider, cider_d, rouge_l, tokens
+from training.run import train
 
 
 @pytest.mark.parametrize(
@@ -75,3 +79,26 @@ def test_cider_is_the_mean_over_references_and_pictures() -> None:
     corpus = [[["a", "dog"], ["one", "cow"]], CAT]
     assert Cider(corpus).score(["a", "dog"], corpus[0]) == pytest.approx(10 * (2 / 4) / 2)
     assert cider_d([["a", "dog"], ["q"]], corpus) == pytest.approx(100 * 10 * (2 / 4) / 2 / 2)
+
+
+def test_captioners_are_scored_so(tmp_path: Path) -> None:
+    model = {
+        "architecture": "generator",
+        "encoder": {"input": "image", "backbone": {"image_size": [8, 8], "channels": [4]}},
+        "decoder": {"embedding_size": 8, "recurrent": {"hidden_size": 8}},
+    }
+    run = {"max_steps": 1, "max_eval_samples": 8, "rows_per_batch": 8}
+    train(recipe("caption", directory=tmp_path, model=model, data={"generated": "captions"}, run=run))
+    scores = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["validation"]
+    assert {
+        "bleu_1",
+        "bleu_2",
+        "bleu_3",
+        "bleu_4",
+        "rouge_l",
+        "cider",
+        "cider_d",
+        "bleu",
+        "chrf",
+        "nll",
+    } <= scores.keys()
