@@ -102,6 +102,8 @@ class Reader:
         if kind == "text":
             return torch.tensor(self._text(value, field, truncate, inside))
         if kind == "image":
+            if isinstance(value, Tensor):  # preprocessed before, or a backbone's grid
+                return value
             if not isinstance(value, bytes):
                 raise InputError("the image must be bytes of an image file", param=field, code="invalid_type")
             return self._preprocessor.image(value, field)

@@ -26,7 +26,7 @@ from training.config import Recipe
 from training.data.batches import Batch, Batches
 from training.data.examples import Codec
 from training.directory import FINISHED, RUN
-from training.initial import begin_from, new_model
+from training.initial import begin_as_kept, begin_from, new_model
 from training.interrupts import interrupts_wait
 from training.optim import (
     FULL,
@@ -44,7 +44,6 @@ from training.optim import (
 )
 from training.reporter import Reporter
 from training.self_critical import objective_of
-from training.vectors import begin_with_vectors
 from training.workers import ALONE, Workers
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -85,7 +84,7 @@ class Trainer:
         if found is None and workers.is_first:
             if recipe.init_from is not None:
                 begin_from(recipe.init_from, self.model, reporter.say)
-            begin_with_vectors(self.model, recipe.data, directory)
+            begin_as_kept(self.model, recipe.data, directory)
         self.model.to(recipe.run.device)
         if found is None:
             workers.copy_first(self.model.state_dict().values())

@@ -14,7 +14,16 @@ from typing import Any, NoReturn
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from seqmodels.config import ENCODERS, DecoderConfig, ModelConfig, TextEncoderConfig, explain, section_of, suggestion
+from seqmodels.config import (
+    ENCODERS,
+    DecoderConfig,
+    ModelConfig,
+    PublishedBackboneConfig,
+    TextEncoderConfig,
+    explain,
+    section_of,
+    suggestion,
+)
 from seqmodels.errors import ConfigError
 from seqmodels.yaml_files import parse_yaml, read_yaml
 from training.config import Facts, Recipe
@@ -76,6 +85,7 @@ def _check_model(recipe: Recipe) -> None:
         raise ConfigError(_with_neighbour(f"model.{str(error).removeprefix('model.')}", recipe.model)) from None
     _check_single_layers(recipe, config)
     _check_vectors(recipe, config)
+    _check_backbone(recipe, config)
     if recipe.data.chunk_length == 1 and config.decoder and config.decoder.temporal_activation_penalty:
         raise ConfigError(
             "model.decoder.temporal_activation_penalty does nothing where data.chunk_length is 1: a single step has no "
@@ -130,6 +140,20 @@ def _check_vectors(recipe: Recipe, config: ModelConfig) -> None:
             raise ConfigError(
                 f"{field}, a file of words, but data.tokenizer.kind is {data.tokenizer.kind!r}; set it to word"
             )
+
+
+def _check_backbone(recipe: Recipe, config: ModelConfig) -> None:
+    if recipe.data.backbone_weights is None:
+        return
+    field = f"data.backbone_weights is {recipe.data.backbone_weights!r}"
+    backbone = getattr(config.encoder, "backbone", None)
+    if not isinstance(backbone, PublishedBackboneConfig):
+        raise ConfigError(
+            f"{field}, but the model has no backbone of which weights are published; set model.encoder.backbone.kind "
+            "to resnet18, resnet34, resnet50, resnet101 or mobilenet_v2, or remove it"
+        )
+    if recipe.init_from is not None:
+        raise ConfigError(f"{field}, but model.init_from brings the saved model's backbone; remove one of them")
 
 
 def _apply(fields: dict[str, Any], override: str) -> None:

@@ -8,7 +8,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,8 @@ from training.report import numbers
 
 WIDE = 130  # columns of a terminal that has room for a bar; the numbers need all of 80
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal to draw a bar on
+
+Count = Callable[[int, int], None]  # how many are done, of how many
 
 
 class Reporter:
@@ -65,6 +68,26 @@ class Reporter:
     def say(self, text: str) -> None:
         """A line for the person watching."""
         self.console.print(text, markup=False)
+
+    @contextmanager
+    def counting(self, what: str) -> Iterator[Count]:
+        """A bar for long work before the first step, or a line every so often where there is no terminal. Call what is
+        yielded with how many are done, of how many."""
+        if self.console.is_terminal:
+            columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            with Progress(*columns, console=self.console, transient=True) as bar:
+                task = bar.add_task("", total=None)
+                yield lambda done, total: bar.update(task, completed=done, total=total)
+            return
+        told = time.monotonic()
+
+        def tell(done: int, total: int) -> None:
+            nonlocal told
+            if time.monotonic() - told >= SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                self.say(f"{what}: {done} of {total}")
+
+        yield tell
 
     def step(self, step: int, total_steps: int, done: Update) -> None:
         """Progress after one step: loss, share of steps clipped, best score, tokens/s and time left."""
@@ -183,6 +206,10 @@ class Silence(Reporter):
 
     def say(self, text: str) -> None:
         pass
+
+    @contextmanager
+    def counting(self, what: str) -> Iterator[Count]:
+        yield lambda done, total: None
 
     def step(self, step: int, total_steps: int, done: Update) -> None:
         pass

@@ -4,22 +4,27 @@ import json
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from seqmodels.errors import CheckpointError, ConfigError, DataError
 from seqmodels.pretrained import RECIPE, load_pretrained
 from seqmodels.rendering import is_bio
 from training import checkpoint
+from training.backbones import read_backbone
 from training.candidates import VALIDATED
 from training.card import model_card
 from training.config import Recipe, RunSection, some
 from training.data.batches import Batches, Buckets, lengths_of
 from training.data.encoded import ENCODED, Encoded, is_encodable
 from training.data.examples import Codec, Example
+from training.data.grids import cache_directory, grids_of
 from training.data.pictures import preprocessor_for
 from training.data.rows import Row, fingerprint
 from training.data.sources import load_rows
@@ -37,13 +42,13 @@ from training.directory import (
     saved_run,
     write_run,
 )
-from training.initial import check_memory
+from training.initial import check_memory, frozen_backbone, keep_begin
 from training.interrupts import termination_interrupts
 from training.loop import Trainer
 from training.report import provenance, write_report
 from training.reporter import Reporter, Silence
 from training.scoring import score
-from training.vectors import check_files, read_vectors, save_vectors
+from training.vectors import check_files, read_vectors
 from training.workers import ALONE, Workers
 
 SHOWN = "shown.json"  # of a validated model: outputs or confusions, for the report
@@ -101,6 +106,7 @@ def train_as(workers: Workers, recipe: Recipe, voice: Callable[[Path], Reporter]
             rows = load_rows(recipe, say=reporter.say)
         codec = workers.of_first(lambda: _prepare(directory, recipe, rows, saved, reporter))
         _check_same(workers, rows)
+        codec = _with_grids(recipe, codec, rows, directory, reporter)
         examples = _encoded_by(workers, directory, codec, rows["train"])
         batches = _batches(recipe, codec, examples)
         _introduce(recipe, rows, codec, examples, batches, reporter)
@@ -152,7 +158,7 @@ def _prepare(
         codec = Codec.train(recipe, rows["train"])
         check_memory(codec.config)  # first, so that the same directory serves a smaller model
         (directory / RUN).unlink(missing_ok=True)  # it names what stands here, so it goes before that changes
-        save_vectors(read_vectors(recipe.data, codec, reporter.say), directory)
+        keep_begin(_read_begin(recipe, codec, reporter), directory)
         write_run(directory, recipe, codec, data)
         return codec
     if saved.data != data:
@@ -167,6 +173,32 @@ def _prepare(
         )
     source, target = read_tokenizers(directory, saved)
     return Codec(saved.model, source, target, preprocessor_for(saved.model), recipe.data.max_target_length)
+
+
+def _read_begin(recipe: Recipe, codec: Codec, reporter: Reporter) -> dict[str, Tensor]:
+    """The weights that others have trained, by names of the model's."""
+    weights = read_vectors(recipe.data, codec, reporter.say)
+    if recipe.data.backbone_weights is not None:
+        weights |= read_backbone(recipe.data.backbone_weights, codec.config)
+        reporter.say(f"data.backbone_weights: the backbone begins with the weights of {recipe.data.backbone_weights}")
+    return weights
+
+
+def _with_grids(
+    recipe: Recipe, codec: Codec, rows: Mapping[str, Sequence[Row]], directory: Path, reporter: Reporter
+) -> Codec:
+    """Where the backbone does not learn, what it makes of each picture in place of the picture."""
+    backbone = frozen_backbone(recipe, codec.config, directory)
+    if backbone is None or codec.config.input != "image":
+        return codec
+    assert codec.preprocessor is not None
+    pictures = (row.input for split in rows.values() for row in split if isinstance(row.input, bytes))
+    began = time.monotonic()
+    with reporter.counting("pictures") as told:
+        grids = grids_of(pictures, backbone, codec.preprocessor, cache_directory(), told)
+    seconds = time.monotonic() - began
+    reporter.say(f"the backbone's features of {len(grids)} pictures are in {cache_directory()} ({seconds:.0f} s)")
+    return replace(codec, grids=grids)
 
 
 def _check_same(workers: Workers, rows: Mapping[str, Sequence[Row]]) -> None:

@@ -21,13 +21,13 @@ from training import checkpoint
 from training.config import Recipe, merit
 from training.data.encoded import ENCODED
 from training.directory import FINISHED, as_yaml, readable_run
+from training.initial import BEGIN
 from training.report import html_facts, html_page, html_table, html_text, provenance
 from training.space import Space, Trial
-from training.vectors import FILE as VECTORS
 
 CSV = "trials.csv"
 # Removed from all but the best.
-LARGE = ("checkpoints", "validated", "snapshots", "tensorboard", "model.safetensors", ENCODED, VECTORS)
+LARGE = ("checkpoints", "validated", "snapshots", "tensorboard", "model.safetensors", ENCODED, BEGIN)
 
 
 @dataclass(frozen=True)

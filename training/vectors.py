@@ -1,26 +1,21 @@
 """Word vectors that others have trained, such as GloVe's or word2vec's, as the embeddings that a model begins with.
 
 A text file with a word and its numbers in each line, spaces or tabs between; a first line `count size` is word2vec's.
-What a run needs of it is kept in the run's directory before step 0, so that going on does not depend on the file.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from seqmodels.errors import CheckpointError, ConfigError, DataError
+from seqmodels.errors import ConfigError, DataError
 from seqmodels.tokenizer import Tokenizer
-from training import checkpoint
 from training.config import DataSection
 from training.data.examples import Codec
 
-FILE = "vectors.safetensors"
 SEPARATORS = re.compile(r"[ \t]+")  # not all white space: some words hold a no-break space
 BYTE_ORDER_MARK = "\ufeff"  # some editors write one before the first word
 LARGEST = torch.finfo(torch.float32).max
@@ -66,33 +61,6 @@ def read_vectors(data: DataSection, codec: Codec, say: Callable[[str], None]) ->
         say(f"data.{field}: {count} of {len(found)} words of the vocabulary begin with the vectors of {name}")
         vectors[f"{part}.embedding.weight"] = found
     return vectors
-
-
-def save_vectors(vectors: Mapping[str, Tensor], directory: Path) -> None:
-    """Keep them for the run that begins here, and no others."""
-    (directory / FILE).unlink(missing_ok=True)
-    if vectors:
-        with checkpoint.writing_whole(directory / FILE) as temporary:
-            save_file(dict(vectors), temporary)
-
-
-def begin_with_vectors(model: nn.Module, data: DataSection, directory: Path) -> None:
-    """Put in what `save_vectors` has kept, if any are named; words without vectors keep their initial ones.
-
-    Raises CheckpointError where it is gone.
-    """
-    if not (data.input_vectors or data.target_vectors):
-        return
-    try:
-        vectors = load_file(directory / FILE)
-    except (OSError, SafetensorError):
-        raise CheckpointError(
-            f"{directory / FILE} is gone or broken, so the run cannot begin with its vectors; remove the directory to "
-            "start again"
-        ) from None
-    for name, found in vectors.items():
-        weight = model.get_parameter(name).data
-        weight.copy_(torch.where(found.isnan(), weight, found))
 
 
 class _SizeError(Exception):

@@ -9,7 +9,7 @@ import torch
 from seqmodels.errors import ConfigError, DataError
 from seqmodels.pretrained import load_pretrained
 from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TEXT_ENCODER, TRANSLATOR, WORDS, fields, recipe
-from training import vectors
+from training import initial, vectors
 from training.__main__ import main
 from training.loop import Trainer
 from training.parsing import parse_recipe
@@ -117,9 +117,9 @@ def test_a_run_goes_on_without_the_file_also_before_its_first_checkpoint(
 
 
 def test_what_an_attempt_without_a_run_left_is_not_used(tmp_path: Path) -> None:
-    vectors.save_vectors({"encoder.embedding.weight": torch.ones(2, 2)}, tmp_path)
+    initial.keep_begin({"encoder.embedding.weight": torch.ones(2, 2)}, tmp_path)
     train(recipe(directory=tmp_path, run={"max_eval_samples": 4}))
-    assert not (tmp_path / vectors.FILE).exists()
+    assert not (tmp_path / initial.BEGIN).exists()
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from seqmodels.preprocessing import Preprocessor
 from seqmodels.pretrained import Pretrained, load_pretrained
 from seqmodels.tokenizer import BOS, EOS, Tokenizer
 from training.config import DataSection, Facts, Recipe, some
+from training.data.grids import Grids
 from training.data.pictures import decode, preprocessor_for
 from training.data.rows import Row, in_order
 
@@ -50,6 +51,7 @@ class Codec:
     target_tokenizer: Tokenizer | None
     preprocessor: Preprocessor | None
     max_target_length: int
+    grids: Grids | None = None  # of pictures, where they are known
 
     @classmethod
     def train(cls, recipe: Recipe, rows: Sequence[Row]) -> "Codec":
@@ -103,7 +105,9 @@ class Codec:
         return (example for row in rows for example in self._examples(row) if self._fits(example))
 
     def decode_picture(self, data: bytes) -> Tensor:
-        """A picture's file -> (C, H, W). Raises InputError."""
+        """A picture's file -> (C, H, W), or the backbone's grid of it, (D, h, w). Raises InputError."""
+        if self.grids is not None and (grid := self.grids.get(data)) is not None:
+            return grid
         assert self.preprocessor is not None
         return decode(self.preprocessor, data)
 
