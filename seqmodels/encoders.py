@@ -115,13 +115,13 @@ class ImageEncoder(nn.Module):
         self.output_size = self.backbone.output_size
         self.summary_size = self.backbone.pooled_size
         self.dropout = config.dropout
-        self._makes_grids = config.backbone.in_channels
+        self._channels = config.backbone.in_channels  # of a picture; a grid has others
         self._pools = isinstance(config.backbone, PublishedBackboneConfig)
         cells = config.backbone.grid[0] * config.backbone.grid[1]
         self.places = nn.Parameter(torch.randn(cells, self.output_size) * 0.1)  # where a cell stands in the picture
 
     def forward(self, inputs: Tensor, lengths: Tensor | None = None, state: State | None = None) -> Encoded:
-        grid = self.backbone(inputs) if inputs.shape[1] == self._makes_grids else inputs
+        grid = self.backbone(inputs) if inputs.shape[1] == self._channels else inputs
         values = grid.flatten(2).mT + self.places  # (B, S, D)
         values = F.dropout(values, self.dropout, self.training)
         mask = values.new_ones(values.shape[:2], dtype=torch.bool)

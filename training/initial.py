@@ -91,6 +91,8 @@ def frozen_backbone(recipe: Recipe, config: ModelConfig, directory: Path) -> Bac
     backbone_config = getattr(config.encoder, "backbone", None)
     if backbone_config is None or not (recipe.data.backbone_weights or recipe.init_from):
         return None
+    if backbone_config.output_size == backbone_config.in_channels:  # nothing would tell its grids from pictures
+        return None
     backbone = build_backbone(backbone_config)
     names = [f"{BACKBONE}{name}" for name, _ in backbone.named_parameters()]
     if not all(any(fnmatchcase(name, pattern) for pattern in recipe.optim.freeze) for name in names):

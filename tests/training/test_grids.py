@@ -147,3 +147,16 @@ def test_what_counts_as_frozen(tmp_path: Path, freeze: list[str], is_frozen: boo
     backbone = frozen_backbone(found, load_pretrained(directory).config, tmp_path)
     assert (backbone is not None) == is_frozen
     assert frozen_backbone(config, load_pretrained(directory).config, tmp_path) is None  # begins with drawn weights
+
+
+def test_grids_that_look_like_pictures_are_not_made(tmp_path: Path) -> None:
+    backbone = {"image_size": [16, 16], "channels": [4, 3]}
+    model = {**CAPTIONER, "encoder": {"input": "image", "backbone": backbone}}
+    train(captioner(tmp_path / "begun", model=model, run={**RUN, "max_steps": 1}))
+    found = captioner(
+        tmp_path / "next",
+        model={"init_from": str(tmp_path / "begun")},
+        data={"generated": "captions", "tokenizer": {}},
+        optim={"freeze": ["encoder.backbone.*"]},
+    )
+    assert frozen_backbone(found, load_pretrained(tmp_path / "begun").config, tmp_path) is None
