@@ -53,7 +53,7 @@ class CapturedStepper:
         self.config, self.device = stepper.config, stepper.device
         self.vocab_size, self.output_size = stepper.vocab_size, stepper.output_size
         self.attends, self.output_attentions = stepper.attends, stepper.output_attentions
-        self.state_width = stepper.state_width
+        self.reads_memory, self.state_width = stepper.reads_memory, stepper.state_width
         self._stepper = stepper
         self._capture: Capture | None = capture  # None once it has failed
         self._steps_before, self._max_graphs = steps_before, max_graphs
@@ -75,8 +75,8 @@ class CapturedStepper:
     def shorten(self, words: Tensor) -> Shortlisted:
         return self._stepper.shorten(words)
 
-    def read(self, tokens: Tensor, lengths: Tensor, state: State) -> State:
-        return self._stepper.read(tokens, lengths, state)
+    def read(self, tokens: Tensor, lengths: Tensor, state: State, groups: Groups = ()) -> State:
+        return self._stepper.read(tokens, lengths, state, groups)
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, state: State, groups: Groups) -> Stepped:

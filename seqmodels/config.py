@@ -219,6 +219,9 @@ class DecoderConfig(StackConfig):
     embedding_size: PositiveInt = 256
     embedding_dropout: Probability = 0.0  # of whole words, at all their places in a batch (Gal and Ghahramani 2016)
     attention: AttentionKind = "none"
+    attention_from: Literal["last", "first"] = "last"  # whose outputs look; layers above the first read what it saw
+    attention_gate: bool = False  # the outputs also say how much of what was seen counts (Xu et al. 2015)
+    attention_penalty: NonNegativeFloat = 0.0  # in `loss`, for places that are not looked at once in all (the same)
     tie_embeddings: bool = False  # the output layer uses the embedding matrix (Press and Wolf 2017)
     # The share of tokens read in training that the model chose itself, at its end: it rises evenly from 0.
     scheduled_sampling: Probability = 0.0  # Bengio et al. 2015, in two passes as in Mihaylova and Martins 2019
@@ -236,7 +239,22 @@ class DecoderConfig(StackConfig):
             raise ValueError(
                 "decoder.recurrent.bidirectional is true, but a decoder cannot read what it has not written"
             )
+        self._check_attention()
         return self
+
+    def _check_attention(self) -> None:
+        if self.attention == "none":
+            for name, default in (("attention_from", "last"), ("attention_gate", False), ("attention_penalty", 0.0)):
+                if (value := getattr(self, name)) != default:
+                    raise ValueError(
+                        f"decoder.{name} is {value!r}, but decoder.attention is 'none'; choose dot, general or "
+                        f"additive, or remove {name}"
+                    )
+        if self.attention_from == "first" and self.recurrent.num_layers < 2:
+            raise ValueError(
+                "decoder.attention_from is 'first', but decoder.recurrent.num_layers is 1, so that no layer would read "
+                "what it saw; raise num_layers, or remove attention_from"
+            )
 
 
 class ModelConfig(Strict):

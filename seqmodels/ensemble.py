@@ -148,5 +148,5 @@ class Averaged:
         """Each member's columns."""
         if state is None:
             return [None] * len(self._members)
-        widths = [m.decoder.recurrent.state_width for m in self._members if isinstance(m, SequenceGenerator)]
+        widths = [m.decoder.state_width for m in self._members if isinstance(m, SequenceGenerator)]
         return [State(values.contiguous()) for values in torch.split(state.values, widths, dim=1)]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from seqmodels.config import ModelConfig
 from seqmodels.crf import LinearChain
-from seqmodels.decoder import Decoder
+from seqmodels.decoder import Decoder, Pass
 from seqmodels.encoders import RecurrentEncoder, build_encoder
 from seqmodels.errors import UnsupportedError
 from seqmodels.losses import IGNORE, Output, labelled, measured
@@ -190,11 +190,11 @@ class SequenceGenerator(nn.Module):
         real = _targets(labels, label_lengths)
         places = _places(real)
         memory = None if inputs is None else self.encode(inputs, lengths)
-        outputs, features, after = self._read(self._sampled(labels, real, places, memory, state), memory, state)
+        passed, features = self._read(self._sampled(labels, real, places, memory, state), memory, state)
         features = _at(features, places)  # (M, E) for the M real targets
         out = labelled(self.decoder.project(features), _at(labels[:, 1:], places), self.config.label_smoothing)
-        penalty = self._penalty(outputs, features, real)
-        return Output(out.loss + penalty, out.nll, out.num_targets, None, after)
+        penalty = self._penalty(passed, features, real, memory)
+        return Output(out.loss + penalty, out.nll, out.num_targets, None, passed.state)
 
     def target_logits(
         self,
@@ -207,8 +207,8 @@ class SequenceGenerator(nn.Module):
         """What `forward` compares: logits (M, V) with the M real targets (M,); and the State after them."""
         places = _places(_targets(labels, label_lengths))
         memory = None if inputs is None else self.encode(inputs, lengths)
-        _, features, after = self._read(labels, memory, state)
-        return self.decoder.project(_at(features, places)), _at(labels[:, 1:], places), after
+        passed, features = self._read(labels, memory, state)
+        return self.decoder.project(_at(features, places)), _at(labels[:, 1:], places), passed.state
 
     def logprobs(
         self, labels: Tensor, label_lengths: Tensor, inputs: Tensor | None = None, lengths: Tensor | None = None
@@ -219,14 +219,14 @@ class SequenceGenerator(nn.Module):
     def predict(self, labels: Tensor, inputs: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """The log-probability of every token at each place of labels (B, T+1), given what stands before: (B, T, V)."""
         memory = None if inputs is None else self.encode(inputs, lengths)
-        _, features, _ = self._read(labels, memory, None)
+        _, features = self._read(labels, memory, None)
         return self.decoder.project(features).float().log_softmax(-1)
 
-    def _read(self, labels: Tensor, memory: Memory | None, state: State | None) -> tuple[Tensor, Tensor, State]:
-        """The stack's outputs (B, T, H), what the output layer reads (B, T, E), and the State after T."""
+    def _read(self, labels: Tensor, memory: Memory | None, state: State | None) -> tuple[Pass, Tensor]:
+        """What the recurrence makes of labels (B, T+1), and what the output layer reads (B, T, E)."""
         state = state if state is not None else self.start(memory, len(labels))
-        outputs, state = self.decoder.read(labels[:, :-1], state)
-        return outputs, self.decoder.features(outputs, self.decoder.attend(outputs, memory)), state
+        passed = self.decoder.read(labels[:, :-1], state, memory)
+        return passed, self.decoder.features(passed.outputs, passed.context)
 
     def _sampled(
         self, labels: Tensor, real: Tensor, places: Tensor, memory: Memory | None, state: State | None
@@ -238,16 +238,17 @@ class SequenceGenerator(nn.Module):
         if not (self.training and share > 0):
             return labels
         with torch.no_grad():
-            _, features, _ = self._read(labels, memory, state)
+            _, features = self._read(labels, memory, state)
             drawn = self.decoder.project(_at(features, places)).float().softmax(-1).multinomial(1)[:, 0]
             chosen = labels[:, 1:].flatten().index_copy(0, places, drawn).view_as(real)
             replaced = real & (torch.rand(real.shape, device=real.device) < share)
         return torch.cat([labels[:, :1], torch.where(replaced, chosen, labels[:, 1:])], dim=1)
 
-    def _penalty(self, outputs: Tensor, features: Tensor, real: Tensor) -> Tensor | float:
-        """Activation regularisation, and temporal (Merity et al. 2017), as means over real positions.
+    def _penalty(self, passed: Pass, features: Tensor, real: Tensor, memory: Memory | None) -> Tensor | float:
+        """Activation regularisation, and temporal (Merity et al. 2017), as means over real positions; and the doubly
+        stochastic one of attention (Xu et al. 2015), as a mean over the memory's real positions.
 
-        outputs: (B, T, H); features: (M, E), of real positions alone; real: (B, T).
+        features: (M, E), of real positions alone; real: (B, T).
 
         As in the authors' code, the first is of what the output layer reads, dropout included, and the second of the
         last layer's outputs before it, within the steps at hand: none between two chunks of running text.
@@ -258,7 +259,12 @@ class SequenceGenerator(nn.Module):
         if alpha > 0:
             penalty = penalty + alpha * features.float().square().sum() / max(1, features.numel())
         if beta > 0:
-            penalty = penalty + beta * _mean_square(outputs[:, 1:] - outputs[:, :-1], real[:, 1:])
+            penalty = penalty + beta * _mean_square(passed.outputs[:, 1:] - passed.outputs[:, :-1], real[:, 1:])
+        if self.config.decoder.attention_penalty > 0 and passed.weights is not None and memory is not None:
+            looks = (passed.weights.float() * real[:, :, None]).sum(1)  # (B, S), 1 where each place is seen once in all
+            penalty = penalty + self.config.decoder.attention_penalty * _mean_square(
+                (1 - looks)[:, :, None], memory.mask
+            )
         return penalty
 
     def encode(self, inputs: Tensor, lengths: Tensor | None = None) -> Memory:

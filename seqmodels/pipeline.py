@@ -272,10 +272,12 @@ class Pipeline:
 
     def goes_on_exactly(self, job: Job, width: int) -> bool:
         """Whether a job that goes on from a state gets the bits of one that never stopped, on one kind of processor.
-        width: of the job that gave the state; with attention, another one may give other last bits."""
+        width: of the job that gave the state; with attention, another one may give other last bits, and where layers
+        read what it saw, any but 1, since a state is computed for one row."""
         if self._stepper is None:
             return self.batch_invariant and self.config.pooling != "attention"
-        return self.batch_invariant and (not self._stepper.attends or job.width == width)
+        alike = job.width == width and (width == 1 or not self._stepper.reads_memory)
+        return self.batch_invariant and (alike or not self._stepper.attends)
 
     def _checked_threshold(self, threshold: float | None) -> float | None:
         if threshold is not None and self.config.problem_type == "regression":

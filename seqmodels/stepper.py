@@ -19,7 +19,7 @@ from seqmodels.cells import SHARES, UPDATES, CellWeights, MinimalWeights, zoneou
 from seqmodels.config import Average, Cell, ModelConfig, Weights
 from seqmodels.ensemble import mean_of
 from seqmodels.errors import ConfigError
-from seqmodels.kernels import LINEAR, Linear, PackedLayer, packed
+from seqmodels.kernels import LINEAR, Linear, PackedLayer, PackedLinear, packed
 from seqmodels.models import SequenceGenerator
 from seqmodels.record import Record
 from seqmodels.recurrent import Recurrent
@@ -83,6 +83,7 @@ class Decodes(Protocol):
     config: ModelConfig
     device: torch.device
     attends: bool  # whether steps look at a memory
+    reads_memory: bool  # whether `read` does too, since states depend on what was seen
     output_attentions: bool  # and can say where
     state_width: int
     vocab_size: int
@@ -91,7 +92,7 @@ class Decodes(Protocol):
     def encode(self, inputs: Tensor, lengths: Tensor | None) -> Any: ...
     def start(self, memory: Any, rows: int) -> State: ...
     def shorten(self, words: Tensor) -> Shortlisted: ...
-    def read(self, tokens: Tensor, lengths: Tensor, state: State) -> State: ...
+    def read(self, tokens: Tensor, lengths: Tensor, state: State, groups: Groups = ()) -> State: ...
     def step(self, tokens: Tensor, state: State, groups: Groups) -> Stepped: ...
 
 
@@ -108,22 +109,22 @@ class Stepper:
         self.vocab_size, self.output_size = decoder.output_matrix.shape
         self.device = decoder.output_bias.device
         self.attends = self.output_attentions = decoder.attention is not None
-        self.state_width = decoder.recurrent.state_width
+        self.reads_memory = decoder.above is not None
+        self.state_width = decoder.state_width
         self._model = model
         self._encoder = model.encoder and packed(model.encoder)
         self._decoder = decoder
         embedding = decoder.embedding.weight.detach()
-        first, *others = decoder.recurrent.weights()
+        first = decoder.recurrent.weights()[0]
         self._looks_up = len(embedding) * len(first.input) <= LARGEST_TABLE
-        self._layers = [_step(decoder.recurrent, first, linear, embedding if self._looks_up else None)]
-        self._layers += [_step(decoder.recurrent, layer, linear) for layer in others]
-        self._hidden_size = decoder.recurrent.hidden_size
-        self._residual = decoder.recurrent.residual
+        self._below = _Stack(decoder.recurrent, linear, embedding if self._looks_up else None)
+        self._above = _Stack(decoder.above, linear) if decoder.above else None
         self._combine = decoder.combine and linear(decoder.combine.weight, decoder.combine.bias)
         self._project = linear(decoder.output_matrix, decoder.output_bias)
         # Packed too, though seldom called: other kernels need more rows before a row's bits are its own.
         self._keys = _packed(getattr(decoder.attention, "project_keys", None))
         self._query = _packed(getattr(decoder.attention, "project_query", None))
+        self._gate = decoder.gate and PackedLinear(decoder.gate.weight / 2, decoder.gate.bias / 2)
         self._bridge = _packed(decoder.bridge)
 
     def encode(self, inputs: Tensor, lengths: Tensor | None) -> Memory:
@@ -146,10 +147,11 @@ class Stepper:
         bias = self._decoder.output_bias[words].masked_fill(words == self.config.decoder.pad_token_id, float("-inf"))
         return Shortlisted(words, F.embedding(words, self._decoder.output_matrix), bias)
 
-    def read(self, tokens: Tensor, lengths: Tensor, state: State) -> State:
-        """The state after prefixes (B, T) whose tokens are given, each of its own length (B,), 0 included."""
+    def read(self, tokens: Tensor, lengths: Tensor, state: State, groups: Groups = ()) -> State:
+        """The state after prefixes (B, T) whose tokens are given, each of its own length (B,), 0 included. groups: of
+        the rows, where states depend on memories."""
         for t, step in enumerate(tokens.unbind(1)):
-            _, after = self._recur(step, state)
+            *_, after = self._pass(step, state, groups)
             state = State(torch.where((t < lengths)[:, None], after.values, state.values))
         return state
 
@@ -164,25 +166,25 @@ class Stepper:
 
     def features(self, tokens: Tensor, state: State, groups: Groups) -> Features:
         """All of a step but its logits, which are made of the features (N, E). Looks at no shortlist."""
-        outputs, state = self._recur(tokens, state)
-        weights: list[Tensor] = []
-        if self.attends:
-            context, weights = self._attend(outputs, groups)
+        outputs, context, weights, state = self._pass(tokens, state, groups)
+        if context is not None:
             outputs = torch.cat([outputs, context], dim=1)
         if self._combine is not None:
             outputs = self._combine(outputs).tanh_()
         return outputs, state, weights
 
-    def _recur(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        """tokens (N,) through embedding and recurrence: outputs (N, H)."""
+    def _pass(self, tokens: Tensor, state: State, groups: Groups) -> tuple[Tensor, Tensor | None, list[Tensor], State]:
+        """tokens (N,) through embedding and recurrence: outputs (N, H), what attention saw (N, D), where it looked."""
         x = tokens if self._looks_up else self._decoder.embedding(tokens)
-        parts = torch.split(state.values, self._hidden_size, dim=1)  # hidden of every layer, then cell of every layer
-        after = []
-        for index, layer in enumerate(self._layers):
-            new = layer(x, *parts[index :: len(self._layers)])
-            x = new[0] + x if self._residual and index > 0 else new[0]
-            after.append(new)
-        return x, State(torch.cat([part for kind in zip(*after, strict=True) for part in kind], dim=1))
+        outputs, after = self._below(x, state.values[:, : self._below.state_width])
+        context, weights = self._attend(outputs, groups) if self.attends and groups else (None, [])
+        if self._above is not None:
+            assert context is not None, "layers above read what the first one saw, so there must be a memory"
+            outputs, more = self._above(
+                torch.cat([outputs, context], dim=1), state.values[:, self._below.state_width :]
+            )
+            after = torch.cat([after, more], dim=1)
+        return outputs, context, weights, State(after)
 
     def logits(self, outputs: Tensor, groups: Groups) -> list[Tensor]:
         """outputs (N, E) -> of each group (R, K, V), or (R, K, L) of the tokens on its shortlist."""
@@ -216,7 +218,8 @@ class Stepper:
             first += rows
         if first < len(outputs):
             contexts.append(contexts[0][:1].expand(len(outputs) - first, -1))
-        return torch.cat(contexts) if len(contexts) > 1 else contexts[0], weights
+        context = torch.cat(contexts) if len(contexts) > 1 else contexts[0]
+        return context if self._gate is None else context * _sigmoid_of_half(self._gate(outputs)), weights
 
 
 class Ensemble:
@@ -238,6 +241,7 @@ class Ensemble:
         self.config, self.device = first, members[0].device
         self.vocab_size, self.output_size = members[0].vocab_size, sum(member.output_size for member in members)
         self.attends = any(member.attends for member in members)
+        self.reads_memory = any(member.reads_memory for member in members)
         # Positions of pictures are the cells of each member's own grid; there is no mean over different ones.
         self.output_attentions = self.attends and len({member.config.grid for member in members}) == 1
         self.state_width = sum(member.state_width for member in members)
@@ -256,10 +260,12 @@ class Ensemble:
         weight, bias = torch.cat([one.weight for one in own], dim=2), torch.stack([one.bias for one in own], dim=2)
         return Shortlisted(words, weight, bias)
 
-    def read(self, tokens: Tensor, lengths: Tensor, state: State) -> State:
-        return _side_by_side(
-            [m.read(tokens, lengths, own) for m, own in zip(self._members, self._own(state), strict=True)]
-        )
+    def read(self, tokens: Tensor, lengths: Tensor, state: State, groups: Groups = ()) -> State:
+        after = [
+            member.read(tokens, lengths, own, [self._own_group(group, index) for group in groups])
+            for index, (member, own) in enumerate(zip(self._members, self._own(state), strict=True))
+        ]
+        return _side_by_side(after)
 
     def step(self, tokens: Tensor, state: State, groups: Groups) -> Stepped:
         predictions, states, looks = [], [], []
@@ -307,6 +313,28 @@ def _packed(layer: nn.Linear | None) -> Callable[[Tensor], Tensor]:
 
 def _side_by_side(states: Sequence[State]) -> State:
     return State(torch.cat([state.values for state in states], dim=1))
+
+
+class _Stack:
+    """One step of a stack: (x (N, D), or token ids (N,), and its columns of a State) -> (outputs (N, H), the columns
+    after)."""
+
+    def __init__(self, recurrent: Recurrent, linear: Callable[..., Linear], embedding: Tensor | None = None) -> None:
+        """embedding (V, D): given where the first layer is to look up what it makes of each token."""
+        first, *others = recurrent.weights()
+        self._layers = [_step(recurrent, first, linear, embedding)]
+        self._layers += [_step(recurrent, layer, linear) for layer in others]
+        self._hidden_size, self._residual = recurrent.hidden_size, recurrent.residual
+        self.state_width = recurrent.state_width
+
+    def __call__(self, x: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        parts = torch.split(columns, self._hidden_size, dim=1)  # hidden of every layer, then cell of every layer
+        after = []
+        for index, layer in enumerate(self._layers):
+            new = layer(x, *parts[index :: len(self._layers)])
+            x = new[0] + x if self._residual and index > 0 else new[0]
+            after.append(new)
+        return x, torch.cat([part for kind in zip(*after, strict=True) for part in kind], dim=1)
 
 
 class _Sums:

@@ -90,7 +90,7 @@ class Adaptive:
         """Of the T real targets: the stack's outputs before each (T, H), logits (T, V), themselves (T,); the State."""
         decoder, count = self._model.decoder, int(label_lengths[0]) - 1
         state = state if state is not None else self._model.start(None, 1)
-        outputs, after = decoder.read(labels[:, :-1], state)
+        outputs, _, _, after = decoder.read(labels[:, :-1], state)
         logits = decoder.project(decoder.features(outputs, None)[0, :count])
         return outputs[0, :count], logits, labels[0, 1 : 1 + count], after
 

@@ -57,6 +57,7 @@ def exported_weights(directory: Path, sources: Sequence[Sequence[int]]) -> Expor
         and {encoder.recurrent.cell, decoder.recurrent.cell} == {"lstm"}
         and encoder.recurrent.num_layers == decoder.recurrent.num_layers == 1
         and decoder.attention == "general"
+        and not decoder.attention_gate
         and not decoder.tie_embeddings
         and encoder.output_size == decoder.recurrent.hidden_size
     )

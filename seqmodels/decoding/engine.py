@@ -296,10 +296,12 @@ class Engine:
     def _newcomer(self, request: Request, encoded: Encoded) -> Newcomer:
         # The last token of a prefix is not read here: it is what the first step reads.
         tokens = (self._bos, *request.prefix[:-1]) if request.prefix else ()
+        memory = encoded.memory if self._model.reads_memory else None
         if saved := request.state:
             state = saved.state(self._model.state_width).to(self._device)
-            return Newcomer(request, encoded.memory, Unread(tokens, state, len(saved.tokens)))
-        return Newcomer(request, encoded.memory, Unread(tokens, encoded.state, shared=request.inputs is None))
+            return Newcomer(request, encoded.memory, Unread(tokens, state, len(saved.tokens), memory=memory))
+        shared = request.inputs is None
+        return Newcomer(request, encoded.memory, Unread(tokens, encoded.state, shared=shared, memory=memory))
 
     def _read(self) -> None:
         """Some tokens more of what is to be read; those who have read their prefixes join their lanes."""
@@ -367,10 +369,11 @@ class Engine:
         request.times.finished = time.monotonic()
         if begun is None:
             return [Finished(request.id, outputs)]
+        memory = lane.memory_of(r) if self._model.reads_memory else None
         unread = []
         for output in outputs:
             kept = self._kept(output)
-            unread.append(Unread((self._bos, *kept)[: len(kept)], begun, len(request.prefix)))
+            unread.append(Unread((self._bos, *kept)[: len(kept)], begun, len(request.prefix), memory=memory))
         self._leavers.append(Leaver(request, outputs, unread))
         return []
 

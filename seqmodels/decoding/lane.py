@@ -151,6 +151,10 @@ class Lane:
         few = self.search.select(index).to(torch.device("cpu"))
         return [(place, few, number) for number, place in enumerate(places)]
 
+    def memory_of(self, place: int) -> Any:
+        """A request's own row of one, a copy."""
+        return self.memory.select(torch.tensor([place], device=self.rows.device))
+
     def leave(self, places: Sequence[int]) -> None:
         """Some are done. Their places stay until newcomers take them, which moves nobody, or `close_gaps`."""
         self.vacant += places

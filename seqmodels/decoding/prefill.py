@@ -7,12 +7,14 @@ turns and the company in which they were read, so a beginning that was read befo
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from seqmodels.decoding.padding import grouped
 from seqmodels.state import State
-from seqmodels.stepper import Decodes
+from seqmodels.stepper import Decodes, Group
 
 # Of one turn. An LSTM of 512 on one CPU thread reads 8 tokens of one prompt in 2.6 ms, of 32 in 6 ms; one step of the
 # search takes 1 ms for 4 rows and 10 ms for 160. So prompts of any length cost those that run a few steps at most.
@@ -24,13 +26,20 @@ BLOCK = 32  # tokens between two states that the cache keeps; a multiple of TOKE
 class Unread:
     """What one row has to read. state: one row, after the first `position` of its tokens.
 
-    shared: whether the state is a function of the tokens alone, so that whoever begins alike may have it.
+    shared: whether the state is a function of the tokens alone, so that whoever begins alike may have it. memory: a row
+    of one, where the state depends on that.
     """
 
     tokens: tuple[int, ...]
     state: State
     position: int = 0
     shared: bool = False
+    memory: Any = None
+
+    @property
+    def num_looked_at(self) -> int:
+        """Positions of the memory."""
+        return self.memory.mask.shape[1] if self.memory else 0
 
     @property
     def done(self) -> bool:
@@ -73,12 +82,15 @@ class Prefill:
     def _read(self, alike: Sequence[Sequence[Unread]]) -> None:
         """One row for those that are alike. Rows are padded to the floor, so that none gets other bits when alone."""
         device = self._model.device
+        # Memories of one length stand together: the shapes that a row sees do not depend on its company.
+        alike = [group for lane in grouped(alike, lambda group: group[0].num_looked_at) for group in lane]
         firsts = [group[0] for group in alike]
+        groups = _groups(firsts) if self._model.reads_memory else ()
         firsts += firsts[:1] * (self._row_floor - len(firsts))
         tokens = [torch.tensor(one.tokens[one.position : _end(one)], dtype=torch.int64) for one in firsts]
         lengths = torch.tensor([len(row) for row in tokens], device=device)
         before = State(torch.cat([one.state.values for one in firsts]))
-        after = self._model.read(pad_sequence(tokens, batch_first=True).to(device), lengths, before)
+        after = self._model.read(pad_sequence(tokens, batch_first=True).to(device), lengths, before, groups)
         for row, group in enumerate(alike):
             count = len(tokens[row])
             self.tokens_read += count
@@ -123,3 +135,9 @@ class StateCache:
 def _end(unread: Unread) -> int:
     """Where it will stand after this turn."""
     return min(unread.position + TOKENS, len(unread.tokens))
+
+
+def _groups(rows: Sequence[Unread]) -> list[Group]:
+    """Of rows in the order of their memories' lengths."""
+    lanes = grouped(rows, lambda row: row.num_looked_at)
+    return [Group(len(lane), 1, lane[0].memory.concat(*(row.memory for row in lane[1:]))) for lane in lanes]

@@ -50,7 +50,7 @@ def make_language_model(
 def make_translator(
     seed: int = 0, vocab_size: int = 40, hidden_size: int = 16, cell: str = "lstm", attention: str = "general",
     scale: float = 1.5, num_layers: int = 1, embedding_size: int = 16, residual: bool = False,
-    tie_embeddings: bool = False, **recurrent: Any,
+    tie_embeddings: bool = False, attention_from: str = "last", attention_gate: bool = False, **recurrent: Any,
 ) -> SequenceGenerator:  # fmt: skip
     """recurrent: further fields of both stacks, such as layer_norm."""
     encoder = {
@@ -70,8 +70,16 @@ def make_translator(
             **recurrent,
         },
         "attention": attention,
+        "attention_from": attention_from,
+        "attention_gate": attention_gate,
         "tie_embeddings": tie_embeddings,
     }
     model = make_model(seed, scale, architecture="generator", encoder=encoder, decoder=decoder)
     assert isinstance(model, SequenceGenerator)
     return model
+
+
+def make_first_looking(seed: int = 0, **fields: Any) -> SequenceGenerator:
+    """A translator whose first layer looks, and whose layers above read what it saw."""
+    fields = {"attention": "additive", "num_layers": 3, "attention_from": "first", "attention_gate": True, **fields}
+    return make_translator(seed, **fields)

@@ -27,6 +27,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "translator": {"architecture": "generator", "encoder": TEXT, "decoder": {**DECODER, "attention": "general"}},
     "language model": {"architecture": "generator", "decoder": DECODER, "max_source_length": 50},
     "captioner": {"architecture": "generator", "encoder": {"input": "image", "backbone": PICTURE}, "decoder": DECODER},
+    "attending captioner": {
+        "architecture": "generator",
+        "encoder": {"input": "image", "backbone": PICTURE},
+        "decoder": {
+            **DECODER,
+            "attention": "additive",
+            "attention_from": "first",
+            "recurrent": {**STACK, "num_layers": 2},
+        },
+    },
     "frames": {"architecture": "tagger", "encoder": {"input": "frames", "backbone": PICTURE}, "labels": ["l", "r"]},
     "series": {
         "architecture": "classifier",

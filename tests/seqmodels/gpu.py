@@ -50,7 +50,7 @@ class Both:
     def __init__(self, plain: Decodes, captured: Decodes, atol: float = 1e-5) -> None:
         self.config, self.device, self.vocab_size = plain.config, plain.device, plain.vocab_size
         self.attends, self.output_attentions = plain.attends, plain.output_attentions
-        self.state_width = plain.state_width
+        self.reads_memory, self.state_width = plain.reads_memory, plain.state_width
         self.output_size = plain.output_size
         self.encode, self.start, self.shorten, self.read = plain.encode, plain.start, plain.shorten, plain.read
         self._plain, self._captured, self._atol = plain, captured, atol

@@ -16,7 +16,7 @@ from seqmodels.decoding.request import Request
 from seqmodels.models import SequenceGenerator
 from seqmodels.state import Memory
 from seqmodels.stepper import Ensemble, Features, Group, Stepper
-from tests.seqmodels.builders import make_language_model, make_translator
+from tests.seqmodels.builders import make_first_looking, make_language_model, make_translator
 from tests.seqmodels.gpu import Both, PretendCapture, run_busily
 from tests.seqmodels.test_engine import random_request
 
@@ -27,6 +27,7 @@ MODELS: dict[str, Callable[[], SequenceGenerator]] = {
     "minGRU": lambda: make_translator(7, cell="min_gru"),
     "two layers, dot": lambda: make_translator(3, attention="dot", num_layers=2),
     "no attention": lambda: make_translator(4, attention="none"),
+    "looks from the first layer": lambda: make_first_looking(5),
     "language model": lambda: make_language_model(5, vocab_size=40, hidden_size=16),
 }
 

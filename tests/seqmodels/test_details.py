@@ -21,7 +21,7 @@ from seqmodels.errors import InputError
 from seqmodels.models import SequenceGenerator
 from seqmodels.stepper import Ensemble, Stepper
 from tests.seqmodels import oracles
-from tests.seqmodels.builders import make_language_model, make_model, make_translator
+from tests.seqmodels.builders import make_first_looking, make_language_model, make_model, make_translator
 from tests.seqmodels.oracles import Found, Table, brute_force, slow_beam_search
 
 BOS, EOS = 2, 3
@@ -34,6 +34,7 @@ MODELS = {
     "general": make_translator(1, scale=2.0),
     "additive": make_translator(2, attention="additive", cell="gru", scale=2.0),
     "dot": make_translator(3, attention="dot", num_layers=2, scale=2.0),
+    "from the first layer": make_first_looking(4, scale=2.0),
 }
 SOURCES = [torch.tensor([5, 9, 30, 7, 7, 12, 3]), torch.tensor([8, 3]), torch.arange(4, 40)]
 
@@ -48,10 +49,10 @@ def forced(model: SequenceGenerator, source: Tensor, tokens: Sequence[int]) -> t
     """One whole pass over given tokens: the log-probabilities (T, V) and the attention (T, S) of each."""
     with torch.inference_mode():
         memory = model.encode(source[None], torch.tensor([len(source)]))
-        outputs, _ = model.decoder.read(torch.tensor([[BOS, *tokens[:-1]]]), model.start(memory, 1))
-        assert model.decoder.attention is not None
-        context, weights = model.decoder.attention(model.decoder.attention.query(outputs), memory)
-        return model.decoder.project(model.decoder.features(outputs, context))[0].log_softmax(-1), weights[0]
+        passed = model.decoder.read(torch.tensor([[BOS, *tokens[:-1]]]), model.start(memory, 1), memory)
+        assert passed.weights is not None
+        features = model.decoder.features(passed.outputs, passed.context)
+        return model.decoder.project(features)[0].log_softmax(-1), passed.weights[0]
 
 
 @pytest.mark.parametrize("prefix", [(), (6, 4, 11)])

@@ -54,7 +54,7 @@ def factors_of_decoder(options: dict[str, Any]) -> Tensor:
     assert isinstance(decoder, Decoder)
     pass_on(decoder.recurrent)
     torch.nn.init.ones_(decoder.embedding.weight)
-    outputs, _ = decoder.read(torch.randint(0, 9, (20, 7)), decoder.start(None, 20))
+    outputs, *_ = decoder.read(torch.randint(0, 9, (20, 7)), decoder.start(None, 20))
     return decoder.features(outputs, None)
 
 
@@ -137,7 +137,7 @@ def test_both_parts_that_read_words_drop_them(part: str) -> None:
     if part == "encoder":
         values = module(tokens, torch.full((20,), 7))[0].values
     else:
-        values, _ = module.read(tokens, module.start(None, 20))
+        values, *_ = module.read(tokens, module.start(None, 20))
     per_word = [set(values[tokens == word].flatten().tolist()) for word in range(9)]
     assert {0.0} in per_word and {2.0} in per_word and all(len(seen) == 1 for seen in per_word)
 

@@ -24,7 +24,7 @@ from seqmodels.models import SequenceGenerator
 from seqmodels.selftest import find_row_floor
 from seqmodels.stepper import Decodes, Group, Stepper
 from seqmodels.tokenizer import EOS
-from tests.seqmodels.builders import UNFUSED, make_language_model, make_translator
+from tests.seqmodels.builders import UNFUSED, make_first_looking, make_language_model, make_translator
 
 
 def random_params(choose: random.Random, attends: bool) -> SearchParams:
@@ -155,6 +155,7 @@ SMALL_MODELS = [
     ("translator, additive, GRU", lambda: make_translator(2, attention="additive", cell="gru")),
     ("translator, dot, two layers", lambda: make_translator(3, attention="dot", num_layers=2)),
     ("translator, no attention", lambda: make_translator(4, attention="none")),
+    ("translator, looks from the first layer", lambda: make_first_looking(1)),
     ("language model", lambda: make_language_model(5, vocab_size=40, hidden_size=16)),
 ]
 UNFUSED_MODELS = [

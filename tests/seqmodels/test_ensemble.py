@@ -12,7 +12,7 @@ from seqmodels.decoding.request import Request
 from seqmodels.errors import ConfigError
 from seqmodels.selftest import find_row_floor
 from seqmodels.stepper import Ensemble, Stepper
-from tests.seqmodels.builders import make_language_model, make_translator
+from tests.seqmodels.builders import make_first_looking, make_language_model, make_translator
 from tests.seqmodels.test_engine import random_request, run_schedule
 
 MEMBERS = [
@@ -20,6 +20,7 @@ MEMBERS = [
     make_translator(2, attention="additive", cell="gru", hidden_size=24),
     make_translator(3, attention="none", num_layers=2, layer_norm=True, cell_zoneout=0.3),
     make_translator(4, cell="min_lstm", zoneout=0.1),
+    make_first_looking(5, num_layers=2),
 ]
 
 

@@ -90,7 +90,10 @@ def test_more_text_after_a_state_is_read_as_if_all_had_been_one_prompt(pipelines
 
 def test_a_model_with_inputs_goes_on_with_the_same_ones(pipelines: dict[str, Pipeline]) -> None:
     picture, other = png(), png(size=(40, 40))
-    for name, item, wrong in (("translator", "the fox", "a fox"), ("captioner", {"image": picture}, {"image": other})):
+    inputs = {"translator": ("the fox", "a fox")} | dict.fromkeys(
+        ("captioner", "attending captioner"), ({"image": picture}, {"image": other})
+    )
+    for name, (item, wrong) in inputs.items():
         pipeline = pipelines[name]
         whole = ask(pipeline, item, max_new_tokens=10, seed=5)
         first = ask(pipeline, item, max_new_tokens=4, seed=5)

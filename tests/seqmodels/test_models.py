@@ -10,6 +10,7 @@ from seqmodels.config import ModelConfig
 from seqmodels.errors import ConfigError
 from seqmodels.losses import IGNORE
 from seqmodels.models import SequenceGenerator, _mean_square
+from seqmodels.recurrent import Recurrent
 from seqmodels.state import State
 from seqmodels.stepper import Group, Stepper
 from tests.seqmodels.builders import RECURRENCES, make_language_model, make_model, make_translator
@@ -85,12 +86,17 @@ def test_a_generated_row_depends_on_itself_alone(kind: str, attention: str) -> N
         assert torch.equal(logprobs[keep], other[keep])
 
 
+LOOKS_FIRST = {"attention_from": "first", "attention_gate": True}
+
+
 @torch.inference_mode()
-@pytest.mark.parametrize("variant", [{}, {"residual": True, "tie_embeddings": True}])
+@pytest.mark.parametrize("variant", [{}, {"residual": True, "tie_embeddings": True}, {"residual": True, **LOOKS_FIRST}])
 @pytest.mark.parametrize("kind", RECURRENCES)
 @pytest.mark.parametrize("attention", ["none", "dot", "general", "additive"])
-def test_steps_equal_the_whole(attention: str, kind: str, variant: dict[str, bool]) -> None:
+def test_steps_equal_the_whole(attention: str, kind: str, variant: dict[str, Any]) -> None:
     """The search's `step`, one token and lanes of beams at a time, against teacher forcing over all T."""
+    if attention == "none":
+        variant = {name: value for name, value in variant.items() if name not in LOOKS_FIRST}
     model = make_translator(1, attention=attention, num_layers=3, scale=1.0, **RECURRENCES[kind], **variant)
     inputs, lengths = torch.randint(0, 40, (4, 9)), torch.tensor([9, 3, 5, 1])
     tokens = torch.randint(0, 40, (8, 6))  # two beams a row
@@ -154,13 +160,79 @@ def test_activation_penalties_by_hand() -> None:
     random = torch.get_rng_state()
     out = model(labels, lengths)
     torch.set_rng_state(random)
-    raw, _ = model.decoder.read(labels[:, :-1], model.start(None, 2))
+    raw, *_ = model.decoder.read(labels[:, :-1], model.start(None, 2))
     dropped = model.decoder.features(raw, None)
     squares = torch.cat([dropped[0, :4], dropped[1, :2]]).square()
     changes = torch.stack([raw[b, t + 1] - raw[b, t] for b, t in ((0, 0), (0, 1), (0, 2), (1, 0))]).square()
     assert (squares == 0).any() and squares.shape == (6, 8) and changes.shape == (4, 8)
     penalty = 2 * float(squares.detach().mean()) + 3 * float(changes.detach().mean())
     assert float(out.loss.detach() - out.nll) == pytest.approx(penalty, rel=1e-5)
+
+
+@torch.inference_mode()
+def test_layers_above_read_what_the_first_one_saw() -> None:
+    """By hand, a step at a time: the first layer, its attention with the gate, the two layers above, the output."""
+    model = make_translator(2, attention="additive", num_layers=3, **LOOKS_FIRST)
+    decoder, memory = model.decoder, model.encode(torch.randint(0, 40, (4, 7)), torch.tensor([7, 2, 5, 1]))
+    assert decoder.above is not None and decoder.gate is not None and decoder.attention is not None
+    tokens, start = torch.randint(0, 40, (4, 5)), model.start(memory, 4)
+    expected, (first, rest) = [], torch.split(start.values, [32, 64], dim=1)  # hidden and cell, of one and of two
+    for t in range(5):
+        outputs, first = _stepped(decoder.recurrent, decoder.embedding(tokens[:, t : t + 1]), first)
+        keys = decoder.attention.project_keys(memory.values)
+        energies = torch.tanh(decoder.attention.project_query(outputs) + keys) @ decoder.attention.energy
+        weights = energies.masked_fill(~memory.mask, -torch.inf).softmax(-1)
+        seen = (weights[:, :, None] * memory.values).sum(1, keepdim=True) * torch.sigmoid(decoder.gate(outputs))
+        outputs, rest = _stepped(decoder.above, torch.cat([outputs, seen], -1), rest)
+        expected.append(decoder.project(torch.tanh(decoder.combine(torch.cat([outputs, seen], -1)))))
+    logits, after = decoder(tokens, start, memory)
+    assert torch.allclose(logits, torch.cat(expected, 1), atol=1e-5)
+    assert torch.allclose(after.values, torch.cat([first, rest], 1), atol=1e-6)
+
+
+def _stepped(recurrent: Recurrent, x: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    outputs, state = recurrent(x, None, State(columns.contiguous()))
+    return outputs, state.values
+
+
+def test_the_penalty_of_attention_by_hand() -> None:
+    """Xu et al. 2015: the mean square of what each place lacks of being looked at once, in all real steps."""
+    encoder = {"input": "text", "vocab_size": 9, "recurrent": {"hidden_size": 8}}
+    decoder = {"vocab_size": 9, "recurrent": {"hidden_size": 8}, "attention": "general", "attention_penalty": 2.0}
+    model = make_model(architecture="generator", encoder=encoder, decoder=decoder)
+    assert isinstance(model, SequenceGenerator)
+    inputs, lengths = torch.randint(4, 9, (2, 5)), torch.tensor([5, 3])
+    labels, label_lengths = torch.tensor([[2, 4, 5, 4, 3], [2, 4, 3, 0, 0]]), torch.tensor([5, 3])
+    memory = model.encode(inputs, lengths)
+    weights = model.decoder.read(labels[:, :-1], model.start(memory, 2), memory).weights
+    assert weights is not None
+    looks = [weights[0, :4, :5].sum(0), weights[1, :2, :3].sum(0)]  # of 4 and 2 targets
+    expected = 2 * float(((1 - torch.cat(looks)) ** 2).mean().detach())
+    out = model(labels, label_lengths, inputs, lengths)
+    assert float((out.loss - out.nll).detach()) == pytest.approx(expected, rel=1e-4)
+    out.loss.backward()
+    assert model.decoder.attention is not None
+    assert bool((model.decoder.attention.project_keys.weight.grad != 0).any())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"attention_gate": True}, "decoder.attention_gate is True, but decoder.attention is 'none'"),
+        ({"attention_penalty": 0.5}, "decoder.attention_penalty is 0.5, but decoder.attention is 'none'"),
+        ({"attention_from": "first"}, "decoder.attention_from is 'first', but decoder.attention is 'none'"),
+        ({"attention": "dot", "attention_from": "first"}, "num_layers is 1, so that no layer would read"),
+    ],
+)
+def test_settings_of_attention_that_would_do_nothing_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_translator_with(fields)
+
+
+def make_translator_with(decoder: dict[str, Any]) -> None:
+    encoder = {"input": "text", "vocab_size": 9, "recurrent": {"hidden_size": 8}}
+    fields = {"vocab_size": 9, "recurrent": {"hidden_size": 8}, **decoder}
+    make_model(architecture="generator", encoder=encoder, decoder=fields)
 
 
 @pytest.mark.parametrize("name", ["activation_penalty", "temporal_activation_penalty"])

@@ -16,7 +16,7 @@ from seqmodels.decoding.search import Hypothesis
 from seqmodels.models import SequenceGenerator
 from seqmodels.selftest import find_row_floor
 from seqmodels.state import State
-from seqmodels.stepper import Stepper
+from seqmodels.stepper import Groups, Stepper
 from tests.seqmodels.builders import make_language_model, make_translator
 
 VOCAB_SIZE = 40
@@ -154,9 +154,9 @@ class Watched(Stepper):
 
     uneven = 0.0
 
-    def read(self, tokens: Tensor, lengths: Tensor, state: State) -> State:
+    def read(self, tokens: Tensor, lengths: Tensor, state: State, groups: Groups = ()) -> State:
         self.rows = len(tokens)
-        after = super().read(tokens, lengths, state)
+        after = super().read(tokens, lengths, state, groups)
         return State(after.values + self.uneven * (len(tokens) > 16))
 
 

@@ -166,7 +166,7 @@ def test_each_kind_learns_to_remember(kind: str) -> None:
 def loss_of_memory(model: SequenceGenerator, rows: int) -> Tensor:
     labels = torch.randint(4, 12, (rows, 9))
     labels[:, -1] = labels[:, 0]
-    outputs, _ = model.decoder.read(labels[:, :-1], model.start(None, rows))
+    outputs, *_ = model.decoder.read(labels[:, :-1], model.start(None, rows))
     logits = model.decoder.project(model.decoder.features(outputs[:, -1:], None))
     return F.cross_entropy(logits[:, 0], labels[:, -1])
 

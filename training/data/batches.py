@@ -58,7 +58,7 @@ class Buckets:
         self._examples, self._codec, self._seed = examples, codec, seed
         self._lengths = lengths_of(examples)
         self._inputs, self._targets = (lengths.copy() for lengths in self._lengths)
-        if codec.config.input == "image":
+        if codec.config.input == "image" and codec.grids is None:
             # Captions of one length show pictures of one kind, and batch normalisation must see all kinds together.
             self._targets[:] = self._targets.max()
         # Sorted lengths are the same in every epoch, and so are the places where batches begin and end.
