@@ -203,7 +203,7 @@ class RunSection(Strict):
         None  # ... or of the last: kept if it scores better than the best
     )
     # The reward, of each text, that sampled texts are to raise over greedy ones (Rennie et al. 2017).
-    self_critical: Literal["chrf", "bleu", "exact_match"] | None = None
+    self_critical: Literal["chrf", "bleu", "exact_match", "cider_d"] | None = None
     self_critical_weight: Fraction = 0.9  # its share of the loss; the rest is the usual one
     keep_snapshots: bool = False  # the model at the end of each cycle of the rate, in snapshots/ (Huang et al. 2017)
     bf16: bool = False  # forward pass and gradients in bfloat16 where that is safe; weights and sums in float32
@@ -290,6 +290,11 @@ class Recipe(Strict):
             raise ValueError(
                 f"run.self_critical is {self.run.self_critical!r}, but task {self.task} writes no text for an input; "
                 "remove it"
+            )
+        if self.run.self_critical == "cider_d" and self.task != "caption":
+            raise ValueError(
+                f"run.self_critical is 'cider_d', which is of captions with several references, but task is "
+                f"{self.task!r}; use chrf or bleu"
             )
         if self.run.self_critical and "init_from" not in self.model:
             raise ValueError(

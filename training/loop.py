@@ -15,7 +15,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from seqmodels.models import SequenceGenerator
+from seqmodels.models import Model, SequenceGenerator
 from seqmodels.pretrained import RECIPE, save_pretrained
 from seqmodels.state import State
 from training import checkpoint
@@ -43,7 +43,7 @@ from training.optim import (
     update,
 )
 from training.reporter import Reporter
-from training.self_critical import objective_of
+from training.self_critical import Objective
 from training.workers import ALONE, Workers
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -54,8 +54,8 @@ Evaluate = Callable[[Path], dict[str, float]]  # the scores of a model directory
 
 
 class Trainer:
-    """A run in progress. metric: which of the scores decides what is best. workers: those that make the run together;
-    the first of them validates and saves."""
+    """A run in progress. objective_of: what a step calls for its loss, given the model. metric: which of the scores
+    decides what is best. workers: those that make the run together; the first of them validates and saves."""
 
     def __init__(
         self,
@@ -63,6 +63,7 @@ class Trainer:
         directory: Path,
         codec: Codec,
         batches: Batches,
+        objective_of: Callable[[Model], Objective],
         evaluate: Evaluate,
         metric: str,
         reporter: Reporter,
@@ -90,7 +91,7 @@ class Trainer:
             workers.copy_first(self.model.state_dict().values())
         freeze(self.model, recipe.optim.freeze)
         self.optimizer = build_optimizer(recipe.optim, self.model)
-        self.objective = objective_of(recipe, codec, self.model)
+        self.objective = objective_of(self.model)
         self.moving = copy.deepcopy(self.model) if recipe.run.ema_decay else None  # the mean of its weights
         self.carried: State | None = None
         self.progress = Progress(loss_scale=FIRST_LOSS_SCALE if recipe.run.fp16 else 1.0)

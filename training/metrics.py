@@ -105,14 +105,14 @@ def chrf(predicted: Sequence[str], references: Sequence[Sequence[str]]) -> tuple
     return _corpus_score(CHRF(), predicted, references)
 
 
-def sentence_bleu(text: str, reference: str) -> float:
+def sentence_bleu(text: str, references: Sequence[str]) -> float:
     """sacrebleu's BLEU of one text, of 1; orders of n-grams that the text is too short for do not count."""
-    return float(_SENTENCE_BLEU.sentence_score(text, [reference]).score) / 100
+    return float(_SENTENCE_BLEU.sentence_score(text, references).score) / 100
 
 
-def sentence_chrf(text: str, reference: str) -> float:
+def sentence_chrf(text: str, references: Sequence[str]) -> float:
     """sacrebleu's chrF of one text, of 1."""
-    return float(_SENTENCE_CHRF.sentence_score(text, [reference]).score) / 100
+    return float(_SENTENCE_CHRF.sentence_score(text, references).score) / 100
 
 
 def exact_match(predicted: Sequence[str], references: Sequence[Sequence[str]]) -> float:

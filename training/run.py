@@ -48,6 +48,7 @@ from training.loop import Trainer
 from training.report import provenance, write_report
 from training.reporter import Reporter, Silence
 from training.scoring import score
+from training.self_critical import objective_of
 from training.vectors import check_files, read_vectors
 from training.workers import ALONE, Workers
 
@@ -115,6 +116,7 @@ def train_as(workers: Workers, recipe: Recipe, voice: Callable[[Path], Reporter]
             directory,
             codec,
             batches,
+            lambda model: objective_of(recipe, codec, model, rows["train"]),
             lambda candidate: _validate(recipe, codec, rows["validation"], candidate),
             _metric(recipe, codec),
             reporter,
@@ -280,7 +282,8 @@ def _batches(recipe: Recipe, codec: Codec, examples: Sequence[Example]) -> Batch
     if recipe.task == "generate":
         rows = min(run.rows_per_batch, max(1, run.tokens_per_batch // data.chunk_length))
         return Streams(examples, rows, data.chunk_length, run.seed, data.vary_chunk_length)
-    return Buckets(examples, codec, run.tokens_per_batch, run.rows_per_batch, run.seed)
+    with_references = run.self_critical is not None
+    return Buckets(examples, codec, run.tokens_per_batch, run.rows_per_batch, run.seed, with_references)
 
 
 def _metric(recipe: Recipe, codec: Codec) -> str:

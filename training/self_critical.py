@@ -5,7 +5,7 @@ better than the second becomes likelier, what makes it worse less likely: the po
 expected reward, with the greedy text's as its baseline. Knows a model, a tokenizer and a reward; knows no loop.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,26 +16,39 @@ from seqmodels.losses import Output
 from seqmodels.models import Model, SequenceGenerator
 from seqmodels.state import Memory
 from seqmodels.tokenizer import BOS, EOS, PAD, Tokenizer
-from training import metrics
+from training import captions, metrics
 from training.config import Recipe
 from training.data.examples import Codec
+from training.data.rows import Row
 
-Reward = Callable[[str, str], float]  # of a text, given the right one: from 0 to 1
+Reward = Callable[[str, Sequence[str]], float]  # of a text, given the right ones: from 0 to 1
 REWARDS: dict[str, Reward] = {
     "chrf": metrics.sentence_chrf,
     "bleu": metrics.sentence_bleu,
-    "exact_match": lambda text, reference: metrics.exact_match([text], [[reference]]),
+    "exact_match": lambda text, references: metrics.exact_match([text], [references]),
 }
 
 
-def objective_of(recipe: Recipe, codec: Codec, model: Model) -> "Model | SelfCritical":
-    """What a step of training calls for its loss: the model itself, unless the recipe names a reward."""
+def objective_of(recipe: Recipe, codec: Codec, model: Model, rows: Sequence[Row]) -> "Objective":
+    """What a step of training calls for its loss: the model itself, unless the recipe names a reward. rows: to train
+    on."""
     run = recipe.run
     if run.self_critical is None:
         return model
     assert isinstance(model, SequenceGenerator) and codec.target_tokenizer is not None, "others are refused"
-    reward, max_new_tokens = REWARDS[run.self_critical], recipe.generation.max_new_tokens
-    return SelfCritical(model, codec.target_tokenizer, reward, run.self_critical_weight, max_new_tokens)
+    reward = CiderReward(rows) if run.self_critical == "cider_d" else REWARDS[run.self_critical]
+    weight, max_new_tokens = run.self_critical_weight, recipe.generation.max_new_tokens
+    return SelfCritical(model, codec.target_tokenizer, reward, weight, max_new_tokens)
+
+
+class CiderReward:
+    """CIDEr-D of one caption, by the weights of the training split's n-grams; 1 is what is reported as 100."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._cider = captions.Cider([[captions.tokens(text) for text in row.references] for row in rows])
+
+    def __call__(self, text: str, references: Sequence[str]) -> float:
+        return self._cider.score(captions.tokens(text), [captions.tokens(one) for one in references])
 
 
 class SelfCritical:
@@ -48,11 +61,20 @@ class SelfCritical:
         self._model, self._tokenizer, self._reward = model, tokenizer, reward
         self._weight, self._max_new_tokens = weight, max_new_tokens
 
-    def __call__(self, labels: Tensor, label_lengths: Tensor, inputs: Tensor, lengths: Tensor | None = None) -> Output:
+    def __call__(
+        self,
+        labels: Tensor,
+        label_lengths: Tensor,
+        inputs: Tensor,
+        lengths: Tensor | None = None,
+        references: Sequence[Sequence[str]] = (),
+    ) -> Output:
+        """references: all the right texts of each row, where it may have others than its labels."""
         given: dict[str, Any] = {"inputs": inputs, "lengths": lengths}
         out: Output = self._model(labels, label_lengths, **given)
         drawn, greedy = self._write(**given)
-        references = self._texts(labels, label_lengths)
+        own = [[text] for text in self._texts(labels, label_lengths)]
+        references = [given or one for given, one in zip(references or own, own, strict=True)]
         rewards = [self._rewards(self._texts(*written), references) for written in (drawn, greedy)]
         advantage = torch.tensor(rewards[0], device=labels.device) - torch.tensor(rewards[1], device=labels.device)
         logits, tokens, _ = self._model.target_logits(*drawn, **given)  # of all M tokens that were drawn, row after row
@@ -94,5 +116,8 @@ class SelfCritical:
         pairs = zip(labels.tolist(), label_lengths.tolist(), strict=True)
         return [self._tokenizer.decode(tokens[:length]) for tokens, length in pairs]
 
-    def _rewards(self, texts: list[str], references: list[str]) -> list[float]:
-        return [self._reward(text, reference) for text, reference in zip(texts, references, strict=True)]
+    def _rewards(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+        return [self._reward(text, right) for text, right in zip(texts, references, strict=True)]
+
+
+Objective = Model | SelfCritical

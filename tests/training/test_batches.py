@@ -1,5 +1,7 @@
 """Rows to examples, examples to batches by length, running text to streams."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,7 +12,10 @@ from tests.training.recipes import DECODER, TAGGER, TRANSLATOR, WORDS, recipe
 from training.data.batches import Buckets, collate
 from training.data.examples import Codec
 from training.data.generated import generate
+from training.data.grids import Grids
 from training.data.rows import Row
+
+NO_GRIDS = Grids(torch.zeros(0, 32, dtype=torch.uint8), torch.zeros(0))
 
 
 def test_batches_of_the_three_architectures() -> None:
@@ -119,3 +124,20 @@ def test_pictures_are_not_sorted_by_their_captions_lengths() -> None:
     lengths = [example.target_length for example in codec.encode(rows)]
     made = Buckets(codec.encode(rows), codec, 1000, 32, seed=1)
     assert all(len({lengths[row] for row in batch}) > 1 for batch in made.rows(0) if len(batch) > 16)
+    # Where grids have been made of them, no batch normalisation sees them any more.
+    frozen = Buckets(codec.encode(rows), replace(codec, grids=NO_GRIDS), 1000, 32, seed=1)
+    assert frozen.padding_share < made.padding_share / 4
+
+
+def test_batches_hold_all_references_of_their_pictures_where_they_are_asked_for() -> None:
+    image = {"input": "image", "backbone": {"image_size": [32, 32], "channels": [4]}}
+    captioner = {"architecture": "generator", "encoder": image, "decoder": DECODER}
+    rows = [replace(row, target=(*row.references, "another")) for row in generate("captions")["train"][:5]]
+    codec = Codec.train(recipe("caption", data={"generated": "captions", "tokenizer": WORDS}, model=captioner), rows)
+    made = Buckets(codec.encode(rows), codec, 1000, 32, seed=1, with_references=True)
+    batch = made.batch(0, 0)
+    assert batch["labels"].shape[0] == 10 == len(batch["references"])
+    assert {tuple(one) for one in batch["references"]} == {tuple(row.references) for row in rows}
+    for labels, references in zip(batch["labels"].tolist(), batch["references"], strict=True):
+        assert codec.target_tokenizer is not None and codec.target_tokenizer.decode(labels) in references
+    assert "references" not in Buckets(codec.encode(rows), codec, 1000, 32, seed=1).batch(0, 0)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from seqmodels.tokenizer import BOS, EOS, PAD, Tokenizer
 from tests.seqmodels.builders import make_translator
 from tests.training.conftest import TrainUntil
 from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TRANSLATOR, WORDS, fields, recipe
+from training import captions
 from training.data import generated
+from training.data.rows import Row
 from training.parsing import parse_recipe
 from training.run import train
-from training.self_critical import REWARDS, Reward, SelfCritical
+from training.self_critical import REWARDS, CiderReward, Reward, SelfCritical
 
 STEPS = 2  # the longest text of the enumeration
 SOURCE = torch.tensor([[4, 5, EOS]])
@@ -32,8 +35,8 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(["a b"], "word", 6)
 
 
-def planted(text: str, reference: str) -> float:
-    assert reference == "a b"
+def planted(text: str, references: Sequence[str]) -> float:
+    assert list(references) == ["a b"]
     return {"a": 0.9, "b a": 0.6, "b": 0.3, "": 0.1}.get(text, 0.0)
 
 
@@ -70,7 +73,7 @@ def test_its_gradient_is_on_average_that_of_the_expected_reward(tokenizer: Token
     rows = len(texts)
     probabilities = model.logprobs(labels, lengths, SOURCE.repeat(rows, 1), torch.full((rows,), 3)).sum(1).exp()
     assert float(probabilities.detach().sum()) == pytest.approx(1.0, abs=1e-5)
-    rewards = torch.tensor([planted(tokenizer.decode(tokens), "a b") for tokens in texts])
+    rewards = torch.tensor([planted(tokenizer.decode(tokens), ["a b"]) for tokens in texts])
     exact = gradients(model, -(probabilities * rewards).sum())
 
     torch.manual_seed(0)
@@ -103,7 +106,7 @@ def test_a_batch_costs_what_its_rows_cost(tokenizer: Tokenizer, monkeypatch: pyt
     model, batch = a_model(), batch_of(3)
     batch["label_lengths"] = torch.tensor([4, 2, 3])
     labels, counts = torch.tensor([[BOS, 4, EOS], [BOS, 5, 4], [BOS, EOS, PAD]]), torch.tensor([3, 3, 2])
-    critical = SelfCritical(model, tokenizer, lambda text, reference: len(text) / 7, 0.5, STEPS)
+    critical = SelfCritical(model, tokenizer, lambda text, _: len(text) / 7, 0.5, STEPS)
     rows: list[int] = []
     monkeypatch.setattr(
         critical,
@@ -165,14 +168,40 @@ def test_what_is_in_evaluation_stays_there(tokenizer: Tokenizer) -> None:
     ],
 )
 def test_rewards_by_hand(name: str, texts: tuple[str, str], expected: float) -> None:
-    assert REWARDS[name](*texts) == pytest.approx(expected)
+    text, reference = texts
+    assert REWARDS[name](text, [reference]) == pytest.approx(expected)
+    assert REWARDS[name](text, ["nothing like it", reference]) == pytest.approx(expected)
 
 
 def test_rewards_are_sacrebleus() -> None:
     text, reference = "vingt et un mille cent", "vingt et un mille deux cents"
     for name, metric in (("bleu", BLEU(effective_order=True)), ("chrf", CHRF())):
-        assert REWARDS[name](text, reference) == metric.sentence_score(text, [reference]).score / 100
-        assert 0 < REWARDS[name](text, reference) < 1
+        assert REWARDS[name](text, [reference]) == metric.sentence_score(text, [reference]).score / 100
+        assert 0 < REWARDS[name](text, [reference]) < 1
+
+
+def test_the_reward_of_a_caption_is_cider_d_of_all_its_references() -> None:
+    """By the training split's weights, and a hundredth of what is reported."""
+    train = [["a dog runs", "the dog is running"], ["a cat", "one cat"], ["two men", "people"]]
+    reward = CiderReward([Row(bytes([n]), tuple(texts)) for n, texts in enumerate(train)])
+    assert reward("a dog runs", train[0]) == pytest.approx(captions.Cider(
+        [[text.split() for text in texts] for texts in train]
+    ).score(["a", "dog", "runs"], [text.split() for text in train[0]]))  # fmt: skip
+    assert reward("a dog runs", train[0]) > reward("a dog runs", train[0][1:]) > reward("a cat", train[0][1:]) == 0.0
+    corpus = [[text.split() for text in texts] for texts in train]
+    reported = captions.cider_d([texts[0] for texts in corpus], corpus)
+    mean = sum(reward(texts[0], texts) for texts in train) / 3
+    assert mean == pytest.approx(reported / 100)
+
+
+def test_a_row_is_rewarded_by_its_own_references(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, Sequence[str]]] = []
+    monkeypatch.setattr(SelfCritical, "_write", lambda *_, **__: ((labels, counts), (labels, counts)))
+    labels, counts = torch.tensor([[BOS, 4, EOS], [BOS, 5, EOS]]), torch.tensor([3, 3])
+    critical = SelfCritical(a_model(), tokenizer, lambda *given: float(not seen.append(given)), 0.5, STEPS)
+    critical(**batch_of(2), references=[("b", "a"), ()])
+    words = tokenizer.decode([4]), tokenizer.decode([5])
+    assert seen == 2 * [(words[0], ("b", "a")), (words[1], ["a b"])]
 
 
 # -- runs
@@ -238,6 +267,8 @@ def test_captions_are_learned_from_too(tmp_path: Path, monkeypatch: pytest.Monke
     plain = train(recipe("caption", tmp_path / "plain", **made))
     revisions = {load_pretrained(directory).revision for directory in (first, second, plain)}
     assert len(revisions) == 3, "it learns, and other things than it would from the texts alone"
+    by_cider = train(recipe("caption", tmp_path / "by cider", **made, run={"self_critical": "cider_d"}))
+    assert load_pretrained(by_cider).revision not in revisions
 
 
 @pytest.mark.parametrize(
@@ -264,6 +295,11 @@ def test_captions_are_learned_from_too(tmp_path: Path, monkeypatch: pytest.Monke
             {"run": {"self_critical": "ter"}, "model": TRANSLATOR, "data": PAIRS},
             "run.self_critical.*'ter'",
         ),
+        (
+            "translate",
+            {"run": {"self_critical": "cider_d"}, "model": TRANSLATOR, "data": PAIRS},
+            "run.self_critical is 'cider_d', which is of captions",
+        ),
     ],
 )
 def test_where_it_cannot_act_it_is_refused(task: str, sections: dict[str, Any], words: str) -> None:
@@ -272,12 +308,12 @@ def test_where_it_cannot_act_it_is_refused(task: str, sections: dict[str, Any], 
 
 
 def test_rewards_are_called_once_for_each_text(tokenizer: Tokenizer) -> None:
-    calls: list[tuple[str, str]] = []
+    calls: list[tuple[str, Sequence[str]]] = []
 
-    def counted(text: str, reference: str) -> float:
-        calls.append((text, reference))
+    def counted(text: str, references: Sequence[str]) -> float:
+        calls.append((text, references))
         return 0.0
 
     reward: Reward = counted
     SelfCritical(a_model(), tokenizer, reward, 0.5, STEPS)(**batch_of(5)).loss.backward()
-    assert len(calls) == 10 and {reference for _, reference in calls} == {"a b"}
+    assert len(calls) == 10 and all(references == ["a b"] for _, references in calls)

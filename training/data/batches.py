@@ -50,12 +50,20 @@ class Buckets:
     carries_state = False
 
     def __init__(
-        self, examples: Sequence[Example], codec: Codec, tokens_per_batch: int, rows_per_batch: int, seed: int
+        self,
+        examples: Sequence[Example],
+        codec: Codec,
+        tokens_per_batch: int,
+        rows_per_batch: int,
+        seed: int,
+        with_references: bool = False,
     ) -> None:
+        """with_references: whether a batch holds each example's, for what is learned from them all."""
         if not examples:
             writes = codec.config.architecture == "generator"
             raise DataError(f"no row fits; raise data.max_input_length{' or data.max_target_length' if writes else ''}")
         self._examples, self._codec, self._seed = examples, codec, seed
+        self._with_references = with_references
         self._lengths = lengths_of(examples)
         self._inputs, self._targets = (lengths.copy() for lengths in self._lengths)
         if codec.config.input == "image" and codec.grids is None:
@@ -71,7 +79,11 @@ class Buckets:
         return len(self._bounds)
 
     def batch(self, epoch: int, index: int) -> Batch:
-        return collate([self._examples[row] for row in self.rows(epoch)[index]], self._codec)
+        examples = [self._examples[row] for row in self.rows(epoch)[index]]
+        batch = collate(examples, self._codec)
+        if self._with_references:
+            batch["references"] = [example.references for example in examples]
+        return batch
 
     def rate_scale(self, epoch: int, index: int) -> float:
         return 1.0

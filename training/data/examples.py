@@ -33,13 +33,14 @@ class Example:
     inputs: token ids (with the spellings of their words, a tensor), steps of numbers, or pictures still in their files;
     None where nothing goes in.
     targets: a label, 0 or 1 for each label, numbers, a label for each position, or BOS w1 ... wn EOS. Lengths count
-    positions, 0 where there are none.
+    positions, 0 where there are none. references: of a picture, all its texts, of which targets are one.
     """
 
     inputs: Any
     targets: Any
     input_length: int
     target_length: int
+    references: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Codec:
         assert self.target_tokenizer is not None
         for text in row.references:
             targets = [BOS, *self.target_tokenizer.encode(text), EOS]
-            yield Example(inputs, targets, length, len(targets))
+            yield Example(inputs, targets, length, len(targets), row.references if self.config.input == "image" else ())
 
     def _inputs(self, row: Row) -> tuple[Any, int]:
         """What the encoder reads, and its number of positions (1 for an image, 0 for nothing)."""
