@@ -3,6 +3,7 @@
 recipe.yaml, run.json      what is trained on what; written before step 0, never changed
 tokenizer.json, ...        trained from the training split, before step 0
 begin.safetensors          word vectors, a backbone that others have trained, where the recipe names any; before step 0
+seen.safetensors           which pictures are trained on; before step 0
 encoded.safetensors        the training split as numbers, where it is text; until the run is finished
 checkpoints/, validated/   to go on from; the best model so far
 metrics.jsonl, timings.jsonl, tensorboard/

@@ -16,6 +16,7 @@ from training.data.rows import Row, fingerprint
 from training.data.sources import Splits
 from training.directory import RUN, readable_run
 from training.scoring import NO_ADAPTATION, applicable, score
+from training.seen import refuse_seen
 
 
 def evaluate(
@@ -45,6 +46,9 @@ def evaluate(
     codec = Codec.of(saved, recipe.data)
     with_train = with_baseline or adaptation.dynamic_rate > 0
     rows, *_ = [rows_to_score(member, recipe, split, with_train) for member in directories]  # each checks its own
+    if split != "train":
+        for member in directories:
+            refuse_seen(rows[split], split, member)
     result = score(
         directories,
         rows[split],

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +21,7 @@ from seqmodels.models import Model, build_model
 from seqmodels.pretrained import load_pretrained
 from seqmodels.vision import Backbone, build_backbone
 from training import checkpoint
-from training.config import DataSection, Recipe, some
+from training.config import Recipe, some
 from training.transfer import weights_from
 
 BEGIN = "begin.safetensors"
@@ -66,41 +67,59 @@ def keep_begin(weights: Mapping[str, Tensor], directory: Path) -> None:
             save_file(dict(weights), temporary)
 
 
-def begin_as_kept(model: Model, data: DataSection, directory: Path) -> None:
+def begin_as_kept(model: Model, recipe: Recipe, directory: Path) -> None:
     """Put in what `keep_begin` has kept, if the recipe names any; NaN stands where the initial weight remains.
 
     Raises CheckpointError where it is gone.
     """
+    data = recipe.data
     if not (data.input_vectors or data.target_vectors or data.backbone_weights):
         return
+    weights = model.state_dict()
+    for name, tensor in _kept(directory).items():
+        weights[name].copy_(torch.where(tensor.isnan(), weights[name], tensor))
+
+
+def frozen_weights(recipe: Recipe, config: ModelConfig) -> dict[str, Tensor]:
+    """To be kept too, by names of the model's: of a backbone that does not learn and comes with `model.init_from`,
+    whose files may change while the run goes on."""
+    if recipe.init_from is None or not _is_frozen(recipe, config):
+        return {}
+    saved = load_pretrained(recipe.init_from).model.state_dict()
+    return {name: tensor for name, tensor in saved.items() if name.startswith(BACKBONE)}
+
+
+def frozen_backbone(recipe: Recipe, config: ModelConfig, directory: Path) -> Backbone | None:
+    """The backbone as it is from before the first step to the end; None where it learns, or begins with weights that
+    are drawn, or there is none. Raises CheckpointError where its weights are gone."""
+    if not _is_frozen(recipe, config):
+        return None
+    backbone = build_backbone(_backbone_config(config))
+    kept = _kept(directory)
+    backbone.load_state_dict({name.removeprefix(BACKBONE): kept[name] for name in kept if name.startswith(BACKBONE)})
+    return backbone.to(recipe.run.device).eval()
+
+
+def _is_frozen(recipe: Recipe, config: ModelConfig) -> bool:
+    backbone = _backbone_config(config)
+    if backbone is None or not (recipe.data.backbone_weights or recipe.init_from):
+        return False
+    if backbone.output_size == backbone.in_channels:  # nothing would tell its grids from pictures
+        return False
+    with torch.device("meta"):
+        names = [f"{BACKBONE}{name}" for name, _ in build_backbone(backbone).named_parameters()]
+    return all(any(fnmatchcase(name, pattern) for pattern in recipe.optim.freeze) for name in names)
+
+
+def _backbone_config(config: ModelConfig) -> Any:
+    return getattr(config.encoder, "backbone", None)
+
+
+def _kept(directory: Path) -> dict[str, Tensor]:
     try:
-        found = load_file(directory / BEGIN)
+        return load_file(directory / BEGIN)
     except (OSError, SafetensorError):
         raise CheckpointError(
             f"{directory / BEGIN} is gone or broken, so the run cannot begin with its weights; remove the directory to "
             "start again"
         ) from None
-    weights = model.state_dict()
-    for name, tensor in found.items():
-        weights[name].copy_(torch.where(tensor.isnan(), weights[name], tensor))
-
-
-def frozen_backbone(recipe: Recipe, config: ModelConfig, directory: Path) -> Backbone | None:
-    """The backbone as it is from before the first step to the end; None where it learns, or begins with weights that
-    are drawn, or there is none."""
-    backbone_config = getattr(config.encoder, "backbone", None)
-    if backbone_config is None or not (recipe.data.backbone_weights or recipe.init_from):
-        return None
-    if backbone_config.output_size == backbone_config.in_channels:  # nothing would tell its grids from pictures
-        return None
-    backbone = build_backbone(backbone_config)
-    names = [f"{BACKBONE}{name}" for name, _ in backbone.named_parameters()]
-    if not all(any(fnmatchcase(name, pattern) for pattern in recipe.optim.freeze) for name in names):
-        return None
-    if recipe.init_from is not None:
-        found: Mapping[str, Tensor] = load_pretrained(recipe.init_from).model.state_dict()
-    else:
-        found = load_file(directory / BEGIN)
-    weights = {name.removeprefix(BACKBONE): found[name] for name in found if name.startswith(BACKBONE)}
-    backbone.load_state_dict(weights)
-    return backbone.to(recipe.run.device).eval()

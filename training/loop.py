@@ -85,7 +85,7 @@ class Trainer:
         if found is None and workers.is_first:
             if recipe.init_from is not None:
                 begin_from(recipe.init_from, self.model, reporter.say)
-            begin_as_kept(self.model, recipe.data, directory)
+            begin_as_kept(self.model, recipe, directory)
         self.model.to(recipe.run.device)
         if found is None:
             workers.copy_first(self.model.state_dict().values())

@@ -42,12 +42,13 @@ from training.directory import (
     saved_run,
     write_run,
 )
-from training.initial import check_memory, frozen_backbone, keep_begin
+from training.initial import check_memory, frozen_backbone, frozen_weights, keep_begin
 from training.interrupts import termination_interrupts
 from training.loop import Trainer
 from training.report import provenance, write_report
 from training.reporter import Reporter, Silence
 from training.scoring import score
+from training.seen import keep_seen
 from training.self_critical import objective_of
 from training.vectors import check_files, read_vectors
 from training.workers import ALONE, Workers
@@ -161,6 +162,7 @@ def _prepare(
         check_memory(codec.config)  # first, so that the same directory serves a smaller model
         (directory / RUN).unlink(missing_ok=True)  # it names what stands here, so it goes before that changes
         keep_begin(_read_begin(recipe, codec, reporter), directory)
+        keep_seen(rows["train"], directory)
         write_run(directory, recipe, codec, data)
         return codec
     if saved.data != data:
@@ -183,7 +185,7 @@ def _read_begin(recipe: Recipe, codec: Codec, reporter: Reporter) -> dict[str, T
     if recipe.data.backbone_weights is not None:
         weights |= read_backbone(recipe.data.backbone_weights, codec.config)
         reporter.say(f"data.backbone_weights: the backbone begins with the weights of {recipe.data.backbone_weights}")
-    return weights
+    return weights | frozen_weights(recipe, codec.config)
 
 
 def _with_grids(

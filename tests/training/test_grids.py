@@ -1,6 +1,7 @@
 """Grids in place of pictures: what a backbone makes, kept on the disk, and a run that reads them."""
 
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from seqmodels.errors import InputError
 from seqmodels.preprocessing import Preprocessor
 from seqmodels.pretrained import load_pretrained
 from seqmodels.vision import Backbone, build_backbone
+from tests.training.conftest import TrainUntil
 from tests.training.recipes import recipe
 from training.data.grids import PICTURES_PER_CALL, Grids, grids_of
-from training.initial import frozen_backbone
+from training.initial import frozen_backbone, frozen_weights, keep_begin
 from training.run import train
 
 CONFIG = BackboneConfig(image_size=(8, 8), channels=(4, 6))
@@ -145,9 +147,30 @@ def test_what_counts_as_frozen(tmp_path: Path, freeze: list[str], is_frozen: boo
     found = captioner(
         tmp_path / "next", model=further, data={"generated": "captions", "tokenizer": {}}, optim={"freeze": freeze}
     )
-    backbone = frozen_backbone(found, load_pretrained(directory).config, tmp_path)
+    saved = load_pretrained(directory)
+    keep_begin(frozen_weights(found, saved.config), tmp_path)
+    backbone = frozen_backbone(found, saved.config, tmp_path)
     assert (backbone is not None) == is_frozen
-    assert frozen_backbone(config, load_pretrained(directory).config, tmp_path) is None  # begins with drawn weights
+    if backbone is not None:
+        kept = backbone.state_dict()
+        theirs = {name: saved.model.state_dict()[f"encoder.backbone.{name}"] for name in kept}
+        assert all(torch.equal(kept[name], theirs[name]) for name in kept)
+    assert frozen_backbone(config, saved.config, tmp_path) is None  # begins with drawn weights
+
+
+def test_a_run_that_goes_on_has_the_backbone_that_it_began_with(tmp_path: Path, train_until: TrainUntil) -> None:
+    """Though the model that it came from has been trained anew meanwhile."""
+    train(captioner(tmp_path / "begun"))
+    again = captioner(tmp_path / "again", run={**RUN, "seed": 9})
+    further = {"model": {"init_from": str(tmp_path / "begun")}, "data": {"generated": "captions", "tokenizer": {}}}
+    options = {**further, "optim": {"freeze": ["encoder.backbone.*"]}, "run": {**RUN, "save_steps": 2}}
+    train(captioner(tmp_path / "whole", **options))
+    train_until(captioner(tmp_path / "stopped", **options), 3)
+    train(again)
+    shutil.rmtree(tmp_path / "begun")
+    (tmp_path / "again").rename(tmp_path / "begun")
+    train(captioner(tmp_path / "stopped", **options))
+    assert load_pretrained(tmp_path / "whole").revision == load_pretrained(tmp_path / "stopped").revision
 
 
 def test_grids_that_look_like_pictures_are_not_made(tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""Which pictures and clips a model was trained on, so that nobody scores it on them.
+
+seen.safetensors   digests (N, 32) uint8, sha256 of each picture's file, or of each clip's frames one after another
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from seqmodels.errors import DataError
+from training import checkpoint
+from training.data.rows import Row
+
+SEEN = "seen.safetensors"
+
+
+def keep_seen(rows: Sequence[Row], directory: Path) -> None:
+    """Write down those of the training split, if it has any."""
+    (directory / SEEN).unlink(missing_ok=True)
+    if digests := sorted({digest for row in rows if (digest := _digest(row))}):
+        with checkpoint.writing_whole(directory / SEEN) as temporary:
+            save_file(
+                {"digests": torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, 32)}, temporary
+            )
+
+
+def refuse_seen(rows: Sequence[Row], split: str, directory: Path) -> None:
+    """Raises DataError where one of the rows shows what the model of a directory was trained on."""
+    try:
+        seen = set(map(bytes, load_file(directory / SEEN)["digests"].numpy()))
+    except (OSError, SafetensorError, KeyError):
+        return  # it was trained on no pictures, or by an earlier version
+    found = [number for number, row in enumerate(rows, start=1) if _digest(row) in seen]
+    if found:
+        raise DataError(
+            f"{directory} was trained on {len(found)} of the {len(rows)} inputs of the {split} split, the first in row "
+            f"{found[0]}: scores would say nothing about new ones; remove them, name another split in "
+            f"data.splits.{split}, or score what was trained on as that, with --split train"
+        )
+
+
+def _digest(row: Row) -> bytes:
+    """b"" of what shows nothing."""
+    frames = row.input if isinstance(row.input, tuple) else (row.input,)
+    if not all(isinstance(frame, bytes) for frame in frames):
+        return b""
+    return hashlib.sha256(b"".join(frame for frame in frames if isinstance(frame, bytes))).digest()
