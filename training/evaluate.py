@@ -5,9 +5,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from seqmodels.config import Average
+from rich.console import Console
+
+from seqmodels.config import Average, PublishedBackboneConfig
+from seqmodels.encoders import ImageEncoder
 from seqmodels.ensemble import common_reader, load_members, revision_of
 from seqmodels.errors import ConfigError, DataError
+from seqmodels.models import Model
 from training import baselines
 from training.adaptive import Adaptation
 from training.config import Recipe
@@ -15,6 +19,7 @@ from training.data.examples import Codec
 from training.data.rows import Row, fingerprint
 from training.data.sources import Splits
 from training.directory import RUN, readable_run
+from training.reporter import counting
 from training.scoring import NO_ADAPTATION, applicable, score
 from training.seen import refuse_seen
 
@@ -49,6 +54,8 @@ def evaluate(
     if split != "train":
         for member in directories:
             refuse_seen(rows[split], split, member)
+    if len(members) == 1:
+        codec = _with_grids(codec, members[0].model, rows[split], recipe.run.device)
     result = score(
         directories,
         rows[split],
@@ -83,6 +90,17 @@ def evaluate(
         report["average"] = average
         ways.append(f"ensemble-{report['revision']}")
     return report, "-".join(["evaluation", split, *ways]) + ".json"
+
+
+def _with_grids(codec: Codec, model: Model, rows: Sequence[Row], device: str) -> Codec:
+    """Features of pictures that come from a published backbone take most of the time, and are the same for each search
+    that is tried on a split."""
+    backbone = getattr(codec.config.encoder, "backbone", None)
+    if codec.config.input != "image" or not isinstance(backbone, PublishedBackboneConfig):
+        return codec
+    assert isinstance(model.encoder, ImageEncoder)
+    with counting("pictures", Console()) as told:
+        return codec.with_grids(model.encoder.backbone.to(device), rows, told)
 
 
 def rows_to_score(directory: Path, recipe: Recipe, split: str, with_train: bool = False) -> dict[str, list[Row]]:

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -69,25 +69,9 @@ class Reporter:
         """A line for the person watching."""
         self.console.print(text, markup=False)
 
-    @contextmanager
-    def counting(self, what: str) -> Iterator[Count]:
-        """A bar for long work before the first step, or a line every so often where there is no terminal. Call what is
-        yielded with how many are done, of how many."""
-        if self.console.is_terminal:
-            columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-            with Progress(*columns, console=self.console, transient=True) as bar:
-                task = bar.add_task("", total=None)
-                yield lambda done, total: bar.update(task, completed=done, total=total)
-            return
-        told = time.monotonic()
-
-        def tell(done: int, total: int) -> None:
-            nonlocal told
-            if time.monotonic() - told >= SECONDS_BETWEEN_LINES:
-                told = time.monotonic()
-                self.say(f"{what}: {done} of {total}")
-
-        yield tell
+    def counting(self, what: str) -> AbstractContextManager[Count]:
+        """See `counting`; before the first step."""
+        return counting(what, self.console)
 
     def step(self, step: int, total_steps: int, done: Update) -> None:
         """Progress after one step: loss, share of steps clipped, best score, tokens/s and time left."""
@@ -222,6 +206,27 @@ class Silence(Reporter):
 
     def show_examples(self, examples: Sequence[Example], codec: Codec) -> None:
         pass
+
+
+@contextmanager
+def counting(what: str, console: Console) -> Iterator[Count]:
+    """A bar for long work, or a line every so often where there is no terminal. Call what is yielded with how many are
+    done, of how many."""
+    if console.is_terminal:
+        columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    told = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            console.print(f"{what}: {done} of {total}", markup=False)
+
+    yield tell
 
 
 def _inputs_as_seen(example: Example, codec: Codec) -> str:

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from training.config import Recipe, RunSection, some
 from training.data.batches import Batches, Buckets, lengths_of
 from training.data.encoded import ENCODED, Encoded, is_encodable
 from training.data.examples import Codec, Example
-from training.data.grids import cache_directory, grids_of
+from training.data.grids import cache_directory
 from training.data.pictures import preprocessor_for
 from training.data.rows import Row, fingerprint
 from training.data.sources import load_rows
@@ -195,14 +195,13 @@ def _with_grids(
     backbone = frozen_backbone(recipe, codec.config, directory)
     if backbone is None or codec.config.input != "image":
         return codec
-    assert codec.preprocessor is not None
-    pictures = (row.input for split in rows.values() for row in split if isinstance(row.input, bytes))
     began = time.monotonic()
     with reporter.counting("pictures") as told:
-        grids = grids_of(pictures, backbone, codec.preprocessor, cache_directory(), told)
+        codec = codec.with_grids(backbone, chain.from_iterable(rows.values()), told)
+    assert codec.grids is not None
     seconds = time.monotonic() - began
-    reporter.say(f"the backbone's features of {len(grids)} pictures are in {cache_directory()} ({seconds:.0f} s)")
-    return replace(codec, grids=grids)
+    reporter.say(f"the backbone's features of {len(codec.grids)} pictures are in {cache_directory()} ({seconds:.0f} s)")
+    return codec
 
 
 def _check_same(workers: Workers, rows: Mapping[str, Sequence[Row]]) -> None:

@@ -15,6 +15,8 @@ from seqmodels.pretrained import load_pretrained
 from seqmodels.vision import build_backbone
 from tests.training.recipes import recipe
 from training.backbones import read_backbone
+from training.data import generated
+from training.evaluate import evaluate
 from training.run import train
 
 SMALL = {"kind": "resnet18", "image_size": [32, 32]}
@@ -123,6 +125,30 @@ def test_a_run_begins_with_them_and_keeps_what_it_needs(
     saved = load_pretrained(tmp_path / "run")
     assert torch.equal(saved.model.state_dict()["encoder.backbone.conv1.weight"], published["conv1.weight"])
     assert saved.preprocessor is not None and saved.preprocessor.mean == (0.485, 0.456, 0.406)
+
+
+def test_features_of_a_split_are_computed_once_for_all_that_is_tried_on_it(
+    published: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEQMODELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(generated.SIZES, "captions", (16, 4, 6))
+    model = {
+        "architecture": "generator",
+        "encoder": {"input": "image", "backbone": SMALL},
+        "decoder": {"embedding_size": 8, "attention": "general", "recurrent": {"hidden_size": 8}},
+    }
+    data = {"generated": "captions", "backbone_weights": written(published, tmp_path / "resnet.safetensors")}
+    made = recipe("caption", directory=tmp_path / "run", model=model, data=data, run={"max_steps": 1})
+    train(made)
+    assert not (tmp_path / "cache").exists(), "the backbone has learned"
+    kept, _ = evaluate(tmp_path / "run", made, "test", {"max_new_tokens": 5})
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    monkeypatch.setattr("training.data.grids._made", None)  # nothing is to be made again
+    beams, _ = evaluate(tmp_path / "run", made, "test", {"max_new_tokens": 5, "num_beams": 3})
+    assert beams["scores"]["nll"] == kept["scores"]["nll"]
+    monkeypatch.setattr("training.evaluate._with_grids", lambda codec, *_: codec)
+    plain, _ = evaluate(tmp_path / "run", made, "test", {"max_new_tokens": 5})
+    assert kept["scores"] == pytest.approx(plain["scores"], abs=1e-3)
 
 
 def test_what_mobilenet_was_trained_on_is_128_around_128() -> None:

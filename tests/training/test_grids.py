@@ -123,7 +123,7 @@ def test_a_run_whose_backbone_is_frozen_reads_grids(
     assert backbone and all(torch.equal(before[name], after[name]) for name in backbone)
     # The same without grids, but for what 16 bits round away.
     none = Grids(torch.zeros(0, 32, dtype=torch.uint8), torch.zeros(0))
-    monkeypatch.setattr("training.run.grids_of", lambda *_: none)
+    monkeypatch.setattr("training.data.examples.grids_of", lambda *_: none)
     train(captioner(tmp_path / "pictures", **further, optim={"freeze": ["encoder.backbone.*"]}))
     other = load_pretrained(tmp_path / "pictures").model.state_dict()
     for name, tensor in after.items():

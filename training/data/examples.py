@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from seqmodels.characters import with_spellings
 from seqmodels.config import ModelConfig
@@ -19,7 +19,7 @@ from seqmodels.preprocessing import Preprocessor
 from seqmodels.pretrained import Pretrained, load_pretrained
 from seqmodels.tokenizer import BOS, EOS, Tokenizer
 from training.config import DataSection, Facts, Recipe, some
-from training.data.grids import Grids
+from training.data.grids import Grids, Say, cache_directory, grids_of
 from training.data.pictures import decode, preprocessor_for
 from training.data.rows import Row, in_order
 
@@ -104,6 +104,12 @@ class Codec:
         A classifier reads the beginning of an input that is too long; for the others, what is too long is left out.
         """
         return (example for row in rows for example in self._examples(row) if self._fits(example))
+
+    def with_grids(self, backbone: nn.Module, rows: Iterable[Row], told: Say) -> "Codec":
+        """The same, with what the backbone makes of the rows' pictures, kept in the cache, in place of the pictures."""
+        assert self.preprocessor is not None
+        pictures = (row.input for row in rows if isinstance(row.input, bytes))
+        return replace(self, grids=grids_of(pictures, backbone, self.preprocessor, cache_directory(), told))
 
     def decode_picture(self, data: bytes) -> Tensor:
         """A picture's file -> (C, H, W), or the backbone's grid of it, (D, h, w). Raises InputError."""
