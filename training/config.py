@@ -98,6 +98,20 @@ class TokenizerSection(Strict):
         return self
 
 
+class AugmentationSection(Strict):
+    """How pictures are changed each time that they are trained on (Krizhevsky et al. 2012): captions and classes that
+    tell left from right need mirror 0."""
+
+    least_area: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # a part is shown, of so much of the picture at least
+    mirror: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0  # how often left and right change places
+
+    @check(mode="after")
+    def _check(self) -> Self:
+        if self.least_area == 1.0 and self.mirror == 0.0:
+            raise ValueError("data.augmentation changes nothing; set least_area below 1 or mirror above 0")
+        return self
+
+
 class DataSection(Strict):
     """Where rows come from, and how they become tokens."""
 
@@ -115,6 +129,7 @@ class DataSection(Strict):
     input_vectors: str | None = None  # a text file of word vectors: the embeddings that the encoder begins with ...
     target_vectors: str | None = None  # ... and those of the decoder; the tokenizer's kind must be `word`
     backbone_weights: str | None = None  # a safetensors file, or a model of the hub, that the backbone begins with
+    augmentation: AugmentationSection | None = None  # of pictures that are trained on
     max_input_length: PositiveInt = 256  # tokens, frames or steps
     max_target_length: PositiveInt = 256  # tokens
     chunk_length: PositiveInt = 64  # language models: steps between two cuts of back-propagation

@@ -86,6 +86,8 @@ def _check_model(recipe: Recipe) -> None:
     _check_single_layers(recipe, config)
     _check_vectors(recipe, config)
     _check_backbone(recipe, config)
+    if recipe.data.augmentation is not None and config.input != "image":
+        raise ConfigError(f"data.augmentation is of pictures, but the model reads {config.input}; remove it")
     if recipe.data.chunk_length == 1 and config.decoder and config.decoder.temporal_activation_penalty:
         raise ConfigError(
             "model.decoder.temporal_activation_penalty does nothing where data.chunk_length is 1: a single step has no "

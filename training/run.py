@@ -195,6 +195,11 @@ def _with_grids(
     backbone = frozen_backbone(recipe, codec.config, directory)
     if backbone is None or codec.config.input != "image":
         return codec
+    if recipe.data.augmentation is not None:
+        raise ConfigError(
+            "data.augmentation is set, but optim.freeze holds the whole backbone, whose features of each picture are "
+            "computed once; remove the one, or let a part of the other learn"
+        )
     began = time.monotonic()
     with reporter.counting("pictures") as told:
         codec = codec.with_grids(backbone, chain.from_iterable(rows.values()), told)
@@ -283,8 +288,8 @@ def _batches(recipe: Recipe, codec: Codec, examples: Sequence[Example]) -> Batch
     if recipe.task == "generate":
         rows = min(run.rows_per_batch, max(1, run.tokens_per_batch // data.chunk_length))
         return Streams(examples, rows, data.chunk_length, run.seed, data.vary_chunk_length)
-    with_references = run.self_critical is not None
-    return Buckets(examples, codec, run.tokens_per_batch, run.rows_per_batch, run.seed, with_references)
+    sizes, wants_all = (run.tokens_per_batch, run.rows_per_batch), run.self_critical is not None
+    return Buckets(examples, codec, *sizes, run.seed, wants_all, data.augmentation)
 
 
 def _metric(recipe: Recipe, codec: Codec) -> str:

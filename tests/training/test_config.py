@@ -14,13 +14,16 @@ ROOT = Path(__file__).parent.parent.parent
 ALL_RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 DEMO = ROOT / "recipes" / "demo" / "sentiment.yaml"
 NAMED = {"sst2", "imdb", "multi30k-en-de", "multi30k-en-fr", "tatoeba-de-en", "ptb", "tinyshakespeare"}
-NAMED |= {"ud-english-ewt", "conll2000", "flickr8k", "sentiment", "numbers-en-fr", "captions", "number-tags"}
+NAMED |= {"ud-english-ewt", "conll2000", "sentiment", "numbers-en-fr", "captions", "number-tags"}
 NAMED |= {"frames", "series", "language-model", "adding", "copy", "digits"}
 NAMED |= {"imdb-lm", "imdb-from-lm", "imdb-lm-large", "imdb-from-lm-large"}
+NAMED |= {"flickr8k-show-and-tell", "flickr8k-attention", "flickr8k-attention-finetune"}
+NAMED |= {"flickr8k-attention-self-critical"}
 NAMED |= {"multi30k-en-de-student", "multi30k-en-de-self-critical", "ptb-medium", "ptb-awd"}
 # What a recipe starts from, and the recipe that makes it.
 BEGUN_BY = {"imdb-from-lm": "imdb-lm", "imdb-from-lm-large": "imdb-lm-large"}
 BEGUN_BY |= {"multi30k-en-de-self-critical": "multi30k-en-de"}
+BEGUN_BY |= dict.fromkeys(("flickr8k-attention-finetune", "flickr8k-attention-self-critical"), "flickr8k-attention")
 
 
 def test_all_recipes_are_there() -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 from seqmodels.errors import DataError
 from seqmodels.losses import IGNORE
 from seqmodels.tokenizer import PAD
+from training.config import AugmentationSection
+from training.data.augment import augmented
 from training.data.encoded import Encoded
 from training.data.examples import Codec, Example
 
@@ -57,13 +59,15 @@ class Buckets:
         rows_per_batch: int,
         seed: int,
         with_references: bool = False,
+        augmentation: AugmentationSection | None = None,
     ) -> None:
-        """with_references: whether a batch holds each example's, for what is learned from them all."""
+        """with_references: whether a batch holds each example's, for what is learned from them all. augmentation: of
+        pictures, by draws that are a function of (seed, epoch, example)."""
         if not examples:
             writes = codec.config.architecture == "generator"
             raise DataError(f"no row fits; raise data.max_input_length{' or data.max_target_length' if writes else ''}")
         self._examples, self._codec, self._seed = examples, codec, seed
-        self._with_references = with_references
+        self._with_references, self._augmentation = with_references, augmentation
         self._lengths = lengths_of(examples)
         self._inputs, self._targets = (lengths.copy() for lengths in self._lengths)
         if codec.config.input == "image" and codec.grids is None:
@@ -79,8 +83,13 @@ class Buckets:
         return len(self._bounds)
 
     def batch(self, epoch: int, index: int) -> Batch:
-        examples = [self._examples[row] for row in self.rows(epoch)[index]]
+        rows = self.rows(epoch)[index]
+        examples = [self._examples[row] for row in rows]
         batch = collate(examples, self._codec)
+        if self._augmentation:
+            draws = (np.random.default_rng([self._seed, epoch, row]) for row in rows)
+            pictures = zip(batch["inputs"], draws, strict=True)
+            batch["inputs"] = torch.stack([augmented(one, self._augmentation, draw) for one, draw in pictures])
         if self._with_references:
             batch["references"] = [example.references for example in examples]
         return batch
