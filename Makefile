@@ -41,6 +41,7 @@ bench: $(INSTALLED)  ## run the benchmarks; each prints one JSON line per result
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.continuous
 	$(BIN)/python -m benchmarks.prefixes
+	$(BIN)/python -m benchmarks.features
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.serve
 

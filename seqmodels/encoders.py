@@ -15,14 +15,13 @@ from seqmodels.config import (
     FeatureEncoderConfig,
     FrameEncoderConfig,
     ImageEncoderConfig,
-    PublishedBackboneConfig,
     StackConfig,
     TextEncoderConfig,
 )
 from seqmodels.dropout import dropout, embed
 from seqmodels.recurrent import Recurrent
 from seqmodels.state import Memory, State
-from seqmodels.vision import build_backbone
+from seqmodels.vision import Backbone, CompactResNet, build_backbone
 
 Encoded = tuple[Memory, State | None]
 
@@ -99,8 +98,7 @@ class FrameEncoder(RecurrentEncoder):
         self.backbone = backbone
 
     def forward(self, inputs: Tensor, lengths: Tensor, state: State | None = None) -> Encoded:
-        grids = self.backbone(inputs.flatten(0, 1))  # (B·S, D, h, w)
-        return self.read(grids.flatten(1).view(*inputs.shape[:2], -1), lengths, state)
+        return self.read(grids_of(inputs, self.backbone).flatten(2), lengths, state)
 
 
 class ImageEncoder(nn.Module):
@@ -116,18 +114,37 @@ class ImageEncoder(nn.Module):
         self.summary_size = self.backbone.pooled_size
         self.dropout = config.dropout
         self._channels = config.backbone.in_channels  # of a picture; a grid has others
-        self._pools = isinstance(config.backbone, PublishedBackboneConfig)
+        self._pools = not isinstance(self.backbone, CompactResNet)
         cells = config.backbone.grid[0] * config.backbone.grid[1]
         self.places = nn.Parameter(torch.randn(cells, self.output_size) * 0.1)  # where a cell stands in the picture
 
     def forward(self, inputs: Tensor, lengths: Tensor | None = None, state: State | None = None) -> Encoded:
-        grid = self.backbone(inputs) if inputs.shape[1] == self._channels else inputs
+        grid = grids_of(inputs[:, None], self.backbone)[:, 0] if inputs.shape[1] == self._channels else inputs
         values = grid.flatten(2).mT + self.places  # (B, S, D)
         values = F.dropout(values, self.dropout, self.training)
         mask = values.new_ones(values.shape[:2], dtype=torch.bool)
         # As the published weights were trained; a compact backbone has no such habit.
         summary = self.backbone.pool(grid) if self._pools else values.mean(1)
         return Memory(values, mask, summary), None
+
+
+def grids_of(pictures: Tensor, backbone: Backbone) -> Tensor:
+    """Pictures (B, S, C, height, width) -> (B, S, D, h, w).
+
+    Outside training, a large backbone on a CPU sees one at a time: a picture gets the same bits in any company, and
+    rows that are copies of the first, with which small batches are padded, cost nothing.
+    """
+    if torch.is_grad_enabled() or pictures.device.type != "cpu" or isinstance(backbone, CompactResNet):
+        grids: Tensor = backbone(pictures.flatten(0, 1))
+        return grids.view(*pictures.shape[:2], *grids.shape[1:])
+    first = _each(pictures[0], backbone)
+    rows = [first if torch.equal(row, pictures[0]) else _each(row, backbone) for row in pictures[1:]]
+    return torch.stack([first, *rows])
+
+
+def _each(pictures: Tensor, backbone: Backbone) -> Tensor:
+    """(S, C, height, width) -> (S, D, h, w)"""
+    return torch.cat([backbone(picture[None]) for picture in pictures])
 
 
 def _mask(lengths: Tensor, positions: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seqmodels.config import ModelConfig, PublishedBackboneConfig
+from seqmodels.encoders import grids_of
 from seqmodels.errors import ConfigError
 from seqmodels.vision import Bottleneck, SameConv2d, build_backbone
 
@@ -58,6 +59,33 @@ def test_the_grid_is_a_32nd_rounded_up(kind: str) -> None:
         grid = backbone(torch.randn(2, 3, 64, 80))
         assert grid.shape == (2, config.output_size, *config.grid) == (2, config.output_size, 2, 3)
         assert backbone.pool(grid).shape == (2, backbone.pooled_size)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@torch.inference_mode()
+def test_a_picture_has_the_same_features_in_any_company(threads: int) -> None:
+    """To the last bit; and rows that are copies of the first are not computed again."""
+    backbone, calls = build_backbone(PublishedBackboneConfig(kind="mobilenet_v2")).eval(), 0
+    backbone.register_forward_pre_hook(lambda *_: count())
+
+    def count() -> None:
+        nonlocal calls
+        calls += 1
+
+    clips, before = torch.randn(3, 2, 3, 64, 64), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = grids_of(clips, backbone)
+        assert together.shape == (3, 2, 320, 2, 2) and calls == 6
+        for clip, grids in zip(clips, together, strict=True):
+            for picture, grid in zip(clip, grids, strict=True):
+                assert torch.equal(grids_of(picture[None, None], backbone)[0, 0], grid)
+        calls = 0
+        padded = grids_of(clips[[0, 1, 0, 0]], backbone)
+        assert calls == 4 and torch.equal(padded, together[[0, 1, 0, 0]])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.allclose(together, backbone(clips.flatten(0, 1)).view_as(together), atol=1e-5)
 
 
 def test_same_padding_is_at_the_right_and_bottom_where_it_is_odd() -> None:
