@@ -33,13 +33,28 @@ def frame_files(directory: Path) -> list[Path]:
     return sorted(files, key=_natural)
 
 
+class PictureFile(io.BytesIO):
+    """What Pillow opens. It reads a file part by part, of which 4 MiB can hold millions that say nothing, and take
+    seconds: so many reads as no real picture needs are an error."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._reads_left = 20_000 + len(data) // 64
+
+    def read(self, size: int | None = -1) -> bytes:
+        self._reads_left -= 1
+        if self._reads_left < 0:
+            raise OSError("too many parts")
+        return super().read(size)
+
+
 def extent(data: bytes) -> tuple[int, int]:
     """How many frames a file has, 1 if it is still, and how many pixels the largest of them; nothing is drawn. (0, 0)
     where it is no picture: whoever draws it will say why."""
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+        with Image.open(PictureFile(data), formats=FORMATS) as picture:
             if picture.format == "GIF":
                 return _gif_extent(data, *picture.size)
             frames = getattr(picture, "n_frames", 1) if picture.format in MOVING else 1

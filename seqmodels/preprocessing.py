@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
-from seqmodels.clips import FORMATS, extent
+from seqmodels.clips import FORMATS, PictureFile, extent
 from seqmodels.config import Strict
 from seqmodels.errors import InputError, UnsupportedError
 
@@ -31,7 +31,7 @@ class Preprocessor(Strict):
     channels: Literal[1, 3] = 3
     mean: Annotated[tuple[float, ...], Field(min_length=1, max_length=3)] = (0.5,)
     std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1, max_length=3)] = (0.5,)
-    max_pixels: PositiveInt = 16_000_000
+    max_pixels: PositiveInt = 15_000_000
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -104,7 +104,7 @@ class Preprocessor(Strict):
         from PIL import Image, UnidentifiedImageError
 
         try:
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+            picture = Image.open(PictureFile(data), formats=FORMATS)
         except UnidentifiedImageError:
             raise UnsupportedError(f"not an image in one of the formats {', '.join(FORMATS)}", param=param) from None
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):

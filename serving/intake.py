@@ -6,8 +6,6 @@ bad item fails its whole list and is named, as in `inputs[3]`.
 
 import base64
 import binascii
-import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -165,26 +163,28 @@ def named_items(inputs: Any, field: str, limits: Limits) -> list[tuple[PipelineI
 
 
 def _drawable(items: list[tuple[PipelineItem, str]], field: str, limits: Limits) -> list[tuple[PipelineItem, str]]:
-    """The same, unless drawing all their pictures would take too long: 34 bytes of WebP can be 8 million pixels. One
+    """The same, unless drawing all their pictures would take too long: 34 bytes of WebP can be 7 million pixels. One
     picture alone is for its model to refuse."""
-    pictured = [item for item, _ in items if isinstance(item, dict)]
-    if len(pictured) == 1 and "image" in pictured[0]:
+    if len(items) == 1 and isinstance(items[0][0], dict) and "image" in items[0][0]:
         return items
     pixels = 0
-    for more in itertools.chain.from_iterable(map(_num_pixels, pictured)):
-        pixels += more
-        _check_size(pixels, limits.pixels, "pixels or more", field)
+    for item, name in items:
+        for more in _num_pixels(item, name, limits):
+            pixels += more
+            _check_size(pixels, limits.pixels, "pixels or more", field)
     return items
 
 
-def _num_pixels(item: dict[str, Any]) -> Iterator[int]:
-    """Of each file; of an animated one, all its frames together."""
+def _num_pixels(item: PipelineItem, field: str, limits: Limits) -> Iterator[int]:
+    """Of each file; of an animated one, all its frames together. Raises InputError where there are too many."""
     match item:
-        case {"image": picture}:
+        case {"image": bytes(picture)}:
             yield extent(picture)[1]
         case {"frames": bytes(clip)}:
-            yield math.prod(extent(clip))
-        case {"frames": pictures}:
+            frames, pixels = extent(clip)
+            _check_size(frames, limits.frames, "frames", f"{field}.frames")
+            yield frames * pixels
+        case {"frames": [*pictures]}:
             yield from (extent(picture)[1] for picture in pictures)
 
 
@@ -209,9 +209,7 @@ def pipeline_item(item: Input | None, field: str, limits: Limits) -> PipelineIte
         case ImageInput():
             return {"image": _decode(item.image, f"{field}.image", limits)}
         case FramesInput(frames=str(file)):
-            clip = _decode(file, f"{field}.frames", limits)
-            _check_size(extent(clip)[0], limits.frames, "frames", f"{field}.frames")
-            return {"frames": clip}
+            return {"frames": _decode(file, f"{field}.frames", limits)}
         case FramesInput():
             _check_size(len(item.frames), limits.frames, "frames", f"{field}.frames")
             return {"frames": [_decode(f, f"{field}.frames[{i}]", limits) for i, f in enumerate(item.frames)]}
