@@ -15,7 +15,7 @@ ALL_RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 DEMO = ROOT / "recipes" / "demo" / "sentiment.yaml"
 NAMED = {"sst2", "imdb", "multi30k-en-de", "multi30k-en-fr", "tatoeba-de-en", "ptb", "tinyshakespeare"}
 NAMED |= {"ud-english-ewt", "conll2000", "flickr8k", "sentiment", "numbers-en-fr", "captions", "number-tags"}
-NAMED |= {"frames", "series", "language-model", "adding", "copy", "digits"}
+NAMED |= {"frames", "clips", "clip-captions", "series", "language-model", "adding", "copy", "digits"}
 NAMED |= {"imdb-lm", "imdb-from-lm", "imdb-lm-large", "imdb-from-lm-large"}
 NAMED |= {"multi30k-en-de-student", "multi30k-en-de-self-critical", "ptb-medium", "ptb-awd"}
 # What a recipe starts from, and the recipe that makes it.
