@@ -5,6 +5,7 @@ Knows names and headers; `preprocessing` draws. Imports Pillow only when called.
 
 import io
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from seqmodels.errors import InputError
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")
 MOVING = ("GIF", "WEBP", "PNG")  # of which a file may hold frames; further pictures in a JPEG are not of another time
+GIF = (b"GIF87a", b"GIF89a")
+FRAME = struct.Struct("<HHHHB")  # of a GIF: left, top, width, height, flags
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
 
 
@@ -50,40 +53,53 @@ class PictureFile(io.BytesIO):
 
 def extent(data: bytes) -> tuple[int, int]:
     """How many frames a file has, 1 if it is still, and how many pixels the largest of them; nothing is drawn. (0, 0)
-    where it is no picture: whoever draws it will say why."""
+    where it cannot be read: whoever draws it will say why."""
     from PIL import Image
 
+    if data.startswith(GIF):
+        return _gif_extent(data)
     try:
         with Image.open(PictureFile(data), formats=FORMATS) as picture:
-            if picture.format == "GIF":
-                return _gif_extent(data, *picture.size)
             frames = getattr(picture, "n_frames", 1) if picture.format in MOVING else 1
-            return frames, picture.width * picture.height
+            return max(1, frames), picture.width * picture.height
     except Exception:  # decoders of damaged files raise anything: OSError, SyntaxError, struct.error, TypeError, ...
         return 0, 0
 
 
-def _gif_extent(data: bytes, width: int, height: int) -> tuple[int, int]:
-    """Any frame may make the canvas larger. Pillow would take seconds to count many frames."""
-    count = 0
-    for right, bottom in _gif_corners(data):
-        count, width, height = count + 1, max(width, right), max(height, bottom)
-    return max(1, count), width * height
+def _gif_extent(data: bytes) -> tuple[int, int]:
+    """Without Pillow, which would make room for the first frame, 13,000 x 13,000 for all we know, and take seconds to
+    count many. Any frame may make the canvas larger."""
+    count, right, bottom = 0, int.from_bytes(data[6:8], "little"), int.from_bytes(data[8:10], "little")
+    try:
+        for left, top, width, height in _gif_frames(data):
+            count, right, bottom = count + 1, max(right, left + width), max(bottom, top + height)
+    except ValueError:
+        return 0, 0
+    return max(1, count), right * bottom
 
 
-def _gif_corners(data: bytes) -> Iterator[tuple[int, int]]:
-    """The right and bottom edge of each frame. Blocks are stepped over, not read."""
+def _gif_frames(data: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """Where each frame lies: left, top, width, height. Blocks are stepped over, not read."""
     try:
         at = 13 + _table_size(data[10])
         while data[at] != ord(";"):
-            if data[at] == ord(","):  # a frame: left, top, width, height, flags
-                left, top, width, height = (int.from_bytes(data[at + n : at + n + 2], "little") for n in (1, 3, 5, 7))
-                yield left + width, top + height
-                at = _after(data, at + 11 + _table_size(data[at + 9]))
+            if data[at] == ord(","):
+                left, top, width, height, flags = FRAME.unpack_from(data, at + 1)
+                yield left, top, width, height
+                at = _after(data, at + 11 + _table_size(flags))
             else:  # an extension, or a byte that means nothing
-                at = _after(data, at + 2) if data[at] == ord("!") else at + 1
-    except IndexError:  # cut short
+                at = _after_extension(data, at) if data[at] == ord("!") else at + 1
+    except (IndexError, struct.error):  # cut short
         return
+
+
+def _after_extension(data: bytes, at: int) -> int:
+    """Raises ValueError for an empty one, at which Pillow loses its place and would see other frames than we count."""
+    label, length = data[at + 1], data[at + 2]
+    repeats = label == 0xFF and data[at + 3 : at + 3 + length].startswith(b"NETSCAPE2.0")
+    if (not length and label != 0xFE) or (repeats and not data[at + 3 + length]):
+        raise ValueError("an empty extension")
+    return _after(data, at + 2)
 
 
 def _table_size(flags: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
-from seqmodels.clips import FORMATS, PictureFile, extent
+from seqmodels.clips import FORMATS, GIF, PictureFile, extent
 from seqmodels.config import Strict
 from seqmodels.errors import InputError, UnsupportedError
 
@@ -51,9 +51,7 @@ class Preprocessor(Strict):
             return self._tensor(_opaque(self._open(data, param) if isinstance(data, bytes) else data))
         except InputError:
             raise
-        except (
-            Exception
-        ):  # decoders of damaged files raise anything: OSError, SyntaxError, struct.error, TypeError, ...
+        except Exception:  # decoders of damaged files raise nearly anything
             raise _broken(param) from None
 
     def check(self, data: bytes) -> None:
@@ -103,6 +101,11 @@ class Preprocessor(Strict):
     def _open(self, data: bytes, param: str | None) -> "Image":
         from PIL import Image, UnidentifiedImageError
 
+        if data.startswith(GIF):  # opening one makes room for its first frame
+            frames, pixels = extent(data)
+            if not frames:
+                raise _broken(param)
+            self._check_pixels(pixels, self.max_pixels, "the image", param)
         try:
             picture = Image.open(PictureFile(data), formats=FORMATS)
         except UnidentifiedImageError:

@@ -1,6 +1,8 @@
 """Clips: one animated file is its frames as they are displayed; a directory is read in the order of its names."""
 
 import io
+import random
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -73,8 +75,43 @@ def test_a_frame_that_is_larger_than_the_clip_counts_as_large(pipelines: dict[st
     assert places  # of a frame whose left is 0 and top is 4
     file[places[-1] + 5 : places[-1] + 9] = (9000).to_bytes(2, "little") * 2
     assert extent(bytes(file))[1] == 9000 * 9004
-    with pytest.raises(InputError, match="a frame has 81036000 pixels, but at most 7500000 are allowed"):
+    with pytest.raises(InputError, match="the image has 81036000 pixels, but at most 15000000 are allowed"):
         pipelines["frames"]([{"frames": bytes(file)}])
+
+
+def test_pillow_sees_no_larger_frames_than_we_count() -> None:
+    """Whatever the damage: else a few bytes could have it draw on a canvas of gigabytes."""
+    choose, compared = random.Random(0), 0
+    whole = [
+        animated(drawn(4, back), "GIF", disposal=n, loop=0, comment=b"moving")
+        for back in ("navy", "#0000")
+        for n in range(4)
+    ]
+    odd = [b"!\x01\0", b"!\xf9\0", b"!\xfe\0", b"!\xff\0", b"!\xff\x0bNETSCAPE2.0\0", b",", b"!", b";", b"\0", b"\x01a"]
+    for _ in range(4000):
+        data = choose.choice(whole)
+        for _ in range(choose.randint(1, 4)):
+            at = choose.randrange(6, len(data))
+            data = data[:at] + choose.choice([*odd, choose.randbytes(1)]) + data[at + choose.randint(0, 1) :]
+        count, pixels = extent(data)
+        if not 0 < pixels < 10**7:
+            continue
+        largest = 0
+        with suppress(OSError, EOFError, ValueError, IndexError), Image.open(io.BytesIO(data)) as picture:
+            for number in range(count):
+                picture.seek(number)
+                largest = max(largest, picture.width * picture.height)
+                compared += number > 0
+        assert largest <= pixels, data
+    assert compared > 1000
+
+
+def test_a_moving_file_may_have_half_as_many_pixels(pipelines: dict[str, Pipeline]) -> None:
+    """Two copies more are needed to lay frames over one another."""
+    large = animated([Image.new("L", (4000, 1876), shade) for shade in (0, 9)], "GIF")
+    with pytest.raises(InputError, match="a frame has 7504000 pixels, but at most 7500000 are allowed"):
+        pipelines["frames"]([{"frames": large}])
+    assert SHOWN.image(large).shape == (3, SIZE, SIZE)
 
 
 def test_a_clip_that_is_too_long_is_refused_before_it_is_drawn(pipelines: dict[str, Pipeline]) -> None:

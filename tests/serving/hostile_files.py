@@ -118,6 +118,7 @@ def moving_bombs() -> list[bytes]:
         return b"," + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x02\x02\x4c\x01\x00"
 
     tiny = b"GIF89a" + struct.pack("<HHBBB", 8, 8, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
+    cleared = b"!\xf9\x04\x08\0\0\0\0"  # what is to come is to be cleared afterwards
     large = [Image.new("L", (3750, 2000), shade) for shade in range(0, 250, 25)]
     wide = file_of(large[0], "WEBP", save_all=True, append_images=large[1:], lossless=True)
     claims = bytearray(file_of(large[0].resize((8, 8)), "PNG", save_all=True, append_images=[large[1].resize((8, 8))]))
@@ -128,6 +129,7 @@ def moving_bombs() -> list[bytes]:
         head + frame(4000, 4000) * 10_000 + b";", head + frame(4000, 4000) * 3 + b";", tiny + frame(8, 8) * 200_000,
         tiny + frame(8, 8) + frame(65535, 65535) + b";", tiny + frame(8, 8) + frame(13_000, 13_000) + b";",
         tiny + frame(8, 8) * 63 + frame(4000, 4000) + b";", wide, bytes(claims),
+        tiny + cleared + frame(13_377, 13_377) + b";", tiny + frame(8, 8) + cleared + frame(13_377, 13_377) + b";",
         file_of(large[0], "GIF", save_all=True, append_images=large[1:4]),
         file_of(Image.new("RGBA", (3750, 2000)), "WEBP", lossless=True),
         file_of(Image.new("RGBA", (3751, 2000)), "WEBP", lossless=True),
