@@ -42,13 +42,17 @@ class PictureFile(io.BytesIO):
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
-        self._reads_left = 20_000 + len(data) // 64
+        self._reads_left = _most_parts(data)
 
     def read(self, size: int | None = -1) -> bytes:
         self._reads_left -= 1
         if self._reads_left < 0:
             raise OSError("too many parts")
         return super().read(size)
+
+
+def _most_parts(data: bytes) -> int:
+    return 20_000 + len(data) // 64
 
 
 def extent(data: bytes) -> tuple[int, int]:
@@ -79,16 +83,20 @@ def _gif_extent(data: bytes) -> tuple[int, int]:
 
 
 def _gif_frames(data: bytes) -> Iterator[tuple[int, int, int, int]]:
-    """Where each frame lies: left, top, width, height. Blocks are stepped over, not read."""
+    """Where each frame lies: left, top, width, height. Blocks are stepped over, not read. Raises ValueError where there
+    are more than in any real file."""
     try:
         at = 13 + _table_size(data[10])
-        while data[at] != ord(";"):
+        for _ in range(_most_parts(data)):
+            if data[at] == ord(";"):
+                return
             if data[at] == ord(","):
                 left, top, width, height, flags = FRAME.unpack_from(data, at + 1)
                 yield left, top, width, height
                 at = _after(data, at + 11 + _table_size(flags))
             else:  # an extension, or a byte that means nothing
                 at = _after_extension(data, at) if data[at] == ord("!") else at + 1
+        raise ValueError("too many parts")
     except (IndexError, struct.error):  # cut short
         return
 
