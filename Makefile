@@ -1,6 +1,6 @@
 # One line of help each: `make` alone prints them.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format serve bench gpu kill-storm invariance audit sbom fuzz soak chaos clean
+.PHONY: help install demo test check format serve bench gpu kill-storm invariance audit sbom fuzz hostile soak chaos clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -75,6 +75,9 @@ sbom: $(TOOLS)  ## write what the image installs to build/sbom.json, in CycloneD
 
 fuzz: $(INSTALLED)  ## ask the service a million requests in this process, four fifths of them damaged
 	$(BIN)/python -m tests.serving.fuzz
+
+hostile: $(INSTALLED)  ## ask the service about 1,000 pictures and clips that mean harm: each a clear 4xx, at once, in little memory
+	$(BIN)/python -m tests.serving.hostile_images
 
 chaos: $(INSTALLED)  ## kill replicas 50 times, leave 1,000 streams, swap models 100 times, hold 1,000 silent connections
 	$(BIN)/python -m tests.serving.chaos

@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 import torch
 
+from seqmodels.clips import frame_files, is_directory
 from seqmodels.config import Average, Weights
 from seqmodels.decoding.params import SearchParams
 from seqmodels.errors import ConfigError, InputError, SeqModelsError
@@ -25,7 +26,8 @@ from seqmodels.pipeline import Job, Pipeline
 CHUNK = 256  # lines read, answered and written together
 MAX_THREADS = 1024
 SEARCHES_WITH = ("decoder_weights", "shortlist")  # options of generate alone
-TAKES_FILES = {"image": '{"image": "FILE"}', "frames": '{"frames": ["FILE", ...]}'}  # a line names files, not bytes
+# A line names files, not bytes.
+TAKES_FILES = {"image": '{"image": "FILE"}', "frames": '{"frames": ["FILE", ...]}, or {"frames": "FILE OR DIRECTORY"}'}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -130,7 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict.epilog = score.epilog = generate.epilog = (
         'A line is a plain text, or JSON: {"text": ...}, {"words": [...]}, {"image": "FILE"}, '
-        '{"frames": ["FILE", ...]} or {"features": [[...], ...]}. A language model takes the prompt as its line.'
+        '{"frames": ["FILE", ...]}, {"frames": "an animated FILE, or a DIRECTORY of pictures"} or {"features": [[...], '
+        "...]}. A language model takes the prompt as its line."
     )
     score.description = 'Each line is JSON with the input as for generate, and a "target": the text to score.'
     for name, field in SearchParams.model_fields.items():
@@ -254,8 +257,8 @@ def _item(line: bytes) -> Any:
         ) from None
     if "image" in item:
         item["image"] = _read(item["image"])
-    if isinstance(item.get("frames"), list):
-        item["frames"] = [_read(frame) for frame in item["frames"]]
+    if "frames" in item:
+        item["frames"] = _read_frames(item["frames"])
     return item or None
 
 
@@ -276,6 +279,15 @@ def _with_state(item: Any) -> tuple[Any, bytes | None]:
     except (TypeError, ValueError):
         raise InputError("state is no base64; send what --return-state gave", param="state") from None
     return item or None, state
+
+
+def _read_frames(named: Any) -> bytes | list[bytes]:
+    """Of a list of files, of a directory of them, or one animated file."""
+    if isinstance(named, list):
+        return [_read(name) for name in named]
+    if is_directory(named):
+        return [_read(path) for path in frame_files(Path(named))]
+    return _read(named)
 
 
 def _read(name: Any) -> bytes:

@@ -185,9 +185,10 @@ class Pipeline:
     ) -> Job:
         """Check one input and turn it into tensors.
 
-        item: a string, {"text"}, {"words"}, {"image": bytes}, {"frames": [bytes]} or {"features": [[...]]}, as the
-        model takes; None or a prompt for a language model. params: options of SearchParams over the model's defaults.
-        deadline: a time.monotonic(). priority, client: higher goes first; of equal priority, clients take turns.
+        item: a string, {"text"}, {"words"}, {"image": bytes}, {"frames": [bytes]} (or, as bytes, one animated file)
+        or {"features": [[...]]}, as the model takes; None or a prompt for a language model. params: options of
+        SearchParams over the model's defaults. deadline: a time.monotonic(). priority, client: higher goes first; of
+        equal priority, clients take turns.
         return_state: whether the answer, or each sequence of it, comes with a `state`.
         state: one of those, to go on from it. A classifier or tagger reads the item as the next piece of its input: a
         label is for all pieces so far, tags are those of this one. A language model reads the item as more text after

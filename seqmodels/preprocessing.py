@@ -1,34 +1,37 @@
 """Image and frame bytes -> tensors, the same in training and serving (preprocessor_config.json).
 
 Nothing is decoded before its format and its size in pixels are known to be allowed: a PNG of 20 kB can hold 169
-million pixels. Imports Pillow only when called.
+million pixels. What shines through is laid over white. Imports Pillow only when called.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
+from seqmodels.clips import FORMATS, GIF, PictureFile, extent
 from seqmodels.config import Strict
 from seqmodels.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")
+    from PIL.Image import Image, Transpose
 
 
 class Preprocessor(Strict):
-    """Resize to `size` (height, width), scale to 0..1, then (x - mean) / std per channel."""
+    """Resize to `size` (height, width), scale to 0..1, then (x - mean) / std per channel.
+
+    max_pixels: of a picture; half of it where decoding takes twice the memory, which is of a WebP and of what moves.
+    Drawing takes up to 12 bytes for each pixel that is allowed.
+    """
 
     size: tuple[PositiveInt, PositiveInt]
     channels: Literal[1, 3] = 3
     mean: Annotated[tuple[float, ...], Field(min_length=1, max_length=3)] = (0.5,)
     std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1, max_length=3)] = (0.5,)
-    max_pixels: PositiveInt = 20_000_000
+    max_pixels: PositiveInt = 15_000_000
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -44,18 +47,12 @@ class Preprocessor(Strict):
 
         Raises InputError for a file that is broken or too large, UnsupportedError for a format not in FORMATS.
         """
-        picture = self._open(data, param) if isinstance(data, bytes) else data
         try:
-            upright = _upright(_eight_bits(picture))
-            fitted = upright.convert("L" if self.channels == 1 else "RGB").resize((self.size[1], self.size[0]))
-        except (
-            Exception
-        ):  # decoders of damaged files raise anything: OSError, SyntaxError, struct.error, TypeError, ...
+            return self._tensor(_opaque(self._open(data, param) if isinstance(data, bytes) else data))
+        except InputError:
+            raise
+        except Exception:  # decoders of damaged files raise nearly anything
             raise _broken(param) from None
-        pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
-        values = pixels.view(*self.size, self.channels).permute(2, 0, 1).float() / 255
-        mean, std = torch.tensor(self.mean)[:, None, None], torch.tensor(self.std)[:, None, None]
-        return ((values - mean) / std).contiguous()
 
     def check(self, data: bytes) -> None:
         """Raises what `image` would, for much less: a file is read to its end, but a JPEG drawn at an eighth."""
@@ -66,54 +63,99 @@ class Preprocessor(Strict):
         except Exception:  # as above
             raise _broken(None) from None
 
-    def frames(self, data: "Sequence[bytes | Image]", param: str | None = None) -> Tensor:
-        """Pictures in order of time -> (S, C, height, width) of float32."""
+    def frames(
+        self, data: "bytes | Sequence[bytes | Image]", param: str | None = None, most: int | None = None
+    ) -> Tensor:
+        """Pictures in order of time, or one animated file -> (S, C, height, width) of float32. A still file is one
+        frame. most: of an animated file, how many frames to draw."""
+        if isinstance(data, bytes):
+            return torch.stack([self._tensor(frame) for frame in self._displayed(data, param, most)])
         return torch.stack([self.image(frame, f"{param}[{i}]" if param else None) for i, frame in enumerate(data)])
+
+    def split(self, data: bytes) -> list[bytes]:
+        """Each frame of an animated file as a PNG of its own, which `image` reads as `frames` reads the file."""
+        return [_png(frame) for frame in self._displayed(data)]
+
+    def _displayed(self, data: bytes, param: str | None = None, most: int | None = None) -> "Iterator[Image]":
+        """Frames as they are shown: Pillow lays each over those before it. Each is drawn when its turn comes."""
+        picture = self._open(data, param)
+        count, pixels = extent(data)
+        if count > 1:
+            self._check_pixels(pixels, self.max_pixels // 2, "a frame", param)
+        for number in range(count if most is None else min(count, most)):
+            try:
+                picture.seek(number)
+                frame = _opaque(picture)
+            except Exception:  # as above
+                raise _broken(param) from None
+            yield frame
+
+    def _tensor(self, picture: "Image") -> Tensor:
+        mode = "L" if self.channels == 1 else "RGB"
+        fitted = (picture if picture.mode == mode else picture.convert(mode)).resize((self.size[1], self.size[0]))
+        pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
+        values = pixels.view(*self.size, self.channels).permute(2, 0, 1).float() / 255
+        mean, std = torch.tensor(self.mean)[:, None, None], torch.tensor(self.std)[:, None, None]
+        return ((values - mean) / std).contiguous()
 
     def _open(self, data: bytes, param: str | None) -> "Image":
         from PIL import Image, UnidentifiedImageError
 
+        if data.startswith(GIF):  # opening one makes room for its first frame
+            frames, pixels = extent(data)
+            if not frames:
+                raise _broken(param)
+            self._check_pixels(pixels, self.max_pixels, "the image", param)
         try:
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+            picture = Image.open(PictureFile(data), formats=FORMATS)
         except UnidentifiedImageError:
             raise UnsupportedError(f"not an image in one of the formats {', '.join(FORMATS)}", param=param) from None
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
             raise InputError("the image is broken or too large", param=param, code="invalid_image") from None
-        if picture.width * picture.height > self.max_pixels:
-            raise InputError(
-                f"the image has {picture.width} x {picture.height} pixels, but at most {self.max_pixels} are allowed; "
-                "send a smaller one",
-                param=param,
-                code="limit_exceeded",
-            )
+        most = self.max_pixels // 2 if picture.format == "WEBP" else self.max_pixels
+        self._check_pixels(picture.width * picture.height, most, "the image", param)
         return picture
 
-
-def num_pixels(data: bytes) -> int:
-    """Of a picture, as its first bytes tell; nothing is drawn. 0 where it is none: whoever draws it will say why."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            return picture.width * picture.height
-    except Exception:  # as above
-        return 0
+    @staticmethod
+    def _check_pixels(pixels: int, most: int, what: str, param: str | None) -> None:
+        if pixels > most:
+            message = f"{what} has {pixels} pixels, but at most {most} are allowed; send a smaller one"
+            raise InputError(message, param=param, code="limit_exceeded")
 
 
 def _broken(param: str | None) -> InputError:
     return InputError("the image is broken or cut short; send a whole file", param=param, code="invalid_image")
 
 
-def _eight_bits(picture: "Image") -> "Image":
-    """16-bit greys scaled to 8 bits: Pillow's own conversion would clip them to black and white."""
-    if not picture.mode.startswith("I"):
-        return picture
-    return picture.convert("I").point(lambda value: value / 257).convert("L")
+def _opaque(picture: "Image") -> "Image":
+    """Upright, in 8 bits, and laid over white where it is transparent. The name is bound anew at each step, so that no
+    more copies than two live at a time."""
+    from PIL import Image
+
+    picture.load()
+    turn = _turn(picture)
+    if picture.mode.startswith("I"):  # 16-bit greys: Pillow's own conversion would clip them to black and white
+        picture = picture.convert("I")
+        picture = picture.point(lambda value: value / 257)
+        picture = picture.convert("L")
+    elif picture.has_transparency_data:
+        if picture.mode not in ("LA", "RGBA"):
+            picture = picture.convert("RGBA")
+        page = Image.new("RGB", picture.size, "white")
+        page.paste(picture, mask=picture)
+        picture = page
+    return picture if turn is None else picture.transpose(turn)
 
 
-def _upright(picture: "Image") -> "Image":
-    """Turned as its EXIF says. Only that one tag is read: Pillow's own function writes the block anew, and fails on
-    damaged ones, which some cameras make."""
+def _png(picture: "Image") -> bytes:
+    file = io.BytesIO()
+    picture.convert("RGB").save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def _turn(picture: "Image") -> "Transpose | None":
+    """What its EXIF says is to be done. Only that one tag is read: Pillow's own function writes the block anew, and
+    fails on damaged ones, which some cameras make."""
     from PIL.Image import Transpose
 
     turns = {
@@ -126,7 +168,6 @@ def _upright(picture: "Image") -> "Image":
         8: Transpose.ROTATE_90,
     }
     try:
-        turn = turns.get(picture.getexif().get(0x0112, 1))
+        return turns.get(picture.getexif().get(0x0112, 1))
     except Exception:  # a damaged block says nothing about the pixels
-        turn = None
-    return picture if turn is None else picture.transpose(turn)
+        return None

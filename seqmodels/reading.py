@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from seqmodels.characters import with_spellings
+from seqmodels.clips import extent
 from seqmodels.config import FeatureEncoderConfig
 from seqmodels.errors import InputError, TooLongError, UnsupportedError
 from seqmodels.preprocessing import Preprocessor
@@ -26,7 +27,7 @@ TAKES = {
     "text": "a string, or {'text': ...}",
     "words": "a string, {'text': ...} or {'words': [...]}",
     "image": "{'image': bytes}",
-    "frames": "{'frames': [bytes, ...]}",
+    "frames": "{'frames': [bytes, ...]}, or {'frames': bytes} of one animated file",
     "features": "{'features': [[number, ...], ...]}",
     "nothing": "a prompt string, or nothing",
 }
@@ -107,6 +108,8 @@ class Reader:
             if not isinstance(value, bytes):
                 raise InputError("the image must be bytes of an image file", param=field, code="invalid_type")
             return self._preprocessor.image(value, field)
+        if kind == "frames" and isinstance(value, bytes):
+            return self._clip(value, field, truncate)
         if not isinstance(value, list | tuple):
             raise InputError(f"{kind} must be a list", param=field, code="invalid_type")
         value = self._bounded(tuple(filled(value, kind, field)), field, truncate)
@@ -122,6 +125,12 @@ class Reader:
         else:
             ids = self._source_tokenizer.encode(filled(text, "the text", field))
         return self._bounded(tuple(filled(ids, "the text", field)), field, truncate)
+
+    def _clip(self, data: bytes, field: str, truncate: bool) -> Tensor:
+        """The frames of one file. They are counted before any is drawn."""
+        frames, _ = extent(data)
+        most = len(self._bounded(tuple(range(frames)), field, truncate))
+        return self._preprocessor.frames(data, field, most)
 
     def _features(self, rows: Sequence[Any], field: str) -> Tensor:
         assert isinstance(self._config.encoder, FeatureEncoderConfig)

@@ -6,11 +6,12 @@ bad item fails its whole list and is named, as in `inputs[3]`.
 
 import base64
 import binascii
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from seqmodels.clips import extent
 from seqmodels.errors import InputError, TooLongError
-from seqmodels.preprocessing import num_pixels
 from serving.completions import CompletionRequest
 from serving.config import Limits
 from serving.errors import EMPTY, shown
@@ -162,18 +163,29 @@ def named_items(inputs: Any, field: str, limits: Limits) -> list[tuple[PipelineI
 
 
 def _drawable(items: list[tuple[PipelineItem, str]], field: str, limits: Limits) -> list[tuple[PipelineItem, str]]:
-    """The same, unless drawing all their pictures would take too long: 34 bytes of WebP can be 20 million pixels. One
+    """The same, unless drawing all their pictures would take too long: 34 bytes of WebP can be 7 million pixels. One
     picture alone is for its model to refuse."""
-    pictures = [picture for item, _ in items if isinstance(item, dict) for picture in _pictures(item)]
+    if len(items) == 1 and isinstance(items[0][0], dict) and "image" in items[0][0]:
+        return items
     pixels = 0
-    for picture in pictures if len(pictures) > 1 else []:
-        pixels += num_pixels(picture)
-        _check_size(pixels, limits.pixels, "pixels or more", field)
+    for item, name in items:
+        for more in _num_pixels(item, name, limits):
+            pixels += more
+            _check_size(pixels, limits.pixels, "pixels or more", field)
     return items
 
 
-def _pictures(item: dict[str, Any]) -> list[bytes]:
-    return item["frames"] if "frames" in item else [item["image"]] if "image" in item else []
+def _num_pixels(item: PipelineItem, field: str, limits: Limits) -> Iterator[int]:
+    """Of each file; of an animated one, all its frames together. Raises InputError where there are too many."""
+    match item:
+        case {"image": bytes(picture)}:
+            yield extent(picture)[1]
+        case {"frames": bytes(clip)}:
+            frames, pixels = extent(clip)
+            _check_size(frames, limits.frames, "frames", f"{field}.frames")
+            yield frames * pixels
+        case {"frames": [*pictures]}:
+            yield from (extent(picture)[1] for picture in pictures)
 
 
 def pipeline_item(item: Input | None, field: str, limits: Limits) -> PipelineItem:
@@ -196,6 +208,8 @@ def pipeline_item(item: Input | None, field: str, limits: Limits) -> PipelineIte
             return {"words": item.words}
         case ImageInput():
             return {"image": _decode(item.image, f"{field}.image", limits)}
+        case FramesInput(frames=str(file)):
+            return {"frames": _decode(file, f"{field}.frames", limits)}
         case FramesInput():
             _check_size(len(item.frames), limits.frames, "frames", f"{field}.frames")
             return {"frames": [_decode(f, f"{field}.frames[{i}]", limits) for i, f in enumerate(item.frames)]}

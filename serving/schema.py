@@ -25,6 +25,27 @@ class _FirstFault(FailFast):
 Many = Annotated[list[T], _FirstFault()]
 
 
+def _kind(value: Any) -> str | None:
+    """Which shape an input claims to have. The ~ keeps these names out of error messages (see errors._field)."""
+    if isinstance(value, str):
+        return "~string"
+    if isinstance(value, list):
+        return "~list"
+    if isinstance(value, dict) and len(value) == 1:
+        return f"~{next(iter(value))}"
+    return None
+
+
+def _one_of(expected: str) -> Discriminator:
+    return Discriminator(_kind, custom_error_type=INVALID_INPUT, custom_error_message=f"is neither {expected}")
+
+
+Frames: TypeAlias = Annotated[
+    Annotated[Base64, Tag("~string")] | Annotated[Many[Base64], Tag("~list")],
+    _one_of("a string in base64 nor a list of these"),
+]
+
+
 class TextInput(Strict):
     text: str
 
@@ -42,30 +63,16 @@ class ImageInput(Strict):
 
 
 class FramesInput(Strict):
-    """The frames of a clip in order, each a PNG or JPEG file in base64."""
+    """The frames of a clip in order, each a PNG or JPEG file in base64; or one animated file (GIF, WebP or PNG) in
+    base64, of which each frame is taken as it is displayed."""
 
-    frames: Many[Base64]
+    frames: Frames
 
 
 class FeaturesInput(Strict):
     """A numeric series: for each time step the same number of values."""
 
     features: Many[Many[float]]
-
-
-def _kind(value: Any) -> str | None:
-    """Which shape an input claims to have. The ~ keeps these names out of error messages (see errors._field)."""
-    if isinstance(value, str):
-        return "~string"
-    if isinstance(value, list):
-        return "~list"
-    if isinstance(value, dict) and len(value) == 1:
-        return f"~{next(iter(value))}"
-    return None
-
-
-def _one_of(expected: str) -> Discriminator:
-    return Discriminator(_kind, custom_error_type=INVALID_INPUT, custom_error_message=f"is neither {expected}")
 
 
 ITEM = "a string nor an object with exactly one of text, words, image, frames, features"

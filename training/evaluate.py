@@ -135,7 +135,7 @@ def _baseline(recipe: Recipe) -> tuple[str, Callable[[Sequence[Row], Sequence[Ro
     match recipe.task, recipe.input, recipe.problem_type:
         case "classify", "text", "single_label_classification":
             return "bag_of_words_baseline", baselines.bag_of_words
-        case "tag", "frames", _:
+        case ("tag", "frames", _) | ("classify", "frames", "single_label_classification"):
             return "single_frame_baseline", baselines.single_frame
     what = f"task {recipe.task}" if recipe.task != "classify" else recipe.problem_type
     raise ConfigError(f"there is no baseline for {what} on {recipe.input}; leave out --baseline")

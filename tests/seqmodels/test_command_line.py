@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from seqmodels.__main__ import main
 from seqmodels.pipeline import Pipeline
@@ -130,6 +131,24 @@ def test_what_a_line_must_hold_is_said_in_the_words_of_the_command_line(
     assert "this model takes a string" in answers("predict", "classifier", "{}")[0]["error"]["message"]
     first, second = answers("generate", "language model", "{}", "\n")
     assert first == second and first["sequences"]
+
+
+def test_a_clip_is_a_list_of_files_or_a_directory_or_one_file(
+    directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shades = [Image.new("L", (8, 8), 20 * number) for number in range(11)]
+    shades[0].save(tmp_path / "clip.gif", save_all=True, append_images=shades[1:])
+    (tmp_path / "clip").mkdir()
+    files = [tmp_path / "clip" / f"frame{number}.png" for number in range(11)]
+    for file, shade in zip(files, shades, strict=True):
+        shade.save(file)
+    (tmp_path / "clip" / "notes.txt").touch()
+    clips = [[*map(str, files)], str(tmp_path / "clip"), str(tmp_path / "clip.gif"), "", "x" * 5000, "\0", 7]
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps({"frames": clip}) + "\n" for clip in clips))
+    assert main(["predict", str(directories["frames"]), str(tmp_path / "clips.jsonl")]) == 1
+    listed, directory, moving, *wrong = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(listed["tags"]) == 11 and listed == directory == moving
+    assert all("cannot read the image file" in answer["error"]["message"] for answer in wrong)
 
 
 @pytest.mark.parametrize("threads", ["abc", "0", "1.5"])

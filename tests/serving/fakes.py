@@ -313,3 +313,11 @@ def png(width: int = 4, height: int = 3) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), "red").save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def gif(frames: int, width: int = 4, height: int = 3) -> bytes:
+    """Each frame another shade of grey."""
+    buffer = io.BytesIO()
+    first, *rest = (Image.new("L", (width, height), shade) for shade in range(frames))
+    first.save(buffer, "GIF", save_all=True, append_images=rest)
+    return buffer.getvalue()

@@ -1,5 +1,6 @@
 """Every endpoint over fake pipelines: its right answer, streams that say the same, keys and counts."""
 
+import base64
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from serving.models import Models
 from serving.runner import Runner
 
 from .conftest import INPUTS, PNG, STATE_KEY, TEXTS, InProcess, api_key, error_of, events_of, in_process
-from .fakes import FakePipeline, classification, png, tags
+from .fakes import FakePipeline, classification, gif, png, tags
 
 
 def test_classify(server: InProcess) -> None:
@@ -91,6 +92,9 @@ def test_pictures_that_are_together_above_the_limit() -> None:
         assert error["param"] == "inputs" and "has 36 pixels or more" in error["message"]
         error = error_of(server.post("/v1/tag", {"inputs": {"frames": [PNG] * 3}}), 413)
         assert error["param"] == "inputs" and "at most 24" in error["message"]
+        moving = base64.b64encode(gif(3)).decode()
+        error = error_of(server.post("/v1/tag", {"inputs": {"frames": moving}}), 413)
+        assert error["param"] == "inputs" and "has 36 pixels or more" in error["message"]
 
 
 def test_generate_from_a_prompt_and_freely(server: InProcess) -> None:

@@ -1,11 +1,14 @@
 """Each documented error: its status, its code, and the field that it names."""
 
+import base64
 from typing import Any
 
 import pytest
 
 from .conftest import PNG, InProcess, error_of, in_process
-from .fakes import FakePipeline
+from .fakes import FakePipeline, gif
+
+CLIPS = {frames: base64.b64encode(gif(frames)).decode() for frames in (64, 65)}
 
 BAD_BODIES: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"inputs": "x", "num_beams": 64}, 400, "limit_exceeded", "num_beams"),
@@ -46,6 +49,12 @@ BAD_BODIES: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"inputs": {"image": "é"}}, 400, "invalid_base64", "inputs.image"),
     ({"inputs": {"image": "A" * 6_000_000}}, 413, "too_long", "inputs.image"),
     ({"inputs": {"frames": [PNG] * 65}}, 413, "too_long", "inputs.frames"),
+    ({"inputs": {"frames": [PNG, 7]}}, 400, "invalid_value", "inputs.frames[1]"),
+    ({"inputs": {"frames": 7}}, 400, "invalid_input", "inputs.frames"),
+    ({"inputs": {"frames": "no base64!"}}, 400, "invalid_base64", "inputs.frames"),
+    ({"inputs": {"frames": "A" * 6_000_000}}, 413, "too_long", "inputs.frames"),
+    ({"inputs": {"frames": CLIPS[65]}}, 413, "too_long", "inputs.frames"),
+    ({"inputs": {"frames": CLIPS[64]}}, 415, "unsupported_input", "inputs"),
     ({"inputs": {"features": [[1, "2"]]}}, 400, "invalid_value", "inputs.features[0][1]"),
     ({"inputs": {"words": ["a"] * 2001}}, 413, "too_long", "inputs.words"),
     ({"inputs": "x", "model": "nobody"}, 404, "model_not_found", "model"),

@@ -25,7 +25,7 @@ from seqmodels.pipeline import Pipeline
 from serving.auth import hash_key
 from serving.client import Client, ServiceError
 
-from .fakes import png
+from .fakes import gif, png
 
 KEY = "a key that only this test knows"
 ENVIRONMENT = {"SEQMODELS_API_KEYS": KEY, "RAY_ADDRESS": "127.0.0.1:1"}  # it begins a Ray of its own all the same
@@ -90,6 +90,8 @@ def test_every_endpoint_answers_as_the_pipeline_does_offline(client: Client, off
     assert plain(client.caption(picture, **caption)) == offline["describe"]([{"image": picture}], **caption)
     clip = {"frames": [png(8, 8), png(9, 9)]}
     assert plain(client.tag([clip], model="motion")) == offline["motion"]([clip])
+    moving = {"frames": gif(3)}
+    assert plain(client.tag(moving, model="motion")) == offline["motion"]([moving])
     series = {"features": [[0.5, 1.0, -2.0]] * 4}
     assert plain(client.classify(series, model="series")) == offline["series"]([series])
     assert plain(client.score(["b"], ["a"], model="en-de")) == offline["en-de"].score(["a"], ["b"])

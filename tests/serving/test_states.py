@@ -12,6 +12,7 @@ from seqmodels.pipeline import Pipeline
 from serving.states import Opened, Seal, load_state_key, this_place
 
 from .conftest import STATE_KEY, InProcess, error_of, events_of, in_process
+from .fakes import png
 from .model_directories import save_all
 
 HERE, ELSEWHERE = b"here....", b"elsewher"
@@ -147,6 +148,7 @@ def test_states_that_do_not_fit(server: InProcess) -> None:
 
 
 WORDS = ["Ada", "lives", "in", "Oslo", "now"]
+FRAMES = [base64.b64encode(png(8, size)).decode() for size in range(8, 14)]
 SERIES = [[0.5, 1.0, -2.0], [0.1, 0.2, 0.3], [3.0, 2.0, 1.0], [0.0, 0.0, 1.0]]
 
 
@@ -156,6 +158,7 @@ SERIES = [[0.5, 1.0, -2.0], [0.1, 0.2, 0.3], [3.0, 2.0, 1.0], [0.0, 0.0, 1.0]]
         ("names", "tag", {"words": WORDS}, [{"words": WORDS[:2]}, {"words": WORDS[2:4]}, {"words": WORDS[4:]}]),
         ("mood", "classify", "a good day, all in all", ["a good", " day,", " all in all"]),
         ("series", "classify", {"features": SERIES}, [{"features": SERIES[:1]}, {"features": SERIES[1:]}]),
+        ("motion", "tag", {"frames": FRAMES}, [{"frames": [frame]} for frame in FRAMES]),
         ("topics", "classify", "art and sport", ["art and", " sport"]), ("rating", "classify", "so so", ["so", " so"]),
     ],
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """Generated data: right by hand-written cases, the same from the same seed, splits that share nothing."""
 
 import io
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +13,8 @@ from training.baselines import bag_of_words, single_frame
 from training.data.generated import DATA_SETS, generate
 from training.data.generated.frames import MOVES, SIZE
 from training.data.generated.numbers import english, french
-from training.data.rows import fingerprint
+from training.data.generated.pictures import COLOURS
+from training.data.rows import Row, fingerprint
 
 
 @pytest.mark.parametrize("name", DATA_SETS)
@@ -99,17 +101,52 @@ def test_the_bag_of_words_baseline_learns_where_words_suffice() -> None:
     assert bag_of_words(easy[:300], easy[300:]) == 1.0
 
 
-def test_one_frame_does_not_show_a_move() -> None:
-    made = generate("frames")
+@pytest.mark.parametrize("name", ["frames", "clips"])
+def test_one_frame_does_not_show_a_move(name: str) -> None:
+    made = generate(name)
     assert single_frame(made["train"][:200], made["test"][:100]) < 0.35
+
+
+@pytest.mark.parametrize("per_frame", [False, True])
+def test_the_single_frame_baseline_learns_where_one_frame_suffices(per_frame: bool) -> None:
+    """Each frame shows its colour."""
+    colours = [(row.input or (), row.references[0].split()[1]) for row in generate("clip-captions")["train"][:400]]
+    easy = [Row(frames, (colour,) * len(frames) if per_frame else colour) for frames, colour in colours]
+    assert single_frame(easy[:300], easy[300:]) > 0.97
 
 
 def test_frames_move_as_their_labels_say() -> None:
     for row in generate("frames")["test"][:20]:
-        places = [_middle(frame) for frame in row.input or ()]
-        for before, after, label in zip(places, places[1:], row.target[1:], strict=False):
-            moved = tuple((a - b + SIZE // 2) % SIZE - SIZE // 2 for a, b in zip(after, before, strict=True))
-            assert moved == MOVES[label]
+        assert _moves(row) == list(row.target[1:])
+
+
+@pytest.mark.parametrize("name", ["clips", "clip-captions"])
+def test_clips_move_as_they_are_described(name: str) -> None:
+    for row in generate(name)["test"][:50]:
+        legs = [move for move, _ in itertools.groupby(_moves(row))]
+        (text,) = row.references
+        described = " then ".join(legs)
+        if name == "clip-captions":
+            colour, shape = text.split()[1:3]
+            described = f"a {colour} {shape} moves {described}"
+            assert _colour(row) == COLOURS[colour] and shape in ("square", "circle")
+        assert text == described
+
+
+def _moves(row: Row) -> list[str]:
+    """What led from each frame to the next."""
+    moves = []
+    for before, after in itertools.pairwise(_middle(frame) for frame in row.input or ()):
+        moved = tuple((a - b + SIZE // 2) % SIZE - SIZE // 2 for a, b in zip(after, before, strict=True))
+        moves.append(next(name for name, step in MOVES.items() if step == moved))
+    return moves
+
+
+def _colour(row: Row) -> object:
+    """The one beside black."""
+    assert isinstance(row.input, tuple) and isinstance(row.input[0], bytes)
+    _, (_, colour) = sorted(Image.open(io.BytesIO(row.input[0])).getcolors() or (), reverse=True)
+    return colour
 
 
 def _middle(frame: object) -> tuple[int, int]:

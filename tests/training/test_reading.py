@@ -6,8 +6,11 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
+from PIL import Image
 
 from seqmodels.errors import DataError
+from seqmodels.preprocessing import Preprocessor
 from tests.training.recipes import LANGUAGE_MODEL, TAGGER, TRANSLATOR, WORDS, recipe
 from training.data.cut import cut_text
 from training.data.generated import generate
@@ -208,6 +211,33 @@ def test_a_broken_picture_is_found_at_load(kind: str, tmp_path: Path) -> None:
             continue  # an empty cell, left out
         with pytest.raises(DataError, match=f"split train, row 2, column 'picture'.*{words}"):
             reader.rows("train", table(bad), print)
+
+
+def test_a_clip_is_a_list_a_directory_or_one_animated_file(tmp_path: Path) -> None:
+    encoder = {"input": "frames", "backbone": {"image_size": [16, 16], "channels": [4]}}
+    columns = {"input": "clip", "target": "label"}
+    made = recipe(data={"path": "x", "columns": columns}, model={"architecture": "classifier", "encoder": encoder})
+    first, *rest = (Image.new("RGB", (8, 8), (20 * number, 0, 99)) for number in range(11))
+    first.save(tmp_path / "clip.webp", save_all=True, append_images=rest, lossless=True)
+    for name in ("clip", "none"):
+        (tmp_path / name).mkdir()
+    for number, frame in enumerate([first, *rest]):
+        frame.save(tmp_path / "clip" / f"{number}.png")
+    frames = [(tmp_path / "clip" / f"{number}.png").read_bytes() for number in range(11)]
+    path, data = str(tmp_path / "clip.webp"), (tmp_path / "clip.webp").read_bytes()
+    cells = [frames, str(tmp_path / "clip"), path, data, {"bytes": data, "path": None}, {"bytes": None, "path": path}]
+    rows = RowReader(made).rows("train", [{"clip": cell, "label": "a"} for cell in [*cells, ""]], print)
+    assert [len(row.input or ()) for row in rows] == [len(frames)] * len(cells)  # the empty cell is left out
+    preprocessor = Preprocessor(size=(16, 16))
+    for row in rows:
+        assert torch.equal(preprocessor.frames(row.item["frames"]), preprocessor.frames(data))
+    for bad, words in (
+        (data[:-40], "broken"),
+        (str(tmp_path / "none"), "holds no file"),
+        ("none.gif", "a clip must be a list"),
+    ):
+        with pytest.raises(DataError, match=f"split train, row 1, column 'clip'.*{words}"):
+            RowReader(made).rows("train", [{"clip": bad, "label": "a"}], print)
 
 
 def test_column_names_with_blanks_are_shown_in_quotes(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from seqmodels.clips import frame_files, is_directory
 from seqmodels.errors import DataError, InputError
 from seqmodels.reading import LARGEST_FEATURE
 from training.config import Facts, Recipe
@@ -22,6 +23,7 @@ LABEL_IT = (
     "label it or remove it; where no row of the split has a label, name another in data.splits, or cut one with "
     "data.cut"
 )
+CLIP = "a list of pictures, or the path of a directory of them, or one animated file as bytes or by its path"
 WITHOUT_LISTS = "in a CSV write them separated by spaces; lists need JSON lines or parquet"
 
 
@@ -103,7 +105,7 @@ class RowReader:
             case "image":
                 return self._picture(where, value)
             case "frames":
-                return tuple(self._picture(where, frame) for frame in self._list(where, value, "pictures"))
+                return self._frames(where, value)
             case "features":
                 return self._features(where, self._list(where, value, "steps, such as [[0.5, 1.0], [0.25, 2.0]]"))
         if self.task == "tag":
@@ -153,22 +155,38 @@ class RowReader:
                 )
         return tuple(tuple(map(float, step)) for step in steps)
 
-    def _picture(self, where: str, value: Any) -> bytes:
-        """The file's bytes: `datasets` stores a picture as bytes, or as the path of a file.
+    def _frames(self, where: str, value: Any) -> tuple[bytes, ...]:
+        """Each frame's file: of a list of pictures, of a directory of them, or of one animated file."""
+        assert self._preprocessor is not None
+        try:
+            if isinstance(value, list):
+                return tuple(self._picture(where, frame) for frame in value)
+            if value == "":  # a cell of a CSV
+                return ()
+            if is_directory(value):
+                return tuple(self._picture(where, str(path)) for path in frame_files(Path(value)))
+            return tuple(self._preprocessor.split(self._file(where, value, f"a clip must be {CLIP}")))
+        except InputError as error:
+            self._refuse(where, str(error))
 
-        A broken one must not come to light in the middle of the training.
-        """
-        data = value.get("bytes") if isinstance(value, Mapping) else value
-        if not isinstance(data, bytes):
-            path = value.get("path") if isinstance(value, Mapping) else value
-            if not isinstance(path, str) or not Path(path).is_file():
-                self._refuse(where, f"holds {_short(path)}, but a picture must be bytes or the path of a file")
-            data = Path(path).read_bytes()
+    def _picture(self, where: str, value: Any) -> bytes:
+        """A broken one must not come to light in the middle of the training."""
+        data = self._file(where, value, "a picture must be bytes or the path of a file")
         assert self._preprocessor is not None
         try:
             self._preprocessor.check(data)
         except InputError as error:
             self._refuse(where, str(error))
+        return data
+
+    def _file(self, where: str, value: Any, rule: str) -> bytes:
+        """Its bytes: `datasets` stores a picture as bytes, or as the path of a file."""
+        data = value.get("bytes") if isinstance(value, Mapping) else value
+        if not isinstance(data, bytes):
+            path = value.get("path") if isinstance(value, Mapping) else value
+            if not isinstance(path, str) or not Path(path).is_file():
+                self._refuse(where, f"holds {_short(path)}, but {rule}")
+            data = Path(path).read_bytes()
         return data
 
     # -- targets
