@@ -40,9 +40,9 @@ examples:
 
 Several models answer as one, with the recipe and the search of the first.
 
-The last line of the output is JSON; it is also written to evaluation-SPLIT.json in the model directory, with int8 or a
-shortlist to evaluation-SPLIT-int8-shortlist.json or the like, and of several models beside the first of them, to
-evaluation-SPLIT-ensemble-REVISION.json.
+The last line of the output is JSON; with the samples that stand above it, it is also written to evaluation-SPLIT.json
+in the model directory, with int8 or a shortlist to evaluation-SPLIT-int8-shortlist.json or the like, and of several
+models beside the first of them, to evaluation-SPLIT-ensemble-REVISION.json.
 """
 SHORTLIST_HELP = """\
 A step of the search then looks at a few hundred target tokens in place of the whole vocabulary: those that the source's
@@ -257,7 +257,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
     for score, value in result["scores"].items():
         print(f"{score:>24}  {value:.4f}  {result['signatures'].get(score, '')}".rstrip())
-    print(json.dumps(result))
+    for sample in result["samples"]:
+        print("\n" + "\n".join(f"{what:>24}  {text}" for what, text in sample.items()))
+    print(json.dumps({what: value for what, value in result.items() if what != "samples"}))
     try:
         checkpoint.write_whole(options.directory / name, json.dumps(result, indent=1) + "\n")
     except OSError as error:  # such as of a disk that may only be read

@@ -81,6 +81,7 @@ def evaluate(
         "signatures": result.signatures,
         "search": {**saved.generation.model_dump(mode="json", exclude_defaults=True), **params},
         "loading": loading,
+        "samples": result.samples,
     }
     ways = [name if value is True else str(value) for name, value in loading.items() if value not in ("float32", False)]
     if adaptation.ways:

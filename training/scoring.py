@@ -30,7 +30,7 @@ from training.report import Confusion
 NO_ADAPTATION = Adaptation()
 CHUNK_LENGTH = 128  # of running text; changes the speed only, since the state is carried
 NLL_TOKENS_PER_BATCH, NLL_ROWS_PER_BATCH = 8192, 128
-NUM_SAMPLES, NUM_FREE_SAMPLES = 8, 4
+NUM_SAMPLES, NUM_FREE_SAMPLES, NUM_CAPTIONS = 8, 4, 10
 
 
 @dataclass(frozen=True)
@@ -233,8 +233,25 @@ def _with_caption_scores(scored: Scored, rows: Sequence[Row], texts: Sequence[st
     scores = {f"bleu_{order}": score for order, score in enumerate(captions.bleu(candidates, references), start=1)}
     scores["rouge_l"] = captions.rouge_l(candidates, references)
     scores["cider"] = captions.cider(candidates, references)
-    scores["cider_d"] = captions.cider_d(candidates, references)
-    return replace(scored, scores=scores | scored.scores)
+    each = captions.Cider(references).scores(candidates, references)
+    scores["cider_d"] = 100 * sum(each) / len(each)
+    return replace(scored, scores=scores | scored.scores, samples=_from_best_to_worst(rows, texts, each))
+
+
+def _from_best_to_worst(rows: Sequence[Row], texts: Sequence[str], each: Sequence[float]) -> list[dict[str, str]]:
+    """Ten captions, by CIDEr-D and as far from each other in that order as can be: the worst among them too."""
+    order = sorted(range(len(rows)), key=lambda number: -each[number])
+    last = min(NUM_CAPTIONS, len(rows)) - 1
+    places = [order[place * (len(order) - 1) // max(1, last)] for place in range(last + 1)]
+    return [
+        {
+            "row": str(number + 1),
+            "cider_d": f"{100 * each[number]:.1f}",
+            "answer": texts[number],
+            "expected": " / ".join(rows[number].references),
+        }
+        for number in places
+    ]
 
 
 def _model(directory: Directories, device: str, average: Average) -> Model | Averaged:

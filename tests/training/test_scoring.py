@@ -14,7 +14,7 @@ from training.data.examples import Codec
 from training.data.rows import Row
 from training.data.sources import load_rows
 from training.run import train
-from training.scoring import score
+from training.scoring import _from_best_to_worst, score
 
 
 def codec_of(directory: Path) -> Codec:
@@ -58,3 +58,16 @@ def test_scores_are_told_where_they_cannot_be_kept(
     told = capsys.readouterr()
     assert "accuracy" in told.out
     assert f"{directory / 'evaluation-validation.json'} could not be written: Read-only file system" in told.err
+
+
+def test_captions_are_shown_from_the_best_to_the_worst() -> None:
+    rows = [Row(bytes([n]), ("a dog runs", f"word {n}")) for n in range(25)]
+    texts = [("a dog runs " * (n % 5 + 1)).strip() if n != 7 else "nothing" for n in range(25)]
+    each = [float(n) for n in range(25)]
+    shown = _from_best_to_worst(rows, texts, each)
+    assert [sample["row"] for sample in shown] == ["25", "23", "20", "17", "15", "12", "9", "7", "4", "1"]
+    assert shown[0] == {"row": "25", "cider_d": "2400.0", "answer": texts[24], "expected": "a dog runs / word 24"}
+    assert (
+        len(_from_best_to_worst(rows[:3], texts, each[:3])) == 3
+        and len(_from_best_to_worst(rows[:1], texts, [1.0])) == 1
+    )
