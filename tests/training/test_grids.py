@@ -72,6 +72,7 @@ def test_they_are_made_once_for_the_same_pictures_weights_and_preprocessing(back
     assert made(*pictures[:4])
     assert made(*pictures, with_backbone=build_backbone(CONFIG).eval())
     assert made(*pictures, preprocessor=Preprocessor(size=(8, 8), mean=(0.4,)))
+    assert not made(*pictures, preprocessor=Preprocessor(size=(8, 8), max_pixels=100))  # a bound changes no feature
     assert len(list((tmp_path / "cache").iterdir())) == 4
 
 

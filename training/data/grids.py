@@ -107,7 +107,7 @@ def _loaded(path: Path) -> dict[str, Tensor] | None:
 
 
 def _key(digests: Sequence[bytes], backbone: nn.Module, preprocessor: Preprocessor) -> str:
-    key = hashlib.sha256(preprocessor.model_dump_json().encode())
+    key = hashlib.sha256(preprocessor.model_dump_json(exclude={"max_pixels"}).encode())  # a bound changes no feature
     for name, tensor in sorted(backbone.state_dict().items()):
         key.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         key.update(tensor.cpu().numpy().tobytes())
