@@ -89,16 +89,21 @@ class FeatureEncoder(RecurrentEncoder):
 
 
 class FrameEncoder(RecurrentEncoder):
-    """Frames of a video (B, S, C, height, width): each through the backbone, flattened, then through time."""
+    """Frames of a video (B, S, C, height, width), or grids (B, S, D, h, w) of the backbone, where they have been made
+    before: of each a vector, then through time. A compact backbone's grid is laid flat, so that it still knows where
+    things are; that of a published one is pooled, as its weights were trained."""
 
     def __init__(self, config: FrameEncoderConfig) -> None:
         backbone, grid = build_backbone(config.backbone), config.backbone.grid
-        size = backbone.output_size * grid[0] * grid[1]  # a flat grid still knows where things are
-        super().__init__(config, size)
-        self.backbone = backbone
+        pools = not isinstance(backbone, CompactResNet)
+        super().__init__(config, backbone.pooled_size if pools else backbone.output_size * grid[0] * grid[1])
+        self.backbone, self._pools = backbone, pools
+        self._channels = config.backbone.in_channels  # of a picture; a grid has others
 
     def forward(self, inputs: Tensor, lengths: Tensor, state: State | None = None) -> Encoded:
-        return self.read(grids_of(inputs, self.backbone).flatten(2), lengths, state)
+        grids = grids_of(inputs, self.backbone) if inputs.shape[2] == self._channels else inputs
+        flat = self.backbone.pool(grids.flatten(0, 1)) if self._pools else grids.flatten(0, 1).flatten(1)
+        return self.read(flat.view(*inputs.shape[:2], -1), lengths, state)
 
 
 class ImageEncoder(nn.Module):

@@ -102,9 +102,9 @@ class Reader:
         value = item[kind]
         if kind == "text":
             return torch.tensor(self._text(value, field, truncate, inside))
+        if isinstance(value, Tensor):  # preprocessed before, or a backbone's grids
+            return value if kind == "image" else value[: self._most(len(value), field, truncate)]
         if kind == "image":
-            if isinstance(value, Tensor):  # preprocessed before, or a backbone's grid
-                return value
             if not isinstance(value, bytes):
                 raise InputError("the image must be bytes of an image file", param=field, code="invalid_type")
             return self._preprocessor.image(value, field)
@@ -129,8 +129,11 @@ class Reader:
     def _clip(self, data: bytes, field: str, truncate: bool) -> Tensor:
         """The frames of one file. They are counted before any is drawn."""
         frames, _ = extent(data)
-        most = len(self._bounded(tuple(range(frames)), field, truncate))
-        return self._preprocessor.frames(data, field, most)
+        return self._preprocessor.frames(data, field, self._most(frames, field, truncate))
+
+    def _most(self, frames: int, field: str, truncate: bool) -> int:
+        """How many of them are read."""
+        return len(self._bounded(tuple(range(frames)), field, truncate))
 
     def _features(self, rows: Sequence[Any], field: str) -> Tensor:
         assert isinstance(self._config.encoder, FeatureEncoderConfig)

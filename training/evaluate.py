@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from seqmodels.config import Average, PublishedBackboneConfig
-from seqmodels.encoders import ImageEncoder
+from seqmodels.encoders import FrameEncoder, ImageEncoder
 from seqmodels.ensemble import common_reader, load_members, revision_of
 from seqmodels.errors import ConfigError, DataError
 from seqmodels.models import Model
@@ -97,9 +97,9 @@ def _with_grids(codec: Codec, model: Model, rows: Sequence[Row], device: str) ->
     """Features of pictures that come from a published backbone take most of the time, and are the same for each search
     that is tried on a split."""
     backbone = getattr(codec.config.encoder, "backbone", None)
-    if codec.config.input != "image" or not isinstance(backbone, PublishedBackboneConfig):
+    if not isinstance(backbone, PublishedBackboneConfig):
         return codec
-    assert isinstance(model.encoder, ImageEncoder)
+    assert isinstance(model.encoder, ImageEncoder | FrameEncoder)
     with counting("pictures", Console()) as told:
         return codec.with_grids(model.encoder.backbone.to(device), rows, told)
 

@@ -193,7 +193,7 @@ def _with_grids(
 ) -> Codec:
     """Where the backbone does not learn, what it makes of each picture in place of the picture."""
     backbone = frozen_backbone(recipe, codec.config, directory)
-    if backbone is None or codec.config.input != "image":
+    if backbone is None:
         return codec
     if recipe.data.augmentation is not None:
         raise ConfigError(

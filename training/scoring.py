@@ -88,8 +88,11 @@ def score(
 
 
 def _item(row: Row, codec: Codec) -> Any:
-    """As `Pipeline.prepare` takes it: of a picture whose grid is known, that."""
-    return {"image": codec.decode_picture(row.input)} if codec.grids and isinstance(row.input, bytes) else row.item
+    """As `Pipeline.prepare` takes it: of a picture, or of frames, whose grids are known, those."""
+    if not codec.grids:
+        return row.item
+    grids = [codec.decode_picture(picture) for picture in row.pictures]
+    return {"image": grids[0]} if codec.config.input == "image" else {"frames": torch.stack(grids)}
 
 
 def applicable(config: ModelConfig, loading: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,4 @@ def refuse_seen(rows: Sequence[Row], split: str, directory: Path) -> None:
 
 def _digest(row: Row) -> bytes:
     """b"" of what shows nothing."""
-    frames = row.input if isinstance(row.input, tuple) else (row.input,)
-    if not all(isinstance(frame, bytes) for frame in frames):
-        return b""
-    return hashlib.sha256(b"".join(frame for frame in frames if isinstance(frame, bytes))).digest()
+    return hashlib.sha256(b"".join(row.pictures)).digest() if row.pictures else b""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from seqmodels.config import ModelConfig
@@ -149,6 +149,30 @@ def test_features_of_a_split_are_computed_once_for_all_that_is_tried_on_it(
     monkeypatch.setattr("training.evaluate._with_grids", lambda codec, *_: codec)
     plain, _ = evaluate(tmp_path / "run", made, "test", {"max_new_tokens": 5})
     assert kept["scores"] == pytest.approx(plain["scores"], abs=1e-3)
+
+
+def test_frames_of_a_published_backbone_are_vectors_and_kept_too(
+    published: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEQMODELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(generated.SIZES, "frames", (12, 4, 6))
+    encoder = {"input": "frames", "backbone": SMALL, "recurrent": {"hidden_size": 8}}
+    sections: dict[str, Any] = {
+        "model": {"architecture": "tagger", "encoder": encoder},
+        "data": {"generated": "frames", "backbone_weights": written(published, tmp_path / "resnet.safetensors")},
+        "optim": {"freeze": ["encoder.backbone.*"]},
+    }
+    made = recipe("tag", directory=tmp_path / "run", **sections, run={"max_steps": 2})
+    train(made)
+    (kept,) = (tmp_path / "cache").iterdir()
+    assert load_file(kept)["grids"].shape[1:] == (512, 1, 1)
+    model = load_pretrained(tmp_path / "run").model
+    assert model.encoder is not None and model.encoder.recurrent.weights()[0].input.shape[1] == 512
+    scores = evaluate(tmp_path / "run", made, "test", {})[0]["scores"]
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    monkeypatch.setattr("training.evaluate._with_grids", lambda codec, *_: codec)
+    plain = evaluate(tmp_path / "run", made, "test", {})[0]["scores"]
+    assert scores == pytest.approx(plain, abs=1e-3)
 
 
 def test_what_mobilenet_was_trained_on_is_128_around_128() -> None:

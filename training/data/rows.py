@@ -34,6 +34,12 @@ class Row:
         return {"features": [list(step) for step in self.input]}
 
     @property
+    def pictures(self) -> tuple[bytes, ...]:
+        """The input's files: a picture, or the frames of a clip; none of other inputs."""
+        given = self.input if isinstance(self.input, tuple) else (self.input,)
+        return tuple(one for one in given if isinstance(one, bytes))
+
+    @property
     def references(self) -> tuple[str, ...]:
         """The texts that would be right answers."""
         return (self.target,) if isinstance(self.target, str) else self.target
