@@ -106,7 +106,7 @@ class Codec:
         return (example for row in rows for example in self._examples(row) if self._fits(example))
 
     def with_grids(self, backbone: nn.Module, rows: Iterable[Row], told: Say) -> "Codec":
-        """The same, with what the backbone makes of the rows' pictures or frames, kept in the cache, in place of them."""
+        """The same, with what the backbone makes of each picture or frame of the rows in its place; see grids.py."""
         assert self.preprocessor is not None
         pictures = (picture for row in rows for picture in row.pictures)
         return replace(self, grids=grids_of(pictures, backbone, self.preprocessor, cache_directory(), told))
