@@ -52,6 +52,8 @@ class PictureFile(io.BytesIO):
 
 
 def _most_parts(data: bytes) -> int:
+    if data.startswith(b"BM"):  # a run of equal pixels is a part there, so whole files have many
+        return len(data)
     return 20_000 + len(data) // 64
 
 
@@ -65,9 +67,15 @@ def extent(data: bytes) -> tuple[int, int]:
     try:
         with Image.open(PictureFile(data), formats=FORMATS) as picture:
             frames = getattr(picture, "n_frames", 1) if picture.format in MOVING else 1
-            return max(1, frames), picture.width * picture.height
+            return max(1, frames - has_cover(picture)), picture.width * picture.height
     except Exception:  # decoders of damaged files raise anything: OSError, SyntaxError, struct.error, TypeError, ...
         return 0, 0
+
+
+def has_cover(picture: Any) -> bool:
+    """Whether an opened file begins with a picture that is no frame: an animated PNG may have one, for programs that
+    show no animations."""
+    return bool(getattr(picture, "default_image", False))
 
 
 def _gif_extent(data: bytes) -> tuple[int, int]:
@@ -85,29 +93,30 @@ def _gif_extent(data: bytes) -> tuple[int, int]:
 def _gif_frames(data: bytes) -> Iterator[tuple[int, int, int, int]]:
     """Where each frame lies: left, top, width, height. Blocks are stepped over, not read. Raises ValueError where there
     are more than in any real file."""
+    steps = iter(range(_most_parts(data)))
     try:
         at = 13 + _table_size(data[10])
-        for _ in range(_most_parts(data)):
+        for _ in steps:
             if data[at] == ord(";"):
                 return
             if data[at] == ord(","):
                 left, top, width, height, flags = FRAME.unpack_from(data, at + 1)
                 yield left, top, width, height
-                at = _after(data, at + 11 + _table_size(flags))
+                at = _after(data, at + 11 + _table_size(flags), steps)
             else:  # an extension, or a byte that means nothing
-                at = _after_extension(data, at) if data[at] == ord("!") else at + 1
+                at = _after_extension(data, at, steps) if data[at] == ord("!") else at + 1
         raise ValueError("too many parts")
     except (IndexError, struct.error):  # cut short
         return
 
 
-def _after_extension(data: bytes, at: int) -> int:
+def _after_extension(data: bytes, at: int, steps: Iterator[int]) -> int:
     """Raises ValueError for an empty one, at which Pillow loses its place and would see other frames than we count."""
     label, length = data[at + 1], data[at + 2]
     repeats = label == 0xFF and data[at + 3 : at + 3 + length].startswith(b"NETSCAPE2.0")
     if (not length and label != 0xFE) or (repeats and not data[at + 3 + length]):
         raise ValueError("an empty extension")
-    return _after(data, at + 2)
+    return _after(data, at + 2, steps)
 
 
 def _table_size(flags: int) -> int:
@@ -115,10 +124,12 @@ def _table_size(flags: int) -> int:
     return 3 << (flags & 7) + 1 if flags & 128 else 0
 
 
-def _after(data: bytes, at: int) -> int:
-    """Where a row of blocks ends, of which each begins with its length."""
+def _after(data: bytes, at: int, steps: Iterator[int]) -> int:
+    """Where a row of blocks ends, of which each begins with its length. steps: those that are left."""
     while data[at]:
         at += data[at] + 1
+        if next(steps, None) is None:
+            raise ValueError("too many parts")
     return at + 1
 
 

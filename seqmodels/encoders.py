@@ -21,7 +21,7 @@ from seqmodels.config import (
 from seqmodels.dropout import dropout, embed
 from seqmodels.recurrent import Recurrent
 from seqmodels.state import Memory, State
-from seqmodels.vision import Backbone, CompactResNet, build_backbone
+from seqmodels.vision import Backbone, CompactResNet, Vectors, build_backbone
 
 Encoded = tuple[Memory, State | None]
 
@@ -89,21 +89,18 @@ class FeatureEncoder(RecurrentEncoder):
 
 
 class FrameEncoder(RecurrentEncoder):
-    """Frames of a video (B, S, C, height, width), or grids (B, S, D, h, w) of the backbone, where they have been made
-    before: of each a vector, then through time. A compact backbone's grid is laid flat, so that it still knows where
-    things are; that of a published one is pooled, as its weights were trained."""
+    """Frames of a video (B, S, C, height, width), or vectors of them (B, S, V), where those have been made before: each
+    through the backbone, then through time."""
 
     def __init__(self, config: FrameEncoderConfig) -> None:
         backbone, grid = build_backbone(config.backbone), config.backbone.grid
-        pools = not isinstance(backbone, CompactResNet)
-        super().__init__(config, backbone.pooled_size if pools else backbone.output_size * grid[0] * grid[1])
-        self.backbone, self._pools = backbone, pools
-        self._channels = config.backbone.in_channels  # of a picture; a grid has others
+        is_compact = isinstance(backbone, CompactResNet)
+        super().__init__(config, backbone.output_size * grid[0] * grid[1] if is_compact else backbone.pooled_size)
+        self.backbone = backbone
 
     def forward(self, inputs: Tensor, lengths: Tensor, state: State | None = None) -> Encoded:
-        grids = grids_of(inputs, self.backbone) if inputs.shape[2] == self._channels else inputs
-        flat = self.backbone.pool(grids.flatten(0, 1)) if self._pools else grids.flatten(0, 1).flatten(1)
-        return self.read(flat.view(*inputs.shape[:2], -1), lengths, state)
+        vectors = inputs if inputs.dim() == 3 else seen(inputs, lengths, Vectors(self.backbone))
+        return self.read(vectors, lengths, state)
 
 
 class ImageEncoder(nn.Module):
@@ -124,7 +121,7 @@ class ImageEncoder(nn.Module):
         self.places = nn.Parameter(torch.randn(cells, self.output_size) * 0.1)  # where a cell stands in the picture
 
     def forward(self, inputs: Tensor, lengths: Tensor | None = None, state: State | None = None) -> Encoded:
-        grid = grids_of(inputs[:, None], self.backbone)[:, 0] if inputs.shape[1] == self._channels else inputs
+        grid = seen(inputs[:, None], None, self.backbone)[:, 0] if inputs.shape[1] == self._channels else inputs
         values = grid.flatten(2).mT + self.places  # (B, S, D)
         values = F.dropout(values, self.dropout, self.training)
         mask = values.new_ones(values.shape[:2], dtype=torch.bool)
@@ -133,23 +130,23 @@ class ImageEncoder(nn.Module):
         return Memory(values, mask, summary), None
 
 
-def grids_of(pictures: Tensor, backbone: Backbone) -> Tensor:
-    """Pictures (B, S, C, height, width) -> (B, S, D, h, w).
+def seen(pictures: Tensor, lengths: Tensor | None, backbone: Backbone | Vectors) -> Tensor:
+    """Pictures (B, S, C, height, width) -> what the backbone makes of each, (B, S, ...).
 
     Outside training, a large backbone on a CPU sees one at a time: a picture gets the same bits in any company, and
-    rows that are copies of the first, with which small batches are padded, cost nothing.
+    nothing is computed for rows that are copies of the first, with which small batches are padded, or beyond lengths.
     """
-    if torch.is_grad_enabled() or pictures.device.type != "cpu" or isinstance(backbone, CompactResNet):
-        grids: Tensor = backbone(pictures.flatten(0, 1))
-        return grids.view(*pictures.shape[:2], *grids.shape[1:])
-    first = _each(pictures[0], backbone)
-    rows = [first if torch.equal(row, pictures[0]) else _each(row, backbone) for row in pictures[1:]]
-    return torch.stack([first, *rows])
-
-
-def _each(pictures: Tensor, backbone: Backbone) -> Tensor:
-    """(S, C, height, width) -> (S, D, h, w)"""
-    return torch.cat([backbone(picture[None]) for picture in pictures])
+    is_compact = isinstance(getattr(backbone, "backbone", backbone), CompactResNet)
+    if torch.is_grad_enabled() or pictures.device.type != "cpu" or is_compact:
+        made: Tensor = backbone(pictures.flatten(0, 1))
+        return made.view(*pictures.shape[:2], *made.shape[1:])
+    counts = [pictures.shape[1]] * len(pictures) if lengths is None else lengths.tolist()
+    rows: list[Tensor] = []
+    for row, count in zip(pictures, counts, strict=True):
+        is_copy = rows and count == counts[0] and torch.equal(row, pictures[0])
+        rows.append(rows[0] if is_copy else torch.cat([backbone(picture[None]) for picture in row[:count]]))
+    as_long_as_all = rows[0].new_empty(pictures.shape[1], *rows[0].shape[1:])
+    return nn.utils.rnn.pad_sequence([*rows, as_long_as_all], batch_first=True)[:-1]
 
 
 def _mask(lengths: Tensor, positions: int) -> Tensor:

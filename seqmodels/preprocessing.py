@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
-from seqmodels.clips import FORMATS, GIF, PictureFile, extent
+from seqmodels.clips import FORMATS, GIF, PictureFile, extent, has_cover
 from seqmodels.config import Strict
 from seqmodels.errors import InputError, UnsupportedError
 
@@ -73,8 +73,9 @@ class Preprocessor(Strict):
         return torch.stack([self.image(frame, f"{param}[{i}]" if param else None) for i, frame in enumerate(data)])
 
     def split(self, data: bytes) -> list[bytes]:
-        """Each frame of an animated file as a PNG of its own, which `image` reads as `frames` reads the file."""
-        return [_png(frame) for frame in self._displayed(data)]
+        """Each frame of an animated file as a file of its own, at the model's size, which `image` reads as `frames`
+        reads the whole. Without compression, so that every version of every library writes the same bytes."""
+        return [_file(self._fitted(frame)) for frame in self._displayed(data)]
 
     def _displayed(self, data: bytes, param: str | None = None, most: int | None = None) -> "Iterator[Image]":
         """Frames as they are shown: Pillow lays each over those before it. Each is drawn when its turn comes."""
@@ -82,7 +83,8 @@ class Preprocessor(Strict):
         count, pixels = extent(data)
         if count > 1:
             self._check_pixels(pixels, self.max_pixels // 2, "a frame", param)
-        for number in range(count if most is None else min(count, most)):
+        first = int(has_cover(picture))
+        for number in range(first, first + (count if most is None else min(count, most))):
             try:
                 picture.seek(number)
                 frame = _opaque(picture)
@@ -90,10 +92,12 @@ class Preprocessor(Strict):
                 raise _broken(param) from None
             yield frame
 
-    def _tensor(self, picture: "Image") -> Tensor:
+    def _fitted(self, picture: "Image") -> "Image":
         mode = "L" if self.channels == 1 else "RGB"
-        fitted = (picture if picture.mode == mode else picture.convert(mode)).resize((self.size[1], self.size[0]))
-        pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
+        return (picture if picture.mode == mode else picture.convert(mode)).resize((self.size[1], self.size[0]))
+
+    def _tensor(self, picture: "Image") -> Tensor:
+        pixels = torch.frombuffer(bytearray(self._fitted(picture).tobytes()), dtype=torch.uint8)
         values = pixels.view(*self.size, self.channels).permute(2, 0, 1).float() / 255
         mean, std = torch.tensor(self.mean)[:, None, None], torch.tensor(self.std)[:, None, None]
         return ((values - mean) / std).contiguous()
@@ -147,9 +151,9 @@ def _opaque(picture: "Image") -> "Image":
     return picture if turn is None else picture.transpose(turn)
 
 
-def _png(picture: "Image") -> bytes:
+def _file(picture: "Image") -> bytes:
     file = io.BytesIO()
-    picture.convert("RGB").save(file, "PNG", compress_level=1)
+    picture.save(file, "BMP")
     return file.getvalue()
 
 

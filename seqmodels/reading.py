@@ -102,7 +102,7 @@ class Reader:
         value = item[kind]
         if kind == "text":
             return torch.tensor(self._text(value, field, truncate, inside))
-        if isinstance(value, Tensor):  # preprocessed before, or a backbone's grids
+        if isinstance(value, Tensor) and kind in ("image", "frames"):  # preprocessed before, or a backbone's features
             return value if kind == "image" else value[: self._most(len(value), field, truncate)]
         if kind == "image":
             if not isinstance(value, bytes):
@@ -130,10 +130,6 @@ class Reader:
         """The frames of one file. They are counted before any is drawn."""
         frames, _ = extent(data)
         return self._preprocessor.frames(data, field, self._most(frames, field, truncate))
-
-    def _most(self, frames: int, field: str, truncate: bool) -> int:
-        """How many of them are read."""
-        return len(self._bounded(tuple(range(frames)), field, truncate))
 
     def _features(self, rows: Sequence[Any], field: str) -> Tensor:
         assert isinstance(self._config.encoder, FeatureEncoderConfig)
@@ -178,14 +174,18 @@ class Reader:
         return ids[-self._config.max_source_length :] if truncate else self._bounded(ids, field, truncate)
 
     def _bounded(self, items: tuple[Any, ...], field: str, truncate: bool) -> tuple[Any, ...]:
+        return items[: self._most(len(items), field, truncate)]
+
+    def _most(self, positions: int, field: str, truncate: bool) -> int:
+        """How many of them are read."""
         limit = self._config.max_source_length
-        if len(items) > limit and not truncate:
+        if positions > limit and not truncate:
             advice = "" if field.startswith(("prefix", "prompt")) else " or set truncate"
             raise TooLongError(
-                f"{field} has {len(items)} positions, but this model takes at most {limit}; shorten it{advice}",
+                f"{field} has {positions} positions, but this model takes at most {limit}; shorten it{advice}",
                 param=field,
             )
-        return items[:limit]
+        return min(positions, limit)
 
     @property
     def _source_tokenizer(self) -> Tokenizer:

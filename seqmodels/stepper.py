@@ -1,7 +1,8 @@
 """Stepper: a generator decoding one token at a time, which is all that the engine calls in its loop.
 
 The same equations as `Decoder` and `Recurrent`, on weights packed once for single steps; tests hold the two together.
-One kernel serves prefix and generation, so a token gives a state the same bits in either.
+One kernel serves prefix and generation, so a token gives a state the same bits in either; where layers read what
+attention saw, if the request has one row, for a prefix is read by one.
 """
 
 import math

@@ -86,6 +86,19 @@ class Backbone(nn.Module):
         return grid.mean((2, 3))
 
 
+class Vectors(nn.Module):
+    """A backbone of frames: (B, C, height, width) -> (B, V). A compact one's grid is laid flat, so that it still knows
+    where things are; that of a published one is pooled, as its weights were trained."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, frames: Tensor) -> Tensor:
+        grids = self.backbone(frames)
+        return grids.flatten(1) if isinstance(self.backbone, CompactResNet) else self.backbone.pool(grids)
+
+
 class CompactResNet(Backbone):
     """One stage per entry of `channels`, each but the first halving the size; the stem is the small-picture one: 3x3,
     no pooling."""

@@ -22,6 +22,7 @@ from seqmodels.models import Model
 from seqmodels.pretrained import RECIPE, Pretrained
 from training.directory import FINISHED, RUN, readable_run
 from training.parsing import differences
+from training.seen import copy_seen
 
 DIFFERENCES_SHOWN = 3
 CARD = """# {name}
@@ -48,6 +49,7 @@ def average_directories(directories: Sequence[Path], output: Path) -> None:
             shutil.copyfile(directories[0] / RECIPE, directory / RECIPE)
         if _have_same_rows(directories):
             shutil.copyfile(directories[0] / RUN, directory / RUN)
+            copy_seen(directories[0], directory)
             # Without it the same recipe would be trained here, over the mean.
             made_of = {"average_of": [str(one) for one in directories]}
             (directory / FINISHED).write_text(json.dumps(made_of) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from seqmodels.config import Average, PublishedBackboneConfig
@@ -95,13 +96,13 @@ def evaluate(
 
 def _with_grids(codec: Codec, model: Model, rows: Sequence[Row], device: str) -> Codec:
     """Features of pictures that come from a published backbone take most of the time, and are the same for each search
-    that is tried on a split."""
+    that is tried on a split. They keep all their bits, so that what is scored is what is served."""
     backbone = getattr(codec.config.encoder, "backbone", None)
     if not isinstance(backbone, PublishedBackboneConfig):
         return codec
     assert isinstance(model.encoder, ImageEncoder | FrameEncoder)
     with counting("pictures", Console()) as told:
-        return codec.with_grids(model.encoder.backbone.to(device), rows, told)
+        return codec.with_grids(model.encoder.backbone.to(device), rows, told, torch.float32)
 
 
 def rows_to_score(directory: Path, recipe: Recipe, split: str, with_train: bool = False) -> dict[str, list[Row]]:

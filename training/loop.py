@@ -43,6 +43,7 @@ from training.optim import (
     update,
 )
 from training.reporter import Reporter
+from training.seen import copy_seen
 from training.self_critical import Objective
 from training.workers import ALONE, Workers
 
@@ -112,6 +113,7 @@ class Trainer:
                 self._save_model(self._snapshot)
                 for name in (RECIPE, RUN):  # to be evaluated like a run
                     shutil.copyfile(self.directory / name, self._snapshot / name)
+                copy_seen(self.directory, self._snapshot)
                 # Without it the same recipe would be trained there, over the snapshot.
                 (self._snapshot / FINISHED).write_text(f'{{"step": {self.progress.step}}}\n', encoding="ascii")
                 checkpoint.flush_tree(self._snapshot)

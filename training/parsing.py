@@ -113,6 +113,17 @@ def _check_single_layers(recipe: Recipe, config: ModelConfig) -> None:
                 f"model.{part}.recurrent.{name} is {value}, but {where}, and num_layers is 1; remove {name}, or raise "
                 "num_layers"
             )
+    decoder = config.decoder
+    if (
+        decoder
+        and decoder.attention_from == "first"
+        and decoder.recurrent.residual
+        and decoder.recurrent.num_layers == 2
+    ):
+        raise ConfigError(
+            "model.decoder.recurrent.residual is true, but with attention_from: first it acts from the second layer "
+            "above the first on, and num_layers is 2; remove residual, or raise num_layers"
+        )
 
 
 def _refuse_task(recipe: Recipe, config: ModelConfig) -> NoReturn:

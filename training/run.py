@@ -162,7 +162,7 @@ def _prepare(
         check_memory(codec.config)  # first, so that the same directory serves a smaller model
         (directory / RUN).unlink(missing_ok=True)  # it names what stands here, so it goes before that changes
         keep_begin(_read_begin(recipe, codec, reporter), directory)
-        keep_seen(rows["train"], directory)
+        keep_seen(rows["train"], directory, recipe.init_from)
         write_run(directory, recipe, codec, data)
         return codec
     if saved.data != data:

@@ -4,6 +4,7 @@ seen.safetensors   digests (N, 32) uint8, sha256 of each picture's file, or of e
 """
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,22 +19,27 @@ from training.data.rows import Row
 SEEN = "seen.safetensors"
 
 
-def keep_seen(rows: Sequence[Row], directory: Path) -> None:
-    """Write down those of the training split, if it has any."""
+def keep_seen(rows: Sequence[Row], directory: Path, before: Path | None = None) -> None:
+    """Write down those of the training split, if it has any. before: a model with which the run begins, and whose
+    pictures are then written down too."""
     (directory / SEEN).unlink(missing_ok=True)
-    if digests := sorted({digest for row in rows if (digest := _digest(row))}):
+    digests = {digest for row in rows if (digest := _digest(row))} | (_seen(before) if before else set())
+    if digests:
+        table = torch.frombuffer(bytearray(b"".join(sorted(digests))), dtype=torch.uint8).view(-1, 32)
         with checkpoint.writing_whole(directory / SEEN) as temporary:
-            save_file(
-                {"digests": torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, 32)}, temporary
-            )
+            save_file({"digests": table}, temporary)
+
+
+def copy_seen(directory: Path, to: Path) -> None:
+    """For a model that was made of a run's."""
+    if (directory / SEEN).is_file():
+        shutil.copyfile(directory / SEEN, to / SEEN)
 
 
 def refuse_seen(rows: Sequence[Row], split: str, directory: Path) -> None:
-    """Raises DataError where one of the rows shows what the model of a directory was trained on."""
-    try:
-        seen = set(map(bytes, load_file(directory / SEEN)["digests"].numpy()))
-    except (OSError, SafetensorError, KeyError):
-        return  # it was trained on no pictures, or by an earlier version
+    """Raises DataError where one of the rows shows what the model of a directory was trained on, and where that cannot
+    be told."""
+    seen = _seen(directory)
     found = [number for number, row in enumerate(rows, start=1) if _digest(row) in seen]
     if found:
         raise DataError(
@@ -41,6 +47,20 @@ def refuse_seen(rows: Sequence[Row], split: str, directory: Path) -> None:
             f"{found[0]}: scores would say nothing about new ones; remove them, name another split in "
             f"data.splits.{split}, or score what was trained on as that, with --split train"
         )
+
+
+def _seen(directory: Path) -> set[bytes]:
+    """Empty of a model that was trained on no pictures, or by an earlier version."""
+    path = directory / SEEN
+    if not path.is_file():
+        return set()
+    try:
+        return set(map(bytes, load_file(path)["digests"].numpy()))
+    except (OSError, SafetensorError, KeyError):
+        raise DataError(
+            f"{path} is damaged, so nothing tells which pictures the model was trained on; bring it back, or remove it "
+            "if you know that none of them is scored"
+        ) from None
 
 
 def _digest(row: Row) -> bytes:

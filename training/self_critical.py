@@ -21,7 +21,7 @@ from training.config import Recipe
 from training.data.examples import Codec
 from training.data.rows import Row
 
-Reward = Callable[[str, Sequence[str]], float]  # of a text, given the right ones: from 0 to 1
+Reward = Callable[[str, Sequence[str]], float]  # of a text, given the right ones: 1 is good, 0 is bad
 REWARDS: dict[str, Reward] = {
     "chrf": metrics.sentence_chrf,
     "bleu": metrics.sentence_bleu,
@@ -74,7 +74,7 @@ class SelfCritical:
         out: Output = self._model(labels, label_lengths, **given)
         drawn, greedy = self._write(**given)
         own = [[text] for text in self._texts(labels, label_lengths)]
-        references = [given or one for given, one in zip(references or own, own, strict=True)]
+        references = [several or one for several, one in zip(references or own, own, strict=True)]
         rewards = [self._rewards(self._texts(*written), references) for written in (drawn, greedy)]
         advantage = torch.tensor(rewards[0], device=labels.device) - torch.tensor(rewards[1], device=labels.device)
         logits, tokens, _ = self._model.target_logits(*drawn, **given)  # of all M tokens that were drawn, row after row

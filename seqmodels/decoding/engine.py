@@ -49,7 +49,8 @@ class Newcomer:
 class Leaver:
     """A request whose search is over, and whose outputs are read once more for their states.
 
-    Reading them gives the same bits as writing them did, so that no search has to keep the states of what it finished.
+    Reading them gives the same bits as writing them did, so that no search has to keep the states of what it finished;
+    but for beams of a model whose states depend on what it saw, which look one by one here.
     """
 
     request: Request

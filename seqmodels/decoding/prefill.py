@@ -1,7 +1,8 @@
 """Prefill: tokens that are given, a prompt or a forced prefix, read a few each turn, and each shared beginning once.
 
-Knows tokens and states; knows no request and no search. A state is a function of the tokens before it, whatever the
-turns and the company in which they were read, so a beginning that was read before may be taken from a cache.
+Knows tokens and states; knows no request and no search. A state is a function of the tokens before it, and of the
+memory where it has one, whatever the turns and the company in which they were read, so a beginning that was read before
+without a memory may be taken from a cache.
 """
 
 from collections import OrderedDict

@@ -2,6 +2,9 @@
 
 import io
 import random
+import struct
+import time
+import zlib
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -56,9 +59,28 @@ def test_what_an_animated_file_leaves_transparent_is_white(kind: str) -> None:
     disposal = {"GIF": {"disposal": 2}, "PNG": {"disposal": 1}}.get(kind, {})
     read = SHOWN.frames(animated(drawn(3, "#0000"), kind, **disposal))
     assert torch.equal(read, SHOWN.frames(drawn(3, "white")))
-    assert (read[:, :, 0] == WHITE).all() and torch.equal(
-        SHOWN.frames(SHOWN.split(animated(drawn(3), kind))).amax(), read.amax()
-    )
+    assert (read[:, :, 0] == WHITE).all()
+    assert torch.equal(SHOWN.frames(SHOWN.split(animated(drawn(3, "#0000"), kind, **disposal))), read)
+
+
+def test_frames_of_a_file_are_written_as_every_library_would_write_them() -> None:
+    """What is trained on is told apart by its bytes: pixels at the model's size, behind a header."""
+    small = Preprocessor(size=(4, 5))
+    first, *_ = small.split(animated(drawn(2), "WEBP"))
+    rows = first[54:]  # of 5 pixels in 16 bytes, from the bottom up, blue first
+    pixels = list(drawn(2)[0].resize((5, 4)).getdata())
+    assert first[:2] == b"BM" and len(rows) == 4 * 16
+    assert [tuple(rows[16 * y + 3 * x : 16 * y + 3 * x + 3][::-1]) for y in (3, 2, 1, 0) for x in range(5)] == pixels
+
+
+def test_a_cover_is_no_frame() -> None:
+    """An animated PNG may begin with a picture for programs that show no animations."""
+    cover, *frames = drawn(4)
+    with_cover = animated([cover, *frames], "PNG", default_image=True)
+    assert extent(with_cover) == (3, SIZE * SIZE)
+    assert torch.equal(SHOWN.frames(with_cover), SHOWN.frames(frames))
+    assert torch.equal(SHOWN.frames(SHOWN.split(with_cover)), SHOWN.frames(frames))
+    assert extent(animated(drawn(4), "PNG")) == (4, SIZE * SIZE)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP"])
@@ -122,6 +144,39 @@ def test_a_clip_that_is_too_long_is_refused_before_it_is_drawn(pipelines: dict[s
     assert extent(clip) == (10_000, 16_000_000)
     with pytest.raises(TooLongError, match="has 10000 positions, but this model takes at most 1024"):
         pipelines["frames"]([{"frames": clip}])
+
+
+def test_a_claim_of_two_billion_frames_costs_nothing(pipelines: dict[str, Pipeline]) -> None:
+    claims = bytearray(animated(drawn(2), "PNG"))
+    at = claims.index(b"acTL")
+    claims[at + 4 : at + 8] = (2**31 - 1).to_bytes(4, "big")
+    claims[at + 12 : at + 16] = zlib.crc32(claims[at : at + 12]).to_bytes(4, "big")
+    with pytest.raises(TooLongError, match="has 2147483647 positions, but this model takes at most 1024"):
+        pipelines["frames"]([{"frames": bytes(claims)}])
+
+
+def test_a_gif_of_a_million_one_byte_blocks_is_broken() -> None:
+    whole = animated(drawn(2), "GIF")
+    comment = b"!\xfe" + b"\x01a" * 2**20 + b"\0"
+    at = whole.index(b"!")
+    started_at = time.process_time()
+    assert extent(whole[:at] + comment + whole[at:]) == (0, 0)
+    assert time.process_time() - started_at < 0.5
+    assert extent(whole[:at] + b"!\xfe" + b"\x01a" * 2000 + b"\0" + whole[at:]) == (2, SIZE * SIZE)
+
+
+def test_a_bitmap_of_many_short_runs_is_whole() -> None:
+    """100,000 runs of eight equal pixels, in two bytes each."""
+    width, height = 800, 1000
+    rows = b"".join(bytes([8, 1 + x % 2]) for x in range(width // 8)) + b"\0\0"
+    table = bytes(4) + bytes([0, 0, 255, 0]) + bytes([255, 0, 0, 0]) + bytes(4 * 253)
+    pixels = rows * height + b"\0\1"
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(pixels), 0, 0, 256, 0)
+    file = b"BM" + struct.pack("<IHHI", 14 + 40 + 1024 + len(pixels), 0, 0, 14 + 40 + 1024) + header + table + pixels
+    colours = Image.open(io.BytesIO(file)).convert("RGB").getpixel((0, 0)), (255, 0, 0)
+    assert colours[0] == colours[1]
+    assert extent(file) == (1, width * height)
+    assert torch.equal(SHOWN.image(file), SHOWN.image(Image.open(io.BytesIO(file))))
 
 
 def test_a_file_of_a_million_empty_parts_is_broken() -> None:

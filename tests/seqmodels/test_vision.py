@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seqmodels.config import ModelConfig, PublishedBackboneConfig
-from seqmodels.encoders import grids_of
+from seqmodels.encoders import seen
 from seqmodels.errors import ConfigError
 from seqmodels.vision import Bottleneck, SameConv2d, build_backbone
 
@@ -64,7 +64,7 @@ def test_the_grid_is_a_32nd_rounded_up(kind: str) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 @torch.inference_mode()
 def test_a_picture_has_the_same_features_in_any_company(threads: int) -> None:
-    """To the last bit; and rows that are copies of the first are not computed again."""
+    """To the last bit; and what is a copy of the first row, or padding, is not computed."""
     backbone, calls = build_backbone(PublishedBackboneConfig(kind="mobilenet_v2")).eval(), 0
     backbone.register_forward_pre_hook(lambda *_: count())
 
@@ -75,14 +75,15 @@ def test_a_picture_has_the_same_features_in_any_company(threads: int) -> None:
     clips, before = torch.randn(3, 2, 3, 64, 64), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        together = grids_of(clips, backbone)
+        together = seen(clips, None, backbone)
         assert together.shape == (3, 2, 320, 2, 2) and calls == 6
         for clip, grids in zip(clips, together, strict=True):
             for picture, grid in zip(clip, grids, strict=True):
-                assert torch.equal(grids_of(picture[None, None], backbone)[0, 0], grid)
+                assert torch.equal(seen(picture[None, None], None, backbone)[0, 0], grid)
         calls = 0
-        padded = grids_of(clips[[0, 1, 0, 0]], backbone)
-        assert calls == 4 and torch.equal(padded, together[[0, 1, 0, 0]])
+        padded = seen(clips[[0, 1, 0, 0]], torch.tensor([2, 1, 2, 2]), backbone)
+        assert calls == 3 and torch.equal(padded[[0, 2, 3]], together[[0, 0, 0]])
+        assert torch.equal(padded[1, 0], together[1, 0]) and not padded[1, 1].any()
     finally:
         torch.set_num_threads(before)
     assert torch.allclose(together, backbone(clips.flatten(0, 1)).view_as(together), atol=1e-5)

@@ -165,7 +165,7 @@ def test_frames_of_a_published_backbone_are_vectors_and_kept_too(
     made = recipe("tag", directory=tmp_path / "run", **sections, run={"max_steps": 2})
     train(made)
     (kept,) = (tmp_path / "cache").iterdir()
-    assert load_file(kept)["grids"].shape[1:] == (512, 1, 1)
+    assert load_file(kept)["grids"].shape[1:] == (512,)
     model = load_pretrained(tmp_path / "run").model
     assert model.encoder is not None and model.encoder.recurrent.weights()[0].input.shape[1] == 512
     scores = evaluate(tmp_path / "run", made, "test", {})[0]["scores"]

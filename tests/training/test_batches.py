@@ -141,3 +141,8 @@ def test_batches_hold_all_references_of_their_pictures_where_they_are_asked_for(
     for labels, references in zip(batch["labels"].tolist(), batch["references"], strict=True):
         assert codec.target_tokenizer is not None and codec.target_tokenizer.decode(labels) in references
     assert "references" not in Buckets(codec.encode(rows), codec, 1000, 32, seed=1).batch(0, 0)
+    clips = [replace(row, target=(*row.references, "another")) for row in generate("clip-captions")["train"][:5]]
+    frames = {"input": "frames", "backbone": {"image_size": [16, 16], "channels": [4]}}
+    made_of = {"data": {"generated": "clip-captions", "tokenizer": WORDS}, "model": {**captioner, "encoder": frames}}
+    examples = Codec.train(recipe("caption", **made_of), clips).encode(clips)
+    assert [example.references for example in examples] == [row.references for row in clips for _ in range(2)]

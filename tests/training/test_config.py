@@ -198,3 +198,14 @@ def test_a_language_model_has_no_longest_target() -> None:
     made = fields("generate", model=LANGUAGE_MODEL, data={"generated": "language-model", "max_target_length": 9})
     with pytest.raises(ConfigError, match=r"data\.max_target_length does nothing for task generate"):
         parse_recipe(made)
+
+
+def test_residuals_that_no_layer_adds_are_refused() -> None:
+    recurrent = {"hidden_size": 8, "num_layers": 2, "residual": True}
+    decoder = {**DECODER, "attention": "dot", "attention_from": "first", "recurrent": recurrent}
+    encoder = {**TEXT_ENCODER, "recurrent": {"hidden_size": 8}}
+    made = {"model": {**TRANSLATOR, "encoder": encoder, "decoder": decoder}, "data": {"generated": "numbers-en-fr"}}
+    with pytest.raises(ConfigError, match="residual is true, but with attention_from: first"):
+        parse_recipe(fields("translate", **made))
+    recurrent["num_layers"] = 3
+    parse_recipe(fields("translate", **made))

@@ -13,7 +13,7 @@ from training.baselines import bag_of_words, single_frame
 from training.data.generated import DATA_SETS, generate
 from training.data.generated.frames import MOVES, SIZE
 from training.data.generated.numbers import english, french
-from training.data.generated.pictures import COLOURS
+from training.data.generated.pictures import COLOURS, png
 from training.data.rows import Row, fingerprint
 
 
@@ -113,6 +113,19 @@ def test_the_single_frame_baseline_learns_where_one_frame_suffices(per_frame: bo
     colours = [(row.input or (), row.references[0].split()[1]) for row in generate("clip-captions")["train"][:400]]
     easy = [Row(frames, (colour,) * len(frames) if per_frame else colour) for frames, colour in colours]
     assert single_frame(easy[:300], easy[300:]) > 0.97
+
+
+def test_baselines_learn_from_rows_that_stand_label_by_label() -> None:
+    """As many published data sets do; and frames may be of any size."""
+    sizes = {"red": 9, "green": 12, "blue": 50}
+    rows = [
+        Row((png(Image.new("RGB", (sizes[colour], 8), (*shade, number))),), colour)
+        for colour, shade in (("red", (200, 0)), ("green", (0, 200)), ("blue", (0, 0)))
+        for number in range(40)
+    ]
+    assert single_frame(rows, rows[::3]) == 1.0
+    texts = [Row(f"a {row.target} review {number}", row.target) for number, row in enumerate(rows)]
+    assert bag_of_words(texts, texts[::3]) == 1.0
 
 
 def test_frames_move_as_their_labels_say() -> None:

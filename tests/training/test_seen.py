@@ -7,6 +7,8 @@ import pytest
 
 from seqmodels.errors import DataError
 from tests.training.recipes import LANGUAGE_MODEL, WORDS, recipe
+from training.average import average_directories
+from training.config import Recipe
 from training.data.generated import generate
 from training.data.rows import Row
 from training.evaluate import evaluate
@@ -31,6 +33,37 @@ def test_a_clip_is_another_where_a_frame_is(tmp_path: Path) -> None:
         refuse_seen(CLIPS, "test", tmp_path)
 
 
+def test_a_run_that_begins_from_a_model_has_seen_what_that_has(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir(), second.mkdir()
+    keep_seen(TRAINED, first)
+    keep_seen([Row(b"three", "x")], second, first)
+    for row in (TRAINED[1], Row(b"three", "x")):
+        with pytest.raises(DataError, match="trained on 1 of the 1"):
+            refuse_seen([row], "test", second)
+    refuse_seen([Row(b"three", "x")], "test", first)
+
+
+def test_what_cannot_be_told_is_an_error(tmp_path: Path) -> None:
+    keep_seen(TRAINED, tmp_path)
+    (tmp_path / SEEN).write_bytes((tmp_path / SEEN).read_bytes()[:-5])
+    with pytest.raises(DataError, match=r"seen\.safetensors is damaged, so nothing tells which pictures"):
+        refuse_seen([Row(b"three", "x")], "test", tmp_path)
+
+
+def test_snapshots_and_means_know_what_their_run_has_seen(tmp_path: Path) -> None:
+    made = captioner(
+        tmp_path / "run",
+        optim={"lr_scheduler_type": "cosine_with_restarts", "num_cycles": 2},
+        run={"max_steps": 4, "max_eval_samples": 2, "keep_snapshots": True},
+    )
+    train(made)
+    snapshots = [tmp_path / "run" / "snapshots" / f"cycle-{cycle}" for cycle in (1, 2)]
+    average_directories(snapshots, tmp_path / "mean")
+    for directory in (*snapshots, tmp_path / "mean"):
+        assert (directory / SEEN).read_bytes() == (tmp_path / "run" / SEEN).read_bytes()
+
+
 @pytest.mark.parametrize("given", ["a text", ("some", "words"), ((0.5,), (1.0,)), None])
 def test_only_pictures_and_clips_are_kept(tmp_path: Path, given: Any) -> None:
     """A text may well come twice in the world."""
@@ -40,15 +73,16 @@ def test_only_pictures_and_clips_are_kept(tmp_path: Path, given: Any) -> None:
     refuse_seen([Row(given, "x"), Row(b"one", "y")], "test", tmp_path)
 
 
-def test_evaluate_refuses_what_its_run_was_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def captioner(directory: Path, **sections: Any) -> Recipe:
     encoder = {"input": "image", "backbone": {"image_size": [8, 8], "channels": [2, 4]}}
-    made = recipe(
-        "caption",
-        tmp_path / "run",
-        data={"generated": "captions", "tokenizer": WORDS},
-        model={"architecture": "generator", "encoder": encoder, "decoder": LANGUAGE_MODEL["decoder"]},
-        run={"max_steps": 1, "max_eval_samples": 2},
-    )
+    model = {"architecture": "generator", "encoder": encoder, "decoder": LANGUAGE_MODEL["decoder"]}
+    data = {"generated": "captions", "tokenizer": WORDS}
+    sections = {"data": data, "model": model, "run": {"max_steps": 1, "max_eval_samples": 2}, **sections}
+    return recipe("caption", directory, **sections)
+
+
+def test_evaluate_refuses_what_its_run_was_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = captioner(tmp_path / "run")
     train(made)
     rows = {split: some[:20] for split, some in generate("captions").items()}
     monkeypatch.setattr("training.evaluate.rows_to_score", lambda *_: rows)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from seqmodels.characters import with_spellings
 from seqmodels.config import ModelConfig
@@ -18,6 +19,7 @@ from seqmodels.losses import IGNORE
 from seqmodels.preprocessing import Preprocessor
 from seqmodels.pretrained import Pretrained, load_pretrained
 from seqmodels.tokenizer import BOS, EOS, Tokenizer
+from seqmodels.vision import Backbone, Vectors
 from training.config import DataSection, Facts, Recipe, some
 from training.data.grids import Grids, Say, cache_directory, grids_of
 from training.data.pictures import decode, preprocessor_for
@@ -33,7 +35,8 @@ class Example:
     inputs: token ids (with the spellings of their words, a tensor), steps of numbers, or pictures still in their files;
     None where nothing goes in.
     targets: a label, 0 or 1 for each label, numbers, a label for each position, or BOS w1 ... wn EOS. Lengths count
-    positions, 0 where there are none. references: of a picture, all its texts, of which targets are one.
+    positions, 0 where there are none. references: of a picture or clip, all its texts, of which targets are
+    one.
     """
 
     inputs: Any
@@ -105,14 +108,18 @@ class Codec:
         """
         return (example for row in rows for example in self._examples(row) if self._fits(example))
 
-    def with_grids(self, backbone: nn.Module, rows: Iterable[Row], told: Say) -> "Codec":
+    def with_grids(
+        self, backbone: Backbone, rows: Iterable[Row], told: Say, dtype: torch.dtype = torch.float16
+    ) -> "Codec":
         """The same, with what the backbone makes of each picture or frame of the rows in its place; see grids.py."""
         assert self.preprocessor is not None
         pictures = (picture for row in rows for picture in row.pictures)
-        return replace(self, grids=grids_of(pictures, backbone, self.preprocessor, cache_directory(), told))
+        made_by = Vectors(backbone) if self.config.input == "frames" else backbone
+        return replace(self, grids=grids_of(pictures, made_by, self.preprocessor, cache_directory(), told, dtype))
 
     def decode_picture(self, data: bytes) -> Tensor:
-        """A picture's file -> (C, H, W), or the backbone's grid of it, (D, h, w). Raises InputError."""
+        """A picture's file -> (C, H, W), or the backbone's grid of it, (D, h, w), or vector of a frame, (V,). Raises
+        InputError."""
         if self.grids is not None and (grid := self.grids.get(data)) is not None:
             return grid
         assert self.preprocessor is not None
@@ -129,7 +136,9 @@ class Codec:
         assert self.target_tokenizer is not None
         for text in row.references:
             targets = [BOS, *self.target_tokenizer.encode(text), EOS]
-            yield Example(inputs, targets, length, len(targets), row.references if self.config.input == "image" else ())
+            yield Example(
+                inputs, targets, length, len(targets), row.references if self.config.task == "caption" else ()
+            )
 
     def _inputs(self, row: Row) -> tuple[Any, int]:
         """What the encoder reads, and its number of positions (1 for an image, 0 for nothing)."""

@@ -1,6 +1,6 @@
 """Grids of pictures, made once by a backbone that does not learn, in place of the pictures themselves.
 
-    KEY.safetensors   digests (N, 32) uint8, grids (N, D, h, w) float16
+    KEY.safetensors   digests (N, 32) uint8; grids (N, D, h, w), or vectors (N, V) of frames, of 16 or 32 bits
                       metadata: sha256, of both arrays
 
 KEY names the weights, the preprocessing and the pictures, so that runs share a file, in the directory that
@@ -12,6 +12,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -40,7 +41,7 @@ class Grids:
         return len(self._rows)
 
     def get(self, picture: bytes) -> Tensor | None:
-        """(D, h, w) of float32; None of a picture that is not here."""
+        """(D, h, w) or (V,), of float32; None of a picture that is not here."""
         row = self._rows.get(_digest(picture))
         return None if row is None else self._grids[row].float()
 
@@ -50,37 +51,43 @@ def cache_directory() -> Path:
 
 
 def grids_of(
-    pictures: Iterable[bytes], backbone: nn.Module, preprocessor: Preprocessor, directory: Path | None, told: Say
+    pictures: Iterable[bytes],
+    backbone: nn.Module,
+    preprocessor: Preprocessor,
+    directory: Path | None,
+    told: Say,
+    dtype: torch.dtype = torch.float16,
 ) -> Grids:
-    """Read from `directory` what another call has left there, or make it, and leave it there; None: only make it.
-
-    told: is called while they are made. Raises InputError for a picture that cannot be decoded.
-    """
+    """Read from `directory` what another call has left there, or make it, and leave it there, if it can be written;
+    None: only make it. told: is called while they are made. Raises InputError for a picture that cannot be decoded."""
     unique = {_digest(picture): picture for picture in pictures}
     digests = sorted(unique)
     if directory is None:
-        return Grids(_rows_of(digests), _made([unique[one] for one in digests], backbone, preprocessor, told))
-    path = directory / f"{_key(digests, backbone, preprocessor)}.safetensors"
+        return Grids(_rows_of(digests), _made([unique[one] for one in digests], backbone, preprocessor, told, dtype))
+    path = directory / f"{_key(digests, backbone, preprocessor, dtype)}.safetensors"
     if (found := _loaded(path)) is None:
-        grids = _made([unique[one] for one in digests], backbone, preprocessor, told)
+        grids = _made([unique[one] for one in digests], backbone, preprocessor, told, dtype)
         arrays = {"digests": _rows_of(digests), "grids": grids}
-        directory.mkdir(parents=True, exist_ok=True)
-        with writing_whole(path) as temporary:
-            save_file(arrays, temporary, {"sha256": _sha256(arrays)})
+        with suppress(OSError):  # a full disk, or one that may only be read, costs the next run time, not this one
+            directory.mkdir(parents=True, exist_ok=True)
+            with writing_whole(path) as temporary:
+                save_file(arrays, temporary, {"sha256": _sha256(arrays)})
         found = _loaded(path) or arrays  # mapped, in place of what is in memory
     return Grids(found["digests"], found["grids"])
 
 
 @torch.no_grad()
-def _made(pictures: Sequence[bytes], backbone: nn.Module, preprocessor: Preprocessor, told: Say) -> Tensor:
-    """(N, D, h, w) of float16. Pictures of the next call are decoded while the backbone is at one."""
+def _made(
+    pictures: Sequence[bytes], backbone: nn.Module, preprocessor: Preprocessor, told: Say, dtype: torch.dtype
+) -> Tensor:
+    """(N, D, h, w), or (N, V). Pictures of the next call are decoded while the backbone is at one."""
     device = next(backbone.parameters()).device
     backbone.eval()
     made: list[Tensor] = []
     with ThreadPoolExecutor(DECODERS) as pool:
         decoded = _ahead(pool, preprocessor.image, pictures)
         while batch := list(islice(decoded, PICTURES_PER_CALL)):
-            made.append(backbone(torch.stack(batch).to(device)).half().cpu())
+            made.append(backbone(torch.stack(batch).to(device)).to(dtype).cpu())
             told(min(len(pictures), len(made) * PICTURES_PER_CALL), len(pictures))
     return torch.cat(made)
 
@@ -106,8 +113,9 @@ def _loaded(path: Path) -> dict[str, Tensor] | None:
     return arrays if arrays.keys() == {"digests", "grids"} and _sha256(arrays) == expected else None
 
 
-def _key(digests: Sequence[bytes], backbone: nn.Module, preprocessor: Preprocessor) -> str:
+def _key(digests: Sequence[bytes], backbone: nn.Module, preprocessor: Preprocessor, dtype: torch.dtype) -> str:
     key = hashlib.sha256(preprocessor.model_dump_json(exclude={"max_pixels"}).encode())  # a bound changes no feature
+    key.update(str(dtype).encode())
     for name, tensor in sorted(backbone.state_dict().items()):
         key.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         key.update(tensor.cpu().numpy().tobytes())
