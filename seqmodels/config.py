@@ -184,7 +184,8 @@ class TextEncoderConfig(StackConfig):
 class ImageEncoderConfig(Strict):
     input: Literal["image"] = "image"
     backbone: AnyBackboneConfig = BackboneConfig()
-    dropout: Probability = 0.0
+    dropout: Probability = 0.0  # of the grid, which attention looks at
+    summary_dropout: Probability = 0.0  # of the vector, with which a decoder begins
 
     @property
     def output_size(self) -> int:

@@ -114,7 +114,7 @@ class ImageEncoder(nn.Module):
         self.backbone = build_backbone(config.backbone)
         self.output_size = self.backbone.output_size
         self.summary_size = self.backbone.pooled_size
-        self.dropout = config.dropout
+        self.dropout, self.summary_dropout = config.dropout, config.summary_dropout
         self._channels = config.backbone.in_channels  # of a picture; a grid has others
         self._pools = not isinstance(self.backbone, CompactResNet)
         cells = config.backbone.grid[0] * config.backbone.grid[1]
@@ -127,7 +127,7 @@ class ImageEncoder(nn.Module):
         mask = values.new_ones(values.shape[:2], dtype=torch.bool)
         # As the published weights were trained; a compact backbone has no such habit.
         summary = self.backbone.pool(grid) if self._pools else values.mean(1)
-        return Memory(values, mask, summary), None
+        return Memory(values, mask, F.dropout(summary, self.summary_dropout, self.training)), None
 
 
 def seen(pictures: Tensor, lengths: Tensor | None, backbone: Backbone | Vectors) -> Tensor:

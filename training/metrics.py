@@ -97,7 +97,8 @@ def _spans_by_kind(
 
 def bleu(predicted: Sequence[str], references: Sequence[Sequence[str]], lowercase: bool = False) -> tuple[float, str]:
     """Corpus BLEU of sacrebleu, and its signature. references: one or more texts for each prediction."""
-    return _corpus_score(BLEU(lowercase=lowercase), predicted, references)
+    # force: texts may well end in " ."; it is said on every call otherwise, and changes nothing.
+    return _corpus_score(BLEU(lowercase=lowercase, force=True), predicted, references)
 
 
 def chrf(predicted: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, str]:

@@ -12,6 +12,7 @@ from seqmodels.dropout import embed
 from seqmodels.encoders import FeatureEncoder
 from seqmodels.errors import ConfigError
 from seqmodels.kernels import packed
+from seqmodels.models import SequenceGenerator
 from seqmodels.recurrent import Recurrent
 from tests.seqmodels.builders import make_language_model, make_model
 from tests.seqmodels.test_recurrent import equations
@@ -247,3 +248,18 @@ def test_weight_dropout_computes_on_the_same_fused_kernel() -> None:
             model(x)
         called.append({event.key for event in profile.key_averages() if "rnn" in event.key or "lstm" in event.key})
     assert called[0] == called[1] and called[0]
+
+
+def test_a_pictures_vector_is_dropped_by_a_rate_of_its_own() -> None:
+    """And its grid by another."""
+    encoder = {"input": "image", "backbone": {"image_size": [8, 8], "channels": [64]}, "summary_dropout": 0.5}
+    model = make_model(architecture="generator", encoder=encoder, decoder={"vocab_size": 9, **stack()})
+    assert isinstance(model, SequenceGenerator) and model.encoder is not None
+    pictures = torch.randn(50, 3, 8, 8)
+    plain, _ = model.encoder(pictures, None)
+    model.encoder.train()
+    model.encoder.backbone.eval()
+    dropped, _ = model.encoder(pictures, None)
+    kept = dropped.summary != 0
+    assert torch.allclose(dropped.summary[kept], 2 * plain.summary[kept]) and 0.45 < float(kept.float().mean()) < 0.55
+    assert torch.equal(dropped.values, plain.values)
