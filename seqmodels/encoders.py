@@ -99,7 +99,7 @@ class FrameEncoder(RecurrentEncoder):
         self.backbone = backbone
 
     def forward(self, inputs: Tensor, lengths: Tensor, state: State | None = None) -> Encoded:
-        vectors = inputs if inputs.dim() == 3 else seen(inputs, lengths, Vectors(self.backbone))
+        vectors = inputs if inputs.dim() == 3 else see(inputs, lengths, Vectors(self.backbone))
         return self.read(vectors, lengths, state)
 
 
@@ -121,7 +121,7 @@ class ImageEncoder(nn.Module):
         self.places = nn.Parameter(torch.randn(cells, self.output_size) * 0.1)  # where a cell stands in the picture
 
     def forward(self, inputs: Tensor, lengths: Tensor | None = None, state: State | None = None) -> Encoded:
-        grid = seen(inputs[:, None], None, self.backbone)[:, 0] if inputs.shape[1] == self._channels else inputs
+        grid = see(inputs[:, None], None, self.backbone)[:, 0] if inputs.shape[1] == self._channels else inputs
         values = grid.flatten(2).mT + self.places  # (B, S, D)
         values = F.dropout(values, self.dropout, self.training)
         mask = values.new_ones(values.shape[:2], dtype=torch.bool)
@@ -130,7 +130,7 @@ class ImageEncoder(nn.Module):
         return Memory(values, mask, F.dropout(summary, self.summary_dropout, self.training)), None
 
 
-def seen(pictures: Tensor, lengths: Tensor | None, backbone: Backbone | Vectors) -> Tensor:
+def see(pictures: Tensor, lengths: Tensor | None, backbone: Backbone | Vectors) -> Tensor:
     """Pictures (B, S, C, height, width) -> what the backbone makes of each, (B, S, ...).
 
     Outside training, a large backbone on a CPU sees one at a time: a picture gets the same bits in any company, and

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seqmodels.config import ModelConfig, PublishedBackboneConfig
-from seqmodels.encoders import seen
+from seqmodels.encoders import see
 from seqmodels.errors import ConfigError
 from seqmodels.vision import Bottleneck, SameConv2d, build_backbone
 
@@ -75,13 +75,13 @@ def test_a_picture_has_the_same_features_in_any_company(threads: int) -> None:
     clips, before = torch.randn(3, 2, 3, 64, 64), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        together = seen(clips, None, backbone)
+        together = see(clips, None, backbone)
         assert together.shape == (3, 2, 320, 2, 2) and calls == 6
         for clip, grids in zip(clips, together, strict=True):
             for picture, grid in zip(clip, grids, strict=True):
-                assert torch.equal(seen(picture[None, None], None, backbone)[0, 0], grid)
+                assert torch.equal(see(picture[None, None], None, backbone)[0, 0], grid)
         calls = 0
-        padded = seen(clips[[0, 1, 0, 0]], torch.tensor([2, 1, 2, 2]), backbone)
+        padded = see(clips[[0, 1, 0, 0]], torch.tensor([2, 1, 2, 2]), backbone)
         assert calls == 3 and torch.equal(padded[[0, 2, 3]], together[[0, 0, 0]])
         assert torch.equal(padded[1, 0], together[1, 0]) and not padded[1, 1].any()
     finally:
