@@ -42,13 +42,18 @@ def objective_of(recipe: Recipe, codec: Codec, model: Model, rows: Sequence[Row]
 
 
 class CiderReward:
-    """CIDEr-D of one caption, by the weights of the training split's n-grams; 1 is what is reported as 100."""
+    """CIDEr-D of one caption, by the weights of the training split's n-grams; 1 is what is reported as 100. Each text
+    ends with a token of its own: else captions that break off after "with a" are worth as much as whole ones."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self._cider = captions.Cider([[captions.tokens(text) for text in row.references] for row in rows])
+        self._cider = captions.Cider([[_ended(text) for text in row.references] for row in rows])
 
     def __call__(self, text: str, references: Sequence[str]) -> float:
-        return self._cider.score(captions.tokens(text), [captions.tokens(one) for one in references])
+        return self._cider.score(_ended(text), [_ended(one) for one in references])
+
+
+def _ended(text: str) -> list[str]:
+    return [*captions.tokens(text), "<eos>"]
 
 
 class SelfCritical:

@@ -181,17 +181,24 @@ def test_rewards_are_sacrebleus() -> None:
 
 
 def test_the_reward_of_a_caption_is_cider_d_of_all_its_references() -> None:
-    """By the training split's weights, and a hundredth of what is reported."""
+    """By the training split's weights, a hundredth of what is reported, of texts that end with a token of their own."""
     train = [["a dog runs", "the dog is running"], ["a cat", "one cat"], ["two men", "people"]]
     reward = CiderReward([Row(bytes([n]), tuple(texts)) for n, texts in enumerate(train)])
-    assert reward("a dog runs", train[0]) == pytest.approx(captions.Cider(
-        [[text.split() for text in texts] for texts in train]
-    ).score(["a", "dog", "runs"], [text.split() for text in train[0]]))  # fmt: skip
+    corpus = [[[*text.split(), "<eos>"] for text in texts] for texts in train]
+    assert reward("A dog runs .", train[0]) == pytest.approx(captions.Cider(corpus).score(corpus[0][0], corpus[0]))
     assert reward("a dog runs", train[0]) > reward("a dog runs", train[0][1:]) > reward("a cat", train[0][1:]) == 0.0
-    corpus = [[text.split() for text in texts] for texts in train]
-    reported = captions.cider_d([texts[0] for texts in corpus], corpus)
     mean = sum(reward(texts[0], texts) for texts in train) / 3
-    assert mean == pytest.approx(reported / 100)
+    assert mean == pytest.approx(captions.cider_d([texts[0] for texts in corpus], corpus) / 100)
+
+
+def test_a_caption_that_breaks_off_is_worth_less() -> None:
+    """Than by the measure that is reported, which cannot see it."""
+    corpus = [["a man with a hat", "a man with a dog"], ["two men", "people"], ["with a ball"]]
+    reward = CiderReward([Row(bytes([n]), tuple(texts)) for n, texts in enumerate(corpus)])
+    plain = captions.Cider([[text.split() for text in texts] for texts in corpus])
+    whole, cut = "a man with a hat", "a man with a"
+    measured = [plain.score(text.split(), [one.split() for one in corpus[0]]) for text in (whole, cut)]
+    assert reward(cut, corpus[0]) / reward(whole, corpus[0]) < 0.9 * measured[1] / measured[0]
 
 
 def test_a_row_is_rewarded_by_its_own_references(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
