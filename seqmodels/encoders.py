@@ -134,17 +134,22 @@ def see(pictures: Tensor, lengths: Tensor | None, backbone: Backbone | Vectors) 
     """Pictures (B, S, C, height, width) -> what the backbone makes of each, (B, S, ...).
 
     Outside training, a large backbone on a CPU sees one at a time: a picture gets the same bits in any company, and
-    nothing is computed for rows that are copies of the first, with which small batches are padded, or beyond lengths.
+    nothing is computed for copies, with which small batches are padded, or beyond lengths.
     """
     is_compact = isinstance(getattr(backbone, "backbone", backbone), CompactResNet)
     if torch.is_grad_enabled() or pictures.device.type != "cpu" or is_compact:
         made: Tensor = backbone(pictures.flatten(0, 1))
         return made.view(*pictures.shape[:2], *made.shape[1:])
+    known: dict[bytes, Tensor] = {}
+
+    def alone(picture: Tensor) -> Tensor:
+        key = picture.numpy().tobytes()
+        if key not in known:
+            known[key] = backbone(picture[None])
+        return known[key]
+
     counts = [pictures.shape[1]] * len(pictures) if lengths is None else lengths.tolist()
-    rows: list[Tensor] = []
-    for row, count in zip(pictures, counts, strict=True):
-        is_copy = rows and count == counts[0] and torch.equal(row, pictures[0])
-        rows.append(rows[0] if is_copy else torch.cat([backbone(picture[None]) for picture in row[:count]]))
+    rows = [torch.cat([alone(one) for one in row[:count]]) for row, count in zip(pictures, counts, strict=True)]
     as_long_as_all = rows[0].new_empty(pictures.shape[1], *rows[0].shape[1:])
     return nn.utils.rnn.pad_sequence([*rows, as_long_as_all], batch_first=True)[:-1]
 
