@@ -5,12 +5,13 @@ better than the second becomes likelier, what makes it worse less likely: the po
 expected reward, with the greedy text's as its baseline. Knows a model, a tokenizer and a reward; knows no loop.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seqmodels.losses import Output
 from seqmodels.models import Model, SequenceGenerator
@@ -77,12 +78,15 @@ class SelfCritical:
         """references: all the right texts of each row, where it may have others than its labels."""
         given: dict[str, Any] = {"inputs": inputs, "lengths": lengths}
         out: Output = self._model(labels, label_lengths, **given)
-        drawn, greedy = self._write(**given)
+        with _without_dropout(self._model):
+            drawn, greedy = self._write(**given)
+            # With dropout here, what was drawn would look less likely than it was: as most of it is worse than the
+            # greedy text, every text would become unlikelier, for no fault of its own.
+            logits, tokens, _ = self._model.target_logits(*drawn, **given)  # of all M tokens drawn, row after row
         own = [[text] for text in self._texts(labels, label_lengths)]
         references = [several or one for several, one in zip(references or own, own, strict=True)]
         rewards = [self._rewards(self._texts(*written), references) for written in (drawn, greedy)]
         advantage = torch.tensor(rewards[0], device=labels.device) - torch.tensor(rewards[1], device=labels.device)
-        logits, tokens, _ = self._model.target_logits(*drawn, **given)  # of all M tokens that were drawn, row after row
         logprobs = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         # Over the number of true targets, as the model's own loss is, so that batches of any size add up alike.
         cost = -(advantage.repeat_interleave(drawn[1] - 1) * logprobs).sum() / out.num_targets
@@ -90,13 +94,9 @@ class SelfCritical:
 
     @torch.no_grad()
     def _write(self, inputs: Tensor, lengths: Tensor | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Drawn and greedy tokens as labels (B, T+1) with their lengths (B,), without dropout."""
-        modes = [(module, module.training) for module in self._model.modules()]  # what is frozen is in evaluation
-        self._model.eval()
+        """Drawn and greedy tokens as labels (B, T+1) with their lengths (B,)."""
         rows = torch.arange(len(inputs), device=inputs.device)
         labels, counts = self._walk(self._model.encode(inputs, lengths).select(rows.repeat(2)))
-        for module, training in modes:
-            module.training = training
         (drawn, greedy), (drawn_counts, greedy_counts) = labels.chunk(2), counts.chunk(2)
         return (drawn, drawn_counts), (greedy, greedy_counts)
 
@@ -123,6 +123,20 @@ class SelfCritical:
 
     def _rewards(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
         return [self._reward(text, right) for text, right in zip(texts, references, strict=True)]
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """All in evaluation but the kernels of recurrent layers, which drop nothing here, and on a GPU have gradients in
+    training alone."""
+    modes = [(module, module.training) for module in model.modules()]  # what is frozen is in evaluation
+    for module, _ in modes:
+        module.training = isinstance(module, nn.RNNBase)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 Objective = Model | SelfCritical
