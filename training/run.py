@@ -205,7 +205,8 @@ def _with_grids(
         codec = codec.with_grids(backbone, chain.from_iterable(rows.values()), told)
     assert codec.grids is not None
     seconds = time.monotonic() - began
-    reporter.say(f"the backbone's features of {len(codec.grids)} pictures are in {cache_directory()} ({seconds:.0f} s)")
+    place = f"are in {file.parent}" if (file := codec.grids.file) else f"cannot be kept in {cache_directory()}"
+    reporter.say(f"the backbone's features of {len(codec.grids)} pictures {place} ({seconds:.0f} s)")
     return codec
 
 

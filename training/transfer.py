@@ -15,7 +15,10 @@ if TYPE_CHECKING:  # a recipe is checked before torch, which takes seconds, is i
 
 OWN = ("head.", "pool.", "crf.")  # what a classifier or tagger learns anew
 # Keys without whose saved value no saved weight has a place, and those that may be lowered but not raised.
-SIZES = ("input", "cell", "hidden_size", "embedding_size", "channels", "in_channels")
+SIZES = (
+    "input", "cell", "hidden_size", "embedding_size", "channels", "in_channels",
+    "attention", "attention_from", "attention_gate",
+)  # fmt: skip
 AT_MOST = ("num_layers", "blocks_per_stage", "bidirectional", "layer_norm")
 
 

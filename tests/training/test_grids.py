@@ -85,8 +85,14 @@ def test_a_damaged_file_is_made_anew(backbone: Backbone, tmp_path: Path, damage:
     whole = file.read_bytes()
     file.write_bytes(damage(whole))
     told = Told()
-    grids_of([picture(1)], backbone, PREPROCESSOR, tmp_path, told)
+    assert grids_of([picture(1)], backbone, PREPROCESSOR, tmp_path, told).file == file
     assert told.calls and file.read_bytes() == whole
+
+
+def test_where_they_cannot_be_kept_they_are_made_all_the_same(backbone: Backbone, tmp_path: Path) -> None:
+    (tmp_path / "a file").touch()
+    grids = grids_of([picture(1)], backbone, PREPROCESSOR, tmp_path / "a file", Told())
+    assert grids.file is None and grids.get(picture(1)) is not None
 
 
 def test_a_broken_picture_is_told(backbone: Backbone) -> None:

@@ -120,6 +120,8 @@ def test_the_same_architecture_takes_all_and_what_the_recipe_changes(saved: dict
         ),
         ("classify", {"encoder": {"input": "image"}}, r"model\.encoder\.input is 'image', but .* has 'text'"),
         ("translate", {"decoder": {"recurrent": {"num_layers": 2}}}, r"model\.decoder\.recurrent\.num_layers is 2"),
+        ("translate", {"decoder": {"attention": "additive"}}, r"model\.decoder\.attention is 'additive', .* has 'dot'"),
+        ("translate", {"decoder": {"attention_gate": True}}, r"model\.decoder\.attention_gate is True, .* has False"),
         ("classify", {"encoder": {"characters": {}}}, r"encoder\.characters"),
     ],
 )

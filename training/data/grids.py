@@ -31,9 +31,10 @@ Say = Callable[[int, int], None]  # pictures done, pictures in all
 
 
 class Grids:
-    """The grid of each picture that is here, by its file's bytes."""
+    """The grid of each picture that is here, by its file's bytes. file: which they are mapped from, if any."""
 
-    def __init__(self, digests: Tensor, grids: Tensor) -> None:
+    def __init__(self, digests: Tensor, grids: Tensor, file: Path | None = None) -> None:
+        self.file = file
         self._rows = {bytes(row): number for number, row in enumerate(digests.numpy())}
         self._grids = grids
 
@@ -72,8 +73,10 @@ def grids_of(
             directory.mkdir(parents=True, exist_ok=True)
             with writing_whole(path) as temporary:
                 save_file(arrays, temporary, {"sha256": _sha256(arrays)})
-        found = _loaded(path) or arrays  # mapped, in place of what is in memory
-    return Grids(found["digests"], found["grids"])
+        found = _loaded(path)  # mapped, in place of what is in memory
+        if found is None:
+            return Grids(arrays["digests"], grids)
+    return Grids(found["digests"], found["grids"], path)
 
 
 @torch.no_grad()
