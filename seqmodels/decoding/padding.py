@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 T = TypeVar("T")
 
@@ -45,9 +46,8 @@ def pad_inputs(inputs: Sequence[Tensor], device: torch.device) -> tuple[Tensor, 
     if not has_steps(inputs[0]):
         return torch.stack(list(inputs)).to(device), None
     lengths = [len(one) for one in inputs]
-    padded = inputs[0].new_zeros(len(inputs), bucket(max(lengths)), *inputs[0].shape[1:])
-    for row, one in zip(padded, inputs, strict=True):
-        row[: len(one)] = one
+    as_long_as_all = inputs[0].new_empty(bucket(max(lengths)), *inputs[0].shape[1:])
+    padded = pad_sequence([*inputs, as_long_as_all], batch_first=True)[:-1]
     return padded.to(device), torch.tensor(lengths, device=device)
 
 
