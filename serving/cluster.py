@@ -205,7 +205,7 @@ def shut_down() -> None:
 
 
 def _ours() -> ServeApplicationSchema:
-    deployed = _once_there(_deployed)
+    deployed = once_there(_deployed)
     if APPLICATION not in deployed:
         raise DeploymentError(f"no application {APPLICATION!r} runs on this cluster; start it with python -m serving")
     return deployed[APPLICATION]
@@ -249,10 +249,10 @@ def _apply(application: ServeApplicationSchema) -> None:
         others = [config for name, config in _deployed().items() if name != APPLICATION]
         _get_global_client().deploy_apps(ServeDeploySchema(applications=[*others, application]))
 
-    _once_there(apply)
+    once_there(apply)
 
 
-def _once_there(ask: Callable[[], R]) -> R:
+def once_there(ask: Callable[[], R]) -> R:
     """What Serve's controller answers: where it has died, the next one. Raises DeploymentError where none comes."""
     limit = time.monotonic() + CONTROLLER_S
     while True:

@@ -11,7 +11,7 @@ machine of the cluster, where the directories are.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ def main(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     given = None if _is_file(options.targets) else named_models(options.targets)  # a mistake is told before Ray starts
     cluster.connect(options.address)
-    before = cluster.model_set()
-    after = pinned(
-        ServeConfig.load(Path(options.targets[0])).model_set if given is None else changed(before, given, options)
-    )
+    before, served = cluster.model_set(), alike(cluster.once_there(cluster.reports))
+    if given is None:
+        after = pinned(ServeConfig.load(Path(options.targets[0])).model_set, {})
+    else:
+        after = pinned(changed(before, given, options), {name: served[name] for name in served if name not in given})
     try:
         reports = cluster.change_models(after, options.timeout_s)
         refused = {f"{name}: {reason}" for report in reports for name, reason in report["refused"].items()}
@@ -40,8 +41,15 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     for reason in sorted(refused):
         print(f"refused: {reason}", file=sys.stderr, flush=True)  # going back may take as long as going
-    cluster.change_models(before, options.timeout_s)
-    print("nothing has changed: every replica serves what it served before", file=sys.stderr)
+    now = alike(cluster.change_models(before, options.timeout_s))
+    if others := [name for name in before.models if now.get(name) != served.get(name)]:
+        print(
+            f"not all is as it was: replicas serve other weights than before as {', '.join(others)}, for those are no "
+            "longer in the directory that was named; name one that holds what is wanted",
+            file=sys.stderr,
+        )
+    else:
+        print("nothing has changed: every replica serves what it served before", file=sys.stderr)
     return 1
 
 
@@ -95,13 +103,22 @@ def changed(before: ModelSet, given: dict[str, str], options: Any) -> ModelSet:
     return ModelSet.parse({"models": models, "aliases": aliases, "revisions": revisions})
 
 
-def pinned(wanted: ModelSet) -> ModelSet:
-    """With the revision of each model as it lies here, so that all replicas serve these very weights, also where the
-    name of the directory is the one that they know. Raises what `load_members` raises."""
+def alike(reports: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The revision of each model that all replicas serve at the same one."""
+    first, *others = [report["revisions"] for report in reports]
+    return {name: at for name, at in first.items() if all(other.get(name) == at for other in others)}
+
+
+def pinned(wanted: ModelSet, served: Mapping[str, str]) -> ModelSet:
+    """With a revision for each model, so that all replicas serve these very weights, also where the name of the
+    directory is the one that they know: that which is `served`, of a model that is to stay, whatever has become of its
+    directory; of the others as they lie here. Raises what `load_members` raises."""
     from seqmodels.ensemble import load_members, revision_of
 
-    found = {name: revision_of(load_members(given), "probability") for name, given in wanted.directories.items()}
-    return ModelSet.parse({**wanted.model_dump(mode="json"), "revisions": {**found, **wanted.revisions}})
+    kept = {name: at for name, at in {**served, **wanted.revisions}.items() if name in wanted.models}
+    new = {name: directories for name, directories in wanted.directories.items() if name not in kept}
+    found = {name: revision_of(load_members(directories), "probability") for name, directories in new.items()}
+    return ModelSet.parse({**wanted.model_dump(mode="json"), "revisions": {**found, **kept}})
 
 
 def _say(reports: Sequence[dict[str, Any]]) -> None:

@@ -29,12 +29,18 @@ class FakeCluster:
         self.history = [ModelSet.parse(models)]
         self.refusing: dict[str, str] = {}
         self.too_late = False
+        self.served = {name: f"{name} of before" for name in self.history[0].models}
 
     def model_set(self) -> ModelSet:
         return self.history[-1]
 
+    def reports(self) -> list[dict[str, Any]]:
+        return [{"revisions": self.served}, {"revisions": self.served}]
+
     def change_models(self, wanted: ModelSet, timeout_s: float) -> list[dict[str, Any]]:
         self.history.append(wanted)
+        if wanted == self.history[0]:
+            return self.reports()
         if self.too_late and len(self.history) == 2:
             raise cluster.DeploymentError(f"not within {timeout_s:g} s")
         report = {"revisions": wanted.revisions, "aliases": wanted.aliases, "refused": {}}
@@ -47,6 +53,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, models: dict[str, str]) -> FakeCluster
     cluster_of_two = FakeCluster(fields)
     monkeypatch.setattr(cluster, "connect", lambda address: None)
     monkeypatch.setattr(cluster, "model_set", cluster_of_two.model_set)
+    monkeypatch.setattr(cluster, "reports", cluster_of_two.reports)
     monkeypatch.setattr(cluster, "change_models", cluster_of_two.change_models)
     return cluster_of_two
 
@@ -59,7 +66,11 @@ def test_one_model_changes_and_the_others_stay(
     assert after.models == {name: str(Path(models[source]).resolve()) for name, source in
                             (("mood", "topics"), ("names", "names"), ("story", "story"))}  # fmt: skip
     assert after.aliases == {"feelings": "mood", "tale": "story"}
-    assert after.revisions["mood"] == load_pretrained(models["topics"]).revision and len(after.revisions) == 3
+    assert after.revisions == {
+        "mood": load_pretrained(models["topics"]).revision,
+        "names": "names of before",  # whatever lies in its directory by now
+        "story": load_pretrained(models["story"]).revision,
+    }
     assert f"2 replicas serve mood at {after.revisions['mood']}" in capsys.readouterr().out
 
 
@@ -83,6 +94,21 @@ def test_a_refusal_takes_everything_back(
     assert fake.history[-1] == fake.history[0] and len(fake.history) == 3
     error = capsys.readouterr().err
     assert "refused: mood: there is no room for it" in error and "nothing has changed" in error
+
+
+def test_what_cannot_be_taken_back_is_told(
+    fake: FakeCluster, models: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first replica has loaded what was written over the old weights in the same directory."""
+    fake.refusing = {"mood": "there is no room for it"}
+    overwritten = [{"revisions": {**fake.served, "mood": "new"}}, {"revisions": fake.served}]
+    first = fake.reports()
+    monkeypatch.setattr(fake, "reports", lambda: overwritten)
+    monkeypatch.setattr(cluster, "reports", lambda: first)
+    assert main(["swap", f"mood={models['mood']}"]) == 1
+    error = capsys.readouterr().err
+    assert "not all is as it was: replicas serve other weights than before as mood, for" in error
+    assert "nothing has changed" not in error
 
 
 def test_what_takes_too_long_is_taken_back(
