@@ -51,6 +51,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         408: "The deadline passed before the answer was ready",
         413: "The input or the body is too long",
         415: "The content type, or this kind of input, is not taken here",
+        421: "This server is not known by the name in the header Host",
         422: "The input is empty",
         429: "The queue is full, or the key has asked too often; try again after the seconds in Retry-After",
         500: "A fault of the server",
@@ -140,7 +141,7 @@ def build_app(
     @app.post("/v1/batch", **_documented(BatchLine, None, media_type=LINES[0]))
     async def batch(request: Request) -> Response:
         """Many requests in one, a line of JSON each; their answers, line by line in the same order, while later lines
-        are still being read."""
+        are still being read. `x-request-timeout-seconds` is of the whole."""
         return await front.batch(app, request)
 
     @app.get("/v1/models", response_model=schema.ModelList, responses=ERRORS)

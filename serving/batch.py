@@ -26,7 +26,7 @@ from seqmodels.errors import QueueFullError
 from serving.config import Limits
 from serving.errors import HttpError, invalid_request
 from serving.guard import exchange_of, told_error
-from serving.http import unless
+from serving.http import TIMEOUT_HEADER, seconds_allowed, unless
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,9 @@ class BatchResponse(Response):
     """Reads its request's body itself, line by line, while it answers."""
 
     def __init__(self, app: ASGIApp, request: Request, limits: Limits, batches: asyncio.Semaphore) -> None:
-        """batches: holds one place for each that may run at a time. Raises QueueFullError where all are taken."""
+        """batches: holds one place for each that may run at a time. Raises QueueFullError where all are taken, and
+        HttpError for a wrong header."""
+        self._seconds = seconds_allowed(request, limits.batch_s)
         if batches.locked():
             raise QueueFullError(f"{limits.batches} batches are at work, the most allowed here; try again later")
         super().__init__(headers={"cache-control": "no-cache"}, media_type="application/x-ndjson")
@@ -65,10 +67,10 @@ class BatchResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._batches:
             try:
-                async with asyncio.timeout(self._limits.batch_s):
+                async with asyncio.timeout(self._seconds):
                     await unless(self._lines.read(receive), self._send_all(send))
             except TimeoutError:
-                await _send_line(send, _last_line(self._limits.batch_s))
+                await _send_line(send, _last_line(self._seconds))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_all(self, send: Send) -> None:
@@ -126,7 +128,9 @@ class BatchResponse(Response):
 
     def _scope(self, path: str, request_id: str) -> Scope:
         outer = self._request.scope
-        replaced = (b"content-type", b"content-length", b"transfer-encoding", b"x-request-id")
+        # The time that the whole is allowed is no time of a line.
+        own = TIMEOUT_HEADER.encode()
+        replaced = (b"content-type", b"content-length", b"transfer-encoding", b"x-request-id", own)
         headers = [(name, value) for name, value in outer["headers"] if name not in replaced]
         headers += [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode())]
         target = {"method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers}
@@ -140,6 +144,8 @@ class _Lines:
     def __init__(self, longest: int, most_waiting: int) -> None:
         self._longest = longest
         self._most_waiting = most_waiting
+        self._open = bytearray()  # of the line that has begun
+        self._is_too_long = False  # so that no more of it is kept
         self._lines: deque[bytes | None] = deque()
         self._num_waiting = 0  # bytes
         self._is_over = False
@@ -147,24 +153,35 @@ class _Lines:
 
     async def read(self, receive: Receive) -> None:
         """Until the client leaves, which raises ClientDisconnect: also after the last line, for answers go on."""
-        partial, too_long = b"", False
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
             if self._is_over:
                 continue
-            *ended, partial = (partial + message.get("body", b"")).split(b"\n")
-            if not message.get("more_body", False):
-                ended, partial = [*ended, partial], b""
-            for line in ended:
-                await self._put(None if too_long or len(line) > self._longest else line)
-                too_long = False
-            if len(partial) > self._longest:
-                partial, too_long = b"", True
-            await self._end(not message.get("more_body", False))
+            first, *others = message.get("body", b"").split(b"\n")
+            self._go_on(first)
+            for piece in others:
+                await self._put_open()
+                self._go_on(piece)
+            is_over = not message.get("more_body", False)
+            if is_over:
+                await self._put_open()
+            await self._end(is_over)
 
-    async def _put(self, line: bytes | None) -> None:
+    def _go_on(self, piece: bytes) -> None:
+        """With the open line. What is there of it is not read again, for it may come byte by byte."""
+        self._is_too_long |= len(self._open) + len(piece) > self._longest
+        if self._is_too_long:
+            self._open.clear()
+        else:
+            self._open += piece
+
+    async def _put_open(self) -> None:
+        """The open line is whole."""
+        line = None if self._is_too_long else bytes(self._open)
+        self._open.clear()
+        self._is_too_long = False
         if line is not None and not line.strip():
             return
         async with self._changed:
@@ -232,7 +249,7 @@ async def _send_line(send: Send, line: bytes) -> None:
 
 def _last_line(seconds: float) -> bytes:
     """In place of the answers that are missing."""
-    message = f"this batch has taken {seconds:.0f} s, the most allowed here; send the lines that have no answer again"
+    message = f"this batch has taken {seconds:.0f} s, the most allowed; send the lines that have no answer again"
     error = {"code": "deadline_passed", "message": message}
     return json.dumps({"custom_id": None, "response": None, "error": error}).encode() + b"\n"
 

@@ -15,6 +15,11 @@
 #   is all that such a refusal depends on, but for the replica: another may have had room. Only a digest of these is
 #   kept, with the moment until which they are refused. Moments are of 30 bits, as a table holds 32, and so begin anew
 #   every 12 days.
+# - Ray reads a few headers as UTF-8 before the service sees a request, and fails on those that are none: what is no id is
+#   replaced by one of Ray's, what is no time is given on as none that the service takes, the rest goes.
+# - Ray reads a body as fast as it comes, however slowly it is taken, to notice clients that leave; the service does both
+#   itself, and only so can a batch of any length be held back (x-request-disconnect-disabled).
+# - No log: a request line may hold a prompt in its query. The service writes its own.
 set -eu
 kept=64
 refused='{"error":{"message":"the server has as many requests as it can answer; try again later",'
@@ -22,7 +27,13 @@ refused="$refused"'"type":"rate_limit_error","param":null,"code":"queue_full"}}'
 refuse="http-request return status 429 content-type application/json string '$refused' hdr retry-after 1"
 alike='%[path] %[req.fhdr(authorization,1)] %[req.fhdr(x-request-priority,1)] %[req.fhdr(x-request-timeout-seconds,1)]'
 now='date(0,ms),and(1073741823)'
+timeout=x-request-timeout-seconds
 cat > "$3.rules" << END
+    http-request del-header x-request-id unless { req.fhdr(x-request-id) -m reg ^[a-zA-Z0-9._:=+/-]{1,128}$ }
+    http-request set-header $timeout none if { req.fhdr($timeout) -m found } !{ req.fhdr($timeout) -m reg ^[!-~]+$ }
+    http-request del-header ^serve.multiplexed.model.id$ -m reg
+    http-request del-header ^x.session.id$ -m reg
+    http-request set-header x-request-disconnect-disabled ?1
     stick-table type binary len 20 size 100k expire 1s store gpt0
     $refuse if METH_POST { nbsrv gt 0 } { be_conn_free ge 0 } { be_conn_free le $kept }
     http-request set-var-fmt(txn.alike) "$alike" if METH_POST
@@ -38,6 +49,7 @@ sed -i \
     -e '/^frontend prometheus/,/no log/d' \
     -e '/^listen stats/,$d' \
     -e '/option splice-/d' \
+    -e '/^ *log .* local0 info$/d' \
     -e 's/mode 666 level admin/mode 600 level admin/' \
     -e 's/^\( *\)timeout client \(.*\)$/&\n\1timeout http-request \2/' \
     -e "/^ *http-reuse always$/r $3.rules" \

@@ -261,10 +261,50 @@ def test_who_leaves_frees_what_his_lines_held() -> None:
         assert server.runner.num_open == 0
 
 
-def test_a_batch_has_an_end() -> None:
-    with in_process(limits={"batch_s": 0.5}) as server:
+def test_a_long_line_that_trickles_in_is_read_once() -> None:
+    long = line("a b", "long")[:-1] + b" " * 4_000_000 + b"\n"
+    with in_process(limits={"body_bytes": 8_000_000}) as server:
+
+        async def talk() -> list[dict[str, Any]]:
+            client = Talk(server)
+            await client.say(long[:-200])
+            began = time.process_time()
+            for i in range(len(long) - 200, len(long)):
+                await client.say(long[i : i + 1])
+            while client._sent.qsize():
+                await asyncio.sleep(0)
+            assert time.process_time() - began < 0.5  # it took 4 s, when each piece was joined to all before it
+            return await client.end()
+
+        (answer,) = server.wait(talk())
+    assert answer["custom_id"] == "long" and answer["response"]["status_code"] == 200
+
+
+def test_lines_are_what_stands_between_their_ends_however_they_are_cut() -> None:
+    body = b"".join(
+        [line("a", "0"), b"  \r\n\n", b"x" * 5000, b"\n", line("b", "2"), b"x" * 5000, b"\n", line("c", "4")[:-1]]
+    )
+    with in_process(limits={"body_bytes": 1000}) as server:
+
+        async def talk(size: int) -> list[dict[str, Any]]:
+            client = Talk(server)
+            for at in range(0, len(body), size):
+                await client.say(body[at : at + size])
+            return await client.end()
+
+        for size in (7, 1000, 1001, 4096, len(body)):
+            answers = server.wait(talk(size))
+            assert [answer["custom_id"] for answer in answers] == ["0", None, "2", None, "4"]
+            assert [answer["response"]["status_code"] for answer in answers] == [200, 413, 200, 413, 200]
+
+
+@pytest.mark.parametrize(("batch_s", "header"), [(0.5, None), (3600, "0.7")])
+def test_a_batch_has_an_end(batch_s: float, header: str | None) -> None:
+    """Of the service's, or of what its client allows."""
+    with in_process(limits={"batch_s": batch_s}) as server:
         server.pipelines["en-de"].step_s = 0.02
-        answers = ask(server, b"".join(line("a " * 20, str(i)) for i in range(100)))
+        more = {"x-request-timeout-seconds": header} if header else {}
+        answers = ask(server, b"".join(line("a " * 20, str(i)) for i in range(100)), **more)
         assert answers[-1]["error"]["code"] == "deadline_passed" and 1 <= len(answers) < 100
         assert all(answer["response"]["status_code"] == 200 for answer in answers[:-1])
 

@@ -29,6 +29,10 @@ from .fakes import gif, png
 
 KEY = "a key that only this test knows"
 ENVIRONMENT = {"SEQMODELS_API_KEYS": KEY, "RAY_ADDRESS": "127.0.0.1:1"}  # it begins a Ray of its own all the same
+BATCH = (
+    "POST /v1/batch HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/x-ndjson\r\n"
+    f"authorization: Bearer {KEY}\r\ntransfer-encoding: chunked\r\n\r\n"
+).encode()
 both_profiles = pytest.mark.parametrize("service", ["plain", "haproxy"], indirect=True)
 
 
@@ -42,7 +46,7 @@ def end(service: Running, number: signal.Signals) -> None:
 def service(request: pytest.FixtureRequest, models: dict[str, str]) -> Iterator[Running]:
     """One service for all tests of a profile, which is "plain" where a test does not name it."""
     fields: dict[str, Any] = {
-        "limits": {"max_new_tokens": 4000}, "drain_s": 5.0, "profile": request.param,
+        "limits": {"max_new_tokens": 4000, "batch_bytes": 2_000_000}, "drain_s": 5.0, "profile": request.param,
         "tracing": {"exporter": "opentelemetry.sdk.trace.export:ConsoleSpanExporter", "sampling_ratio": 0.0},
     }  # fmt: skip
     with running(models, ENVIRONMENT, **fields) as service:
@@ -149,12 +153,8 @@ def test_a_client_that_leaves_frees_its_rows(client: Client, address: str) -> No
 
 @both_profiles
 def test_a_batch_answers_while_lines_are_still_sent(address: str) -> None:
-    head = (
-        "POST /v1/batch HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/x-ndjson\r\n"
-        f"authorization: Bearer {KEY}\r\ntransfer-encoding: chunked\r\n\r\n"
-    )
     with connected(address) as service:
-        service.sendall(head.encode())
+        service.sendall(BATCH)
         for number in range(2):
             body = {"model": "mood", "inputs": "a good day"}
             line = json.dumps({"custom_id": f"number-{number}", "url": "/v1/classify", "body": body}) + "\n"
@@ -165,6 +165,35 @@ def test_a_batch_answers_while_lines_are_still_sent(address: str) -> None:
         service.sendall(b"0\r\n\r\n")
         while not received.endswith(b"0\r\n\r\n"):
             received += service.recv(4096) or pytest.fail(received.decode())
+
+
+@pytest.mark.parametrize("service", ["haproxy"], indirect=True)
+def test_a_client_is_held_back_where_its_batch_is_at_work(client: Client, address: str) -> None:
+    body = {"model": "story", "inputs": "on", "max_new_tokens": 4000, "min_new_tokens": 4000}
+    line = json.dumps({"url": "/v1/generate", "body": body}).encode() + b" " * 200_000 + b"\n"
+    sent, most = 0, 60_000_000  # what waits, and what the sockets on the way hold
+    with connected(address) as service, pytest.raises(TimeoutError):
+        service.settimeout(3)
+        service.sendall(BATCH)
+        while sent < most:
+            service.sendall(b"%x\r\n%b\r\n" % (len(line), line))
+            sent += len(line)
+    assert client.classify("a good day", model="mood").results
+
+
+@pytest.mark.parametrize("service", ["haproxy"], indirect=True)
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        (b"x-request-id", 200), (b"x-request-timeout-seconds", 400), (b"x-request-disconnect-disabled", 200),
+        (b"x-session-id", 200), (b"serve_multiplexed_model_id", 200), (b"serve-multiplexed-model-id", 200),
+    ],
+)  # fmt: skip
+def test_a_header_that_is_no_text_is_no_fault_of_ours(address: str, name: bytes, status: int) -> None:
+    body = {"model": "mood", "inputs": "a good day"}
+    headers = [(b"authorization", f"Bearer {KEY}".encode()), (name, b"\xff")]
+    response = httpx.post(f"{address}/v1/classify", json=body, headers=headers)
+    assert response.status_code == status and response.headers["content-type"] == "application/json", response.text
 
 
 def connected(address: str) -> socket.socket:
@@ -197,6 +226,7 @@ def test_haproxy_listens_where_it_was_told_and_keeps_its_files_to_itself(client:
     assert re.findall(r"^ *bind (.*)", config, re.M) == [service.address.removeprefix("http://")]
     assert re.findall(r"stats socket (\S+) mode 600", config) == [str(own.with_name("admin"))]
     assert own.parents[1].stat().st_mode & 0o777 == 0o700
+    assert "local0 info" not in config  # which would tell what stands in a request's query
     assert re.search("timeout http-request 10s", config) and re.search("retry-on conn-failure$", config, re.M)
 
 
