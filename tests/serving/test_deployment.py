@@ -12,6 +12,7 @@ from ray.serve import Application
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
+from recipes.demo.__main__ import GOALS
 from seqmodels.errors import ConfigError
 from serving import cluster, deployments
 from serving.autoscaling import METRIC
@@ -74,22 +75,23 @@ def test_the_example_for_kubernetes_holds_the_same_application_and_gives_it_no_r
     ServeDeploySchema.model_validate(given)
     assert given == yaml.safe_load((EXAMPLES / "serve.yaml").read_text())
     cluster = service["spec"]["rayClusterConfig"]
-    assert cluster["rayVersion"] == ray.__version__
+    assert cluster["rayVersion"] == ray.__version__ and cluster["authOptions"] == {"mode": "token"}
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         pod = group["template"]["spec"]
         (container,) = pod["containers"]
         assert pod["securityContext"]["runAsNonRoot"] and container["securityContext"]["readOnlyRootFilesystem"]
         assert not container["securityContext"]["allowPrivilegeEscalation"]
         assert {"requests", "limits"} == set(container["resources"])
-        variables = {variable["name"]: variable for variable in container["env"]}
-        assert variables["RAY_AUTH_MODE"]["value"] == "token" and "secretKeyRef" in str(variables["RAY_AUTH_TOKEN"])
         mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
         assert set(mounted) == {volume["name"] for volume in pod["volumes"]} and mounted["temporary"] == "/tmp"
     assert "readinessProbe" in cluster["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
 
 
 def test_the_example_for_one_machine_is_a_config() -> None:
+    """Of models that `make demo` makes."""
     assert ServeConfig.load(EXAMPLES / "service.yaml").is_loopback
+    models = yaml.safe_load((EXAMPLES / "service.yaml").read_text())["models"]
+    assert models.items() <= {name: f"models/{name}" for name in GOALS}.items()
 
 
 def test_options_in_rays_own_names() -> None:
