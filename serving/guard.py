@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from fnmatch import translate
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -34,6 +34,7 @@ ROUTER_ERRORS = {
     404: ("there is nothing at this path; /docs lists what there is", "not_found"),
     405: ("this path does not take this method; /docs lists what it takes", "method_not_allowed"),
 }
+NOTHING = "(?!)"  # what no text matches
 OTHER_ROUTER_ERROR = ("the request could not be read", "invalid_request")
 
 
@@ -116,7 +117,7 @@ class Guard:
         all. admit: raises what a request that has a key is refused with, if it is. observe: told of it at last."""
         self.app = app
         self.keys = keys
-        self.hosts = hosts
+        self.hosts = None if hosts is None else _any_of(hosts)
         self.rates = rates
         self.admit = admit
         self.begin = begin
@@ -127,7 +128,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        exchange = scope[EXCHANGE] = Exchange(_request_id(scope), scope["method"], headers.get("traceparent"))
+        exchange = scope[EXCHANGE] = Exchange(_request_id(headers), scope["method"], headers.get("traceparent"))
         started_at = time.monotonic()
         self.begin(exchange)
 
@@ -139,8 +140,8 @@ class Guard:
 
         try:
             if scope["path"] not in WITHOUT_KEY:
-                self._check_host(scope)
-                exchange.key = self._key(scope)
+                self._check_host(headers)
+                exchange.key = self._key(headers)
                 self.rates.take(exchange.key)
                 self.admit(Request(scope))
             await self.app(scope, told_by(receive), send_and_note)
@@ -158,19 +159,20 @@ class Guard:
             exchange.seconds = time.monotonic() - started_at
             self.observe(exchange)
 
-    def _check_host(self, scope: Scope) -> None:
+    def _check_host(self, headers: Headers) -> None:
         """A browser that was sent here under a name of somebody else's tells that name."""
-        host = HOST.fullmatch(Headers(scope=scope).get("host", ""))
-        name = host["name"].strip("[]").lower() if host else ""
-        if self.hosts is not None and not any(fnmatchcase(name, allowed) for allowed in self.hosts):
+        if self.hosts is None:
+            return
+        host = HOST.fullmatch(headers.get("host", ""))
+        if not self.hosts.match(_host_name(host["name"] if host else "")):
             message = "this server is not known by the name in the header Host; see allowed_hosts"
             raise HttpError(421, message, "host_not_allowed", "host")
 
-    def _key(self, scope: Scope) -> ApiKey:
+    def _key(self, headers: Headers) -> ApiKey:
         """The one that came with the request. Raises HttpError where it has none of ours."""
         if not self.keys:
             return ANYBODY
-        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+        scheme, _, given = headers.get("authorization", "").partition(" ")
         key = find_key(given.strip(), self.keys) if scheme.lower() == "bearer" else None
         if key is None:
             message = "this server asks for a key: send the header `Authorization: Bearer KEY`"
@@ -178,8 +180,17 @@ class Guard:
         return key
 
 
-def _request_id(scope: Scope) -> str:
+def _any_of(hosts: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(translate(_host_name(host)) for host in hosts) or NOTHING)
+
+
+def _host_name(host: str) -> str:
+    """Names of hosts are the same in capitals, and an address of IPv6 with and without its brackets."""
+    return host.removeprefix("[").removesuffix("]").lower()
+
+
+def _request_id(headers: Headers) -> str:
     """The client's, which Ray's proxy gives to every request that has none and tells in the answer; one of ours where
     that is in no form of an id."""
-    given = Headers(scope=scope).get("x-request-id", "")
+    given = headers.get("x-request-id", "")
     return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

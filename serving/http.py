@@ -23,18 +23,21 @@ TIMEOUT_HEADER = "x-request-timeout-seconds"  # Ray Serve's own name for it
 
 async def read_body(request: Request, most: int) -> bytes:
     """The whole body. Raises HttpError as soon as it is known to be larger than `most` bytes."""
-    too_large = HttpError(413, f"the request body is larger than {most} bytes, the most allowed here", "body_too_large")
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared[:20]) > most:
-        raise too_large
+        raise _too_large(most)
     chunks: list[bytes] = []
     size = 0
     async for chunk in request.stream():
         size += len(chunk)
         if size > most:
-            raise too_large
+            raise _too_large(most)
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+def _too_large(most: int) -> HttpError:
+    return HttpError(413, f"the request body is larger than {most} bytes, the most allowed here", "body_too_large")
 
 
 def seconds_allowed(request: Request, most: float) -> float:

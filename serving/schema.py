@@ -57,14 +57,14 @@ class WordsInput(Strict):
 
 
 class ImageInput(Strict):
-    """A PNG or JPEG file in base64."""
+    """A JPEG, PNG, GIF, WebP or BMP file in base64."""
 
     image: Base64
 
 
 class FramesInput(Strict):
-    """The frames of a clip in order, each a PNG or JPEG file in base64; or one animated file (GIF, WebP or PNG) in
-    base64, of which each frame is taken as it is displayed."""
+    """The frames of a clip in order, each a JPEG, PNG, GIF, WebP or BMP file in base64; or one animated file (GIF, WebP
+    or PNG) in base64, of which each frame is taken as it is displayed."""
 
     frames: Frames
 

@@ -1,7 +1,7 @@
 """Service: the asynchronous side of a Runner. From a request body to an answer, or to a stream of pieces.
 
 Knows pools and deadlines; knows no HTTP. Slow pure work runs in a small pool of threads, engine work in the runner's
-thread, and the event loop only passes things on. Whoever closes a `Call` early frees what it held.
+thread; the event loop passes things on and puts answers into words. Whoever closes a `Call` early frees what it held.
 """
 
 import asyncio
@@ -164,8 +164,9 @@ class Call:
 
     async def answer(self) -> Answer:
         """Wait for every result. Raises the first error, which ends the whole call."""
-        while not self._is_over:
-            await self._next()
+        async with ending_at(self._ends_at):
+            while not self._is_over:
+                await self._next()
         return self._answer()
 
     async def stream(self) -> AsyncGenerator[Delta | Answer]:
@@ -195,6 +196,10 @@ class Call:
             self._unfinished.clear()
 
     @property
+    def _ends_at(self) -> float:
+        return self._work.deadline + GRACE_S
+
+    @property
     def _is_over(self) -> bool:
         return len(self._results) == len(self._work.jobs)
 
@@ -204,7 +209,7 @@ class Call:
         events: dict[tuple[str, int | None], Finished | Progress] = {}
         try:
             while not self._is_over and (not events or time.monotonic() < moment or not self._events.empty()):
-                async with asyncio.timeout(moment - time.monotonic() if events else None):
+                async with asyncio.timeout(moment - time.monotonic() if events else None), ending_at(self._ends_at):
                     event = await self._next()
                 key = (event.request_id, event.index if isinstance(event, Progress) else None)
                 if isinstance(event, Progress) and isinstance(earlier := events.get(key), Progress):
@@ -218,8 +223,7 @@ class Call:
 
     async def _next(self) -> Finished | Progress:
         """The next event. Raises what a request failed with."""
-        async with ending_at(self._work.deadline + GRACE_S):
-            event = await self._events.get()
+        event = await self._events.get()
         if isinstance(event, Failed):
             raise event.error
         if isinstance(event, Finished):

@@ -288,7 +288,8 @@ def test_a_request_id_is_taken_in_the_form_of_one(given: str, is_kept: bool) -> 
         (None, "localhost:8000", 200), (None, "127.0.0.1", 200), (None, "[::1]:8000", 200), (None, "evil.org", 421),
         (None, "127.0.0.1.evil.org", 421), (None, "", 421), (None, "localhost:x", 421),
         (["*.example.org", "example.org"], "API.example.org:443", 200), (["*.example.org"], "localhost", 421),
-        (["example.org"], "example.org.evil.org", 421),
+        (["example.org"], "example.org.evil.org", 421), (["Search.Example.org"], "search.example.ORG", 200),
+        (["[::1]"], "[::1]:8000", 200), ([], "localhost", 421), ([], "", 421),
     ],
 )  # fmt: skip
 def test_only_known_names_of_the_host_are_answered(allowed: list[str] | None, host: str, status: int) -> None:
