@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -25,6 +26,12 @@ from seqmodels.yaml_files import read_yaml
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def _checked_revision(value: Any) -> Any:
+    if isinstance(value, int | float):
+        raise ValueError("YAML takes this revision for a number; write it in quotes")
+    return value
 
 
 def _checked_name(name: str) -> str:
@@ -81,6 +88,7 @@ class Autoscaling(Strict):
 
 
 Name = Annotated[str, AfterValidator(_checked_name)]
+Revision = Annotated[str, BeforeValidator(_checked_revision)]
 
 
 class Parsed(Strict):
@@ -115,7 +123,7 @@ class ModelSet(Parsed):
     aliases: dict[Name, str] = Field(default={})  # another name that clients may use -> a name in models
     # Name -> the revision that the directory must hold, so that all replicas serve the same. Where it is left out any
     # is taken; a change loads the directory again.
-    revisions: dict[str, str] = Field(default={})
+    revisions: dict[str, Revision] = Field(default={})
 
     @model_validator(mode="after")
     def _check_references(self) -> Self:
