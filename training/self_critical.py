@@ -7,7 +7,7 @@ expected reward, with the greedy text's as its baseline. Knows a model, a tokeni
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from seqmodels.losses import Output
 from seqmodels.models import Model, SequenceGenerator
-from seqmodels.state import Memory
 from seqmodels.tokenizer import BOS, EOS, PAD, Tokenizer
 from training import captions, metrics
 from training.config import Recipe
@@ -23,6 +22,7 @@ from training.data.examples import Codec
 from training.data.rows import Row
 
 Reward = Callable[[str, Sequence[str]], float]  # of a text, given the right ones: 1 is good, 0 is bad
+Choose = Callable[[Tensor], Tensor]  # log-probabilities (B, V) -> a token for each row (B,)
 REWARDS: dict[str, Reward] = {
     "chrf": metrics.sentence_chrf,
     "bleu": metrics.sentence_bleu,
@@ -40,6 +40,15 @@ def objective_of(recipe: Recipe, codec: Codec, model: Model, rows: Sequence[Row]
     reward = CiderReward(rows) if run.self_critical == "cider_d" else REWARDS[run.self_critical]
     weight, max_new_tokens = run.self_critical_weight, recipe.generation.max_new_tokens
     return SelfCritical(model, codec.target_tokenizer, reward, weight, max_new_tokens)
+
+
+@dataclass(frozen=True)
+class Written:
+    """labels (B, T+1): BOS and the tokens. counts (B,): how many of these. logprobs (B,): of all of a row's tokens."""
+
+    labels: Tensor
+    counts: Tensor
+    logprobs: Tensor
 
 
 class CiderReward:
@@ -78,44 +87,35 @@ class SelfCritical:
         """references: all the right texts of each row, where it may have others than its labels."""
         given: dict[str, Any] = {"inputs": inputs, "lengths": lengths}
         out: Output = self._model(labels, label_lengths, **given)
-        with _without_dropout(self._model):
-            drawn, greedy = self._write(**given)
-            # With dropout here, what was drawn would look less likely than it was: as most of it is worse than the
-            # greedy text, every text would become unlikelier, for no fault of its own.
-            logits, tokens, _ = self._model.target_logits(*drawn, **given)  # of all M tokens drawn, row after row
+        drawn = self._write(_draw, **given)
+        with torch.no_grad(), _in_evaluation(self._model):
+            greedy = self._write(_likeliest, **given)
         own = [[text] for text in self._texts(labels, label_lengths)]
         references = [several or one for several, one in zip(references or own, own, strict=True)]
-        rewards = [self._rewards(self._texts(*written), references) for written in (drawn, greedy)]
+        rewards = [self._rewards(self._texts(each.labels, each.counts), references) for each in (drawn, greedy)]
         advantage = torch.tensor(rewards[0], device=labels.device) - torch.tensor(rewards[1], device=labels.device)
-        logprobs = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         # Over the number of true targets, as the model's own loss is, so that batches of any size add up alike.
-        cost = -(advantage.repeat_interleave(drawn[1] - 1) * logprobs).sum() / out.num_targets
+        cost = -(advantage * drawn.logprobs).sum() / out.num_targets
         return replace(out, loss=(1 - self._weight) * out.loss + self._weight * cost)
 
-    @torch.no_grad()
-    def _write(self, inputs: Tensor, lengths: Tensor | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Drawn and greedy tokens as labels (B, T+1) with their lengths (B,)."""
-        rows = torch.arange(len(inputs), device=inputs.device)
-        labels, counts = self._walk(self._model.encode(inputs, lengths).select(rows.repeat(2)))
-        (drawn, greedy), (drawn_counts, greedy_counts) = labels.chunk(2), counts.chunk(2)
-        return (drawn, drawn_counts), (greedy, greedy_counts)
-
-    def _walk(self, memory: Memory) -> tuple[Tensor, Tensor]:
-        """Of 2B rows, the first half draws each token, the other takes the likeliest."""
-        rows = len(memory.values)
-        state = self._model.start(memory, rows)
-        token = memory.mask.new_full((rows,), BOS, dtype=torch.int64)
-        tokens, counts, live = [token], torch.ones_like(token), torch.ones_like(token, dtype=torch.bool)
+    def _write(self, choose: Choose, inputs: Tensor, lengths: Tensor | None) -> Written:
+        """A text for each row, token by token. Dropout, if it acts, acts on what is drawn as on what is learned from
+        it: else texts would look less likely than they were, and as most are worse than the greedy one, all would
+        become so."""
+        memory = self._model.encode(inputs, lengths)
+        state = self._model.start(memory, len(memory.values))
+        token = memory.mask.new_full((len(memory.values),), BOS, dtype=torch.int64)
+        tokens, logprobs, counts, live = [token], [], torch.ones_like(token), token == BOS
         for _ in range(self._max_new_tokens):
             logits, state = self._model.decoder(token[:, None], state, memory)
-            drawn, greedy = logits[:, 0].float().chunk(2)
-            token = torch.cat([drawn.softmax(-1).multinomial(1)[:, 0], greedy.argmax(-1)])
-            token = token.masked_fill(~live, PAD)
+            each = logits[:, 0].float().log_softmax(-1)
+            token = choose(each.detach()).masked_fill(~live, PAD)
             tokens.append(token)
+            logprobs.append(each.gather(1, token[:, None])[:, 0] * live)
             counts, live = counts + live, live & (token != EOS)
             if not live.any():
                 break
-        return torch.stack(tokens, 1), counts
+        return Written(torch.stack(tokens, 1), counts, torch.stack(logprobs, 1).sum(1))
 
     def _texts(self, labels: Tensor, label_lengths: Tensor) -> list[str]:
         pairs = zip(labels.tolist(), label_lengths.tolist(), strict=True)
@@ -125,13 +125,18 @@ class SelfCritical:
         return [self._reward(text, right) for text, right in zip(texts, references, strict=True)]
 
 
+def _draw(logprobs: Tensor) -> Tensor:
+    return logprobs.exp().multinomial(1)[:, 0]
+
+
+def _likeliest(logprobs: Tensor) -> Tensor:
+    return logprobs.argmax(-1)
+
+
 @contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """All in evaluation but the kernels of recurrent layers, which drop nothing here, and on a GPU have gradients in
-    training alone."""
-    modes = [(module, module.training) for module in model.modules()]  # what is frozen is in evaluation
-    for module, _ in modes:
-        module.training = isinstance(module, nn.RNNBase)
+def _in_evaluation(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]  # what is frozen is in evaluation already
+    model.eval()
     try:
         yield
     finally:

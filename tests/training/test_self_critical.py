@@ -18,12 +18,12 @@ from seqmodels.tokenizer import BOS, EOS, PAD, Tokenizer
 from tests.seqmodels.builders import make_translator
 from tests.training.conftest import TrainUntil
 from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TRANSLATOR, WORDS, fields, recipe
-from training import captions
+from training import captions, self_critical
 from training.data import generated
 from training.data.rows import Row
 from training.parsing import parse_recipe
 from training.run import train
-from training.self_critical import REWARDS, CiderReward, Reward, SelfCritical
+from training.self_critical import REWARDS, CiderReward, Reward, SelfCritical, Written
 
 STEPS = 2  # the longest text of the enumeration
 SOURCE = torch.tensor([[4, 5, EOS]])
@@ -75,11 +75,8 @@ def with_dropout(rate: float) -> SequenceGenerator:
     return model.train()
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.7])
-def test_its_gradient_is_on_average_that_of_the_expected_reward(tokenizer: Tokenizer, dropout: float) -> None:
-    """Of the model as it is served. With dropout in the gradient but not in what is drawn, all texts became less
-    likely: the error was 1.4 then."""
-    model = with_dropout(dropout).eval()
+def test_its_gradient_is_on_average_that_of_the_expected_reward(tokenizer: Tokenizer) -> None:
+    model = a_model()
     texts = every_text()
     labels = torch.tensor([[BOS, *tokens, *[PAD] * (STEPS - len(tokens))] for tokens in texts])
     lengths = torch.tensor([1 + len(tokens) for tokens in texts])
@@ -91,11 +88,31 @@ def test_its_gradient_is_on_average_that_of_the_expected_reward(tokenizer: Token
 
     torch.manual_seed(0)
     drawn = 60_000
-    model.train()
     out = SelfCritical(model, tokenizer, planted, 1.0, STEPS)(**batch_of(drawn))
     assert out.num_targets == 3 * drawn
     found = gradients(model, out.loss * out.num_targets / drawn)
     assert float((found - exact).norm() / exact.norm()) < 0.03
+
+
+def test_what_is_as_good_as_all_else_teaches_nothing_with_dropout_either(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every drawn text is worth 1 and every greedy one 0, all texts should become likelier, which they cannot.
+    With dropout in what is learned from, but not in what is drawn, this gradient was as long as the usual one."""
+    model, drawn = with_dropout(0.7), 60_000
+    rewards = itertools.cycle([[1.0] * drawn, [0.0] * drawn])
+    monkeypatch.setattr(SelfCritical, "_rewards", lambda *_: next(rewards))
+    torch.manual_seed(0)
+    out = SelfCritical(model, tokenizer, planted, 1.0, STEPS)(**batch_of(drawn))
+    found = float(gradients(model, out.loss * out.num_targets / drawn).norm())
+    usual = float(gradients(model, model(**batch_of(drawn)).loss).norm())
+    assert found / usual < 0.02, found / usual
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, name: str, labels: Tensor) -> None:
+    """In place of what chooses: the tokens of these labels, in their order."""
+    steps = iter(labels[:, 1:].unbind(1))
+    monkeypatch.setattr(self_critical, name, lambda _: next(steps))
 
 
 def test_the_greedy_text_is_the_baseline_and_the_loss_is_mixed(
@@ -104,8 +121,8 @@ def test_the_greedy_text_is_the_baseline_and_the_loss_is_mixed(
     """Two rows, one better than its greedy text and one worse, worked out with `logprobs`."""
     model = a_model()
     drawn = torch.tensor([[BOS, 4, EOS], [BOS, 5, 5]]), torch.tensor([3, 3])
-    greedy = torch.tensor([[BOS, EOS, PAD], [BOS, 5, EOS]]), torch.tensor([2, 3])
-    monkeypatch.setattr(SelfCritical, "_write", lambda *_, **__: (drawn, greedy))
+    choose(monkeypatch, "_draw", drawn[0])
+    choose(monkeypatch, "_likeliest", torch.tensor([[BOS, EOS, PAD], [BOS, 5, EOS]]))
     batch = batch_of(2)
     out = SelfCritical(model, tokenizer, planted, 0.75, STEPS)(**batch)
     logprobs = model.logprobs(*drawn, batch["inputs"], batch["lengths"]).sum(1)
@@ -119,17 +136,13 @@ def test_a_batch_costs_what_its_rows_cost(tokenizer: Tokenizer, monkeypatch: pyt
     """So that micro-batches of any size add up to one update."""
     model, batch = a_model(), batch_of(3)
     batch["label_lengths"] = torch.tensor([4, 2, 3])
-    labels, counts = torch.tensor([[BOS, 4, EOS], [BOS, 5, 4], [BOS, EOS, PAD]]), torch.tensor([3, 3, 2])
+    labels = torch.tensor([[BOS, 4, EOS], [BOS, 5, 4], [BOS, EOS, PAD]])
     critical = SelfCritical(model, tokenizer, lambda text, _: len(text) / 7, 0.5, STEPS)
-    rows: list[int] = []
-    monkeypatch.setattr(
-        critical,
-        "_write",
-        lambda *_, **__: ((labels[rows], counts[rows]), (labels[[0] * len(rows)], counts[[0] * len(rows)])),
-    )
 
     def total(*chosen: int) -> Tensor:
-        rows[:] = chosen
+        rows = list(chosen)
+        choose(monkeypatch, "_draw", labels[rows])
+        choose(monkeypatch, "_likeliest", labels[[0] * len(rows)])
         out = critical(**{name: value[rows] for name, value in batch.items()})
         return out.loss * out.num_targets
 
@@ -139,25 +152,27 @@ def test_a_batch_costs_what_its_rows_cost(tokenizer: Tokenizer, monkeypatch: pyt
 def test_what_it_writes_is_drawn_from_the_model_and_greedy_without_dropout(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = with_dropout(0.9)
+    written: list[Written] = []
+    write = SelfCritical._write
+    monkeypatch.setattr(
+        SelfCritical, "_write", lambda *given, **more: written.append(write(*given, **more)) or written[-1]
+    )
     rows = 4000
     torch.manual_seed(1)
-    written: list[Any] = []
-    critical = SelfCritical(model, tokenizer, planted, 1.0, 5)
-    write = critical._write
-    monkeypatch.setattr(critical, "_write", lambda **given: written.append(write(**given)) or written[0])
-    critical(**batch_of(rows))
-    drawn, greedy = written[0]
-    assert model.training
+    for rate in (0.0, 0.9):
+        model = with_dropout(rate)
+        SelfCritical(model, tokenizer, planted, 1.0, 5)(**batch_of(rows))
+        assert model.training
+    drawn, _, _, greedy = written
     model.eval()
     step = model.predict(torch.tensor([[BOS, BOS]]), SOURCE, torch.tensor([3]))[0, 0].exp()
-    shares = drawn[0][:, 1].bincount(minlength=6) / rows
+    shares = drawn.labels[:, 1].bincount(minlength=6) / rows
     assert torch.allclose(shares, step.detach(), atol=0.03)
     tokens = [BOS]
     while len(tokens) < 6 and tokens[-1] != EOS:
         tokens.append(int(model.predict(torch.tensor([[*tokens, PAD]]), SOURCE, torch.tensor([3]))[0, -1].argmax()))
-    assert greedy[0][:, : len(tokens)].tolist() == [tokens] * rows and (greedy[1] == len(tokens)).all()
-    for labels, length in zip(*(part[:200].tolist() for part in drawn), strict=True):
+    assert greedy.labels[:, : len(tokens)].tolist() == [tokens] * rows and (greedy.counts == len(tokens)).all()
+    for labels, length in zip(drawn.labels[:200].tolist(), drawn.counts[:200].tolist(), strict=True):
         tokens = labels[1:length]
         assert EOS not in tokens[:-1] and labels[length:] == [PAD] * (len(labels) - length)
         assert tokens[-1] == EOS or length == 6
@@ -220,8 +235,8 @@ def test_a_caption_that_breaks_off_is_worth_less() -> None:
 
 def test_a_row_is_rewarded_by_its_own_references(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, Sequence[str]]] = []
-    monkeypatch.setattr(SelfCritical, "_write", lambda *_, **__: ((labels, counts), (labels, counts)))
-    labels, counts = torch.tensor([[BOS, 4, EOS], [BOS, 5, EOS]]), torch.tensor([3, 3])
+    for name in ("_draw", "_likeliest"):
+        choose(monkeypatch, name, torch.tensor([[BOS, 4, EOS], [BOS, 5, EOS]]))
     critical = SelfCritical(a_model(), tokenizer, lambda *given: float(not seen.append(given)), 0.5, STEPS)
     critical(**batch_of(2), references=[("b", "a"), ()])
     words = tokenizer.decode([4]), tokenizer.decode([5])
