@@ -9,7 +9,7 @@ import argparse
 import base64
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from seqmodels.decoding.params import SearchParams
 from seqmodels.errors import ConfigError, InputError, SeqModelsError
 from seqmodels.pipeline import Job, Pipeline
 
+PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF")  # how files of them begin, and no line of text is likely to
 CHUNK = 256  # lines read, answered and written together
 MAX_THREADS = 1024
 SEARCHES_WITH = ("decoder_weights", "shortlist")  # options of generate alone
@@ -191,7 +192,7 @@ def _answer_all(pipeline: Pipeline, options: argparse.Namespace, lines: Iterable
     """Print an answer or an error for each line; returns the number of errors. Raises InputError for a bad option."""
     params = {name: getattr(options, name, None) for name in SearchParams.model_fields}
     params = {name: value for name, value in params.items() if value is not None}
-    lines, failed = iter(lines), 0
+    lines, failed = _without_pictures(lines), 0
     while chunk := list(islice(lines, CHUNK)):
         prepared = [_prepared(pipeline, options, params, line) for line in chunk]
         answers = iter(pipeline.outcomes([job for job in prepared if isinstance(job, Job)]))
@@ -202,6 +203,17 @@ def _answer_all(pipeline: Pipeline, options: argparse.Namespace, lines: Iterable
                 answer = {"error": {"message": str(answer), "code": getattr(answer, "code", "invalid_value")}}
             print(_as_json(answer))
     return failed
+
+
+def _without_pictures(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The same. Raises InputError where they are the bytes of a picture, which is what one gives first."""
+    for number, line in enumerate(lines):
+        if number == 0 and line.startswith(PICTURES):
+            raise InputError(
+                'the input is a picture, not lines that name some; write a line such as {"image": "FILE"}, or '
+                '{"frames": "FILE"} of an animated one'
+            )
+        yield line
 
 
 def _as_json(answer: Any) -> str:
@@ -293,8 +305,10 @@ def _read_frames(named: Any) -> bytes | list[bytes]:
 def _read(name: Any) -> bytes:
     try:
         return Path(name).read_bytes()
-    except (OSError, TypeError, ValueError):
-        raise InputError(f"cannot read the image file {name!r}") from None
+    except OSError as error:
+        raise InputError(f"cannot read the image file {str(name)!r}: {error.strerror}") from None
+    except (TypeError, ValueError):
+        raise InputError(f"{name!r} is no name of a file") from None
 
 
 if __name__ == "__main__":

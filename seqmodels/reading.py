@@ -26,8 +26,8 @@ KINDS = ("text", "words", "image", "frames", "features")
 TAKES = {
     "text": "a string, or {'text': ...}",
     "words": "a string, {'text': ...} or {'words': [...]}",
-    "image": "{'image': bytes}",
-    "frames": "{'frames': [bytes, ...]}, or {'frames': bytes} of one animated file",
+    "image": "{'image': FILE}, a picture file as bytes (in JSON: in base64)",
+    "frames": "{'frames': [FILE, ...]}, or {'frames': FILE} of an animated one, as bytes (in JSON: in base64)",
     "features": "{'features': [[number, ...], ...]}",
     "nothing": "a prompt string, or nothing",
 }
@@ -113,7 +113,7 @@ class Reader:
         if not isinstance(value, list | tuple):
             raise InputError(f"{kind} must be a list", param=field, code="invalid_type")
         value = self._bounded(tuple(filled(value, kind, field)), field, truncate)
-        return self._preprocessor.frames(value, field) if kind == "frames" else self._features(value, field)
+        return self._frames(value, f"{field}.frames") if kind == "frames" else self._features(value, field)
 
     def _text(self, text: Any, field: str, truncate: bool, inside: bool) -> tuple[int, ...]:
         text = checked_text(text, "the text must be a string", field)
@@ -130,6 +130,16 @@ class Reader:
         """The frames of one file. They are counted before any is drawn."""
         frames, _ = extent(data)
         return self._preprocessor.frames(data, field, self._most(frames, field, truncate))
+
+    def _frames(self, pictures: Sequence[Any], field: str) -> Tensor:
+        """Each a picture. Of an animated one all frames but the first would be lost."""
+        for i, picture in enumerate(pictures):
+            if isinstance(picture, bytes) and (count := extent(picture)[0]) > 1:
+                message = (
+                    f"frames[{i}] is a file of {count} frames; give it in place of the list, or each of its frames"
+                )
+                raise InputError(message, param=f"{field}[{i}]")
+        return self._preprocessor.frames(pictures, field)
 
     def _features(self, rows: Sequence[Any], field: str) -> Tensor:
         assert isinstance(self._config.encoder, FeatureEncoderConfig)

@@ -54,7 +54,7 @@ def evaluate(
     rows, *_ = [rows_to_score(member, recipe, split, with_train) for member in directories]  # each checks its own
     if split != "train":
         for member in directories:
-            refuse_seen(rows[split], split, member)
+            refuse_seen(rows[split], split, member, print)
     if len(members) == 1:
         codec = _with_grids(codec, members[0].model, rows[split], recipe.run.device)
     result = score(

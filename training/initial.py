@@ -100,11 +100,26 @@ def frozen_backbone(recipe: Recipe, config: ModelConfig, directory: Path) -> Bac
     return backbone.to(recipe.run.device).eval()
 
 
+def check_frozen(recipe: Recipe, config: ModelConfig) -> None:
+    """Raises ConfigError where a backbone would keep the weights that were drawn for it."""
+    if _holds_backbone(recipe, config) and not (recipe.data.backbone_weights or recipe.init_from):
+        raise ConfigError(
+            "optim.freeze holds the whole backbone, but data.backbone_weights names no weights, so that it would see "
+            "at random for ever; name some, or let it learn"
+        )
+
+
 def _is_frozen(recipe: Recipe, config: ModelConfig) -> bool:
-    backbone = _backbone_config(config)
-    if backbone is None or not (recipe.data.backbone_weights or recipe.init_from):
+    if not _holds_backbone(recipe, config) or not (recipe.data.backbone_weights or recipe.init_from):
         return False
-    if backbone.output_size == backbone.in_channels:  # nothing would tell its grids from pictures
+    backbone = _backbone_config(config)
+    return bool(backbone.output_size != backbone.in_channels)  # else nothing would tell its grids from pictures
+
+
+def _holds_backbone(recipe: Recipe, config: ModelConfig) -> bool:
+    """Whether there is one of which nothing learns."""
+    backbone = _backbone_config(config)
+    if backbone is None:
         return False
     with torch.device("meta"):
         names = [f"{BACKBONE}{name}" for name, _ in build_backbone(backbone).named_parameters()]

@@ -42,13 +42,13 @@ from training.directory import (
     saved_run,
     write_run,
 )
-from training.initial import check_memory, frozen_backbone, frozen_weights, keep_begin
+from training.initial import check_frozen, check_memory, frozen_backbone, frozen_weights, keep_begin
 from training.interrupts import termination_interrupts
 from training.loop import Trainer
 from training.report import provenance, write_report
 from training.reporter import Reporter, Silence
 from training.scoring import score
-from training.seen import keep_seen
+from training.seen import keep_seen, rows_seen
 from training.self_critical import objective_of
 from training.vectors import check_files, read_vectors
 from training.workers import ALONE, Workers
@@ -160,9 +160,15 @@ def _prepare(
             reporter.say(f"training the {recipe.data.tokenizer.kind} tokenizer on {len(rows['train'])} rows")
         codec = Codec.train(recipe, rows["train"])
         check_memory(codec.config)  # first, so that the same directory serves a smaller model
+        check_frozen(recipe, codec.config)
         (directory / RUN).unlink(missing_ok=True)  # it names what stands here, so it goes before that changes
         keep_begin(_read_begin(recipe, codec, reporter), directory)
         keep_seen(rows["train"], directory, recipe.init_from)
+        if found := rows_seen(rows["validation"], directory):
+            reporter.say(
+                f"warning: {len(found)} of the {len(rows['validation'])} inputs of the validation split are trained on "
+                f"too, the first in row {found[0]}: its scores say nothing about new ones"
+            )
         write_run(directory, recipe, codec, data)
         return codec
     if saved.data != data:

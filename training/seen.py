@@ -5,7 +5,7 @@ seen.safetensors   digests (N, 32) uint8, sha256 of each picture's file, or of e
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -36,17 +36,23 @@ def copy_seen(directory: Path, to: Path) -> None:
         shutil.copyfile(directory / SEEN, to / SEEN)
 
 
-def refuse_seen(rows: Sequence[Row], split: str, directory: Path) -> None:
-    """Raises DataError where one of the rows shows what the model of a directory was trained on, and where that cannot
-    be told."""
-    seen = _seen(directory)
-    found = [number for number, row in enumerate(rows, start=1) if _digest(row) in seen]
-    if found:
+def refuse_seen(rows: Sequence[Row], split: str, directory: Path, say: Callable[[str], None]) -> None:
+    """Raises DataError where one of the rows shows what the model of a directory was trained on, and where what tells
+    that is damaged. say: is told where nothing tells it."""
+    if any(row.pictures for row in rows) and not (directory / SEEN).is_file():
+        say(f"warning: {directory} holds no {SEEN}, so nothing tells which pictures its model was trained on")
+    if found := rows_seen(rows, directory):
         raise DataError(
             f"{directory} was trained on {len(found)} of the {len(rows)} inputs of the {split} split, the first in row "
             f"{found[0]}: scores would say nothing about new ones; remove them, name another split in "
             f"data.splits.{split}, or score what was trained on as that, with --split train"
         )
+
+
+def rows_seen(rows: Sequence[Row], directory: Path) -> list[int]:
+    """The numbers, from 1, of those that show what the model of a directory was, or is to be, trained on."""
+    seen = _seen(directory)
+    return [number for number, row in enumerate(rows, start=1) if _digest(row) in seen]
 
 
 def _seen(directory: Path) -> set[bytes]:

@@ -189,6 +189,16 @@ def test_a_file_of_a_million_empty_parts_is_broken() -> None:
     assert SHOWN.image(whole[:2] + b"\xff" * 2000 + whole[2:]).equal(SHOWN.image(whole))
 
 
+def test_an_animated_file_is_no_frame_among_others(pipelines: dict[str, Pipeline]) -> None:
+    moving = animated([Image.new("RGB", (8, 8), (number, 0, 0)) for number in range(3)], "GIF")
+    with pytest.raises(InputError, match=r"frames\[1\] is a file of 3 frames; give it in place of the list") as caught:
+        pipelines["frames"]([{"frames": [png(), moving]}])
+    assert caught.value.param == "inputs[0].frames[1]"
+    with pytest.raises(InputError, match="broken") as caught:
+        pipelines["frames"]([{"frames": [png(), png(kind="JPEG")[:200]]}])
+    assert caught.value.param == "inputs[0].frames[1]"
+
+
 def test_a_clip_may_be_cut_to_what_the_model_takes(pipelines: dict[str, Pipeline]) -> None:
     frames = [Image.new("RGB", (8, 8), (number % 256, number // 256 * 60, 0)) for number in range(1026)]
     clip = animated(frames, "GIF")

@@ -76,6 +76,7 @@ def test_command_line_in_process(
         ("predict", str(directories["tagger"]), str(tmp_path / "nothing")): "cannot read",
         ("generate", *captions, beams, "0"): "num_beams",
         ("generate", *captions, beams, "999"): "256 rows",
+        ("generate", str(directories["captioner"]), str(tmp_path / "picture.png")): "the input is a picture, not lines",
         ("generate", *captions, "--output-attentions"): "output_attentions needs attention",
         ("generate", *captions, "--coverage-penalty", "0.5"): "coverage_penalty needs num_beams > 1",
     }
@@ -95,7 +96,9 @@ def test_a_line_that_cannot_be_answered_says_so_in_its_place(
         b'{"text": "the fox"': "begins with a brace but is no JSON",
         b"": "the text is empty",
         b"\xff\xfe": "is not UTF-8",
-        b'{"image": "none.png"}': "cannot read the image file 'none.png'",
+        b'{"image": "none.png"}': "cannot read the image file 'none.png': No such file or directory",
+        b'{"image": "."}': "cannot read the image file '.': Is a directory",
+        b'{"image": 3}': "3 is no name of a file",
         b'{"text": "a", "words": ["a"]}': "has text, words",
         b"fox " * 100: "the input has",
         b"a dog\r": "",
@@ -107,7 +110,7 @@ def test_a_line_that_cannot_be_answered_says_so_in_its_place(
     assert main(["predict", str(directories["classifier"]), str(tmp_path / "lines.txt")]) == 1
     out, err = capsys.readouterr()
     answers = [json.loads(line) for line in out.splitlines()]
-    assert len(answers) == len(lines) and "9 lines could not be answered" in err
+    assert len(answers) == len(lines) and "11 lines could not be answered" in err
     for answer, message in zip(answers, lines.values(), strict=True):
         assert message in answer["error"]["message"] if message else "label" in answer
     (tmp_path / "score.jsonl").write_text('{"text": "the fox"}\n{"text": "the fox", "target": 7}\nthe fox\n')
@@ -148,7 +151,9 @@ def test_a_clip_is_a_list_of_files_or_a_directory_or_one_file(
     assert main(["predict", str(directories["frames"]), str(tmp_path / "clips.jsonl")]) == 1
     listed, directory, moving, *wrong = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(listed["tags"]) == 11 and listed == directory == moving
-    assert all("cannot read the image file" in answer["error"]["message"] for answer in wrong)
+    words = ("cannot read the image file ''", "File name too long", "is no name of a file", "7 is no name of a file")
+    for answer, word in zip(wrong, words, strict=True):
+        assert word in answer["error"]["message"]
 
 
 @pytest.mark.parametrize("threads", ["abc", "0", "1.5"])
