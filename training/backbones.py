@@ -16,6 +16,7 @@ from seqmodels.pretrained import read_weights
 from seqmodels.vision import build_backbone
 
 CLASSIFIERS = ("fc.", "classifier.")  # ImageNet's
+PICKLES = (".pt", ".pth", ".bin", ".pkl")
 ON_HUB = "model.safetensors"  # as timm names it
 
 
@@ -51,7 +52,10 @@ def read_backbone(source: str, config: ModelConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in build_backbone(backbone).state_dict().items()}
     try:
-        found = read_weights(backbone_file(source))
+        file = backbone_file(source)
+        if file.suffix in PICKLES:
+            raise ModelDirectoryError("a pickle can run any code and is not read; save its tensors as safetensors")
+        found = read_weights(file)
     except ModelDirectoryError as error:
         raise ConfigError(f"data.backbone_weights {source}: {error}") from None
     weights = {name: tensor for name, tensor in found.items() if not name.startswith(CLASSIFIERS)}

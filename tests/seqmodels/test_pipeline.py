@@ -226,7 +226,7 @@ def test_forced_words_stand_in_the_text_as_whole_words(pipelines: dict[str, Pipe
         ("captioner", {"image": b"no image"}, {}, UnsupportedError, "inputs", "not an image"),
         ("captioner", {"image": png()[:60]}, {}, InputError, "inputs", "broken"),
         ("captioner", {"image": "text"}, {}, InputError, "inputs", "must be bytes"),
-        ("frames", {"frames": [b"x"]}, {}, UnsupportedError, "inputs[0]", "not an image"),
+        ("frames", {"frames": [b"x"]}, {}, UnsupportedError, "inputs.frames[0]", "not an image"),
         ("translator", "fox", {"num_beams": 0}, InputError, "num_beams", "greater than 0"),
         ("translator", "fox", {"num_beams": "2"}, InputError, "num_beams", "valid integer"),
         ("translator", "fox", {"temperature": 0.5}, InputError, "temperature", "temperature is 0.5, which needs"),

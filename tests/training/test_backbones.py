@@ -83,6 +83,9 @@ def test_weights_of_another_backbone_are_refused(
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "resnet18.pth")
+    with pytest.raises(ConfigError, match=r"resnet18\.pth: a pickle can run any code and is not read"):
+        read_backbone(str(tmp_path / "resnet18.pth"), config_of(SMALL))
     (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ConfigError, match=r"broken\.safetensors is cut short, broken or no safetensors file"):
         read_backbone(str(tmp_path / "broken.safetensors"), config_of(SMALL))
