@@ -151,12 +151,13 @@ def tokenizer_names(config: ModelConfig) -> tuple[str | None, str | None]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises ModelDirectoryError where it is missing, cut short or broken.
+    """The tensors of a safetensors file, in memory of their own: a file that is written over later changes none of
+    them. Raises ModelDirectoryError where it is missing, cut short or broken.
 
     A file of ours names the checksum of its tensors, which is held against them; one made elsewhere need not.
     """
     try:
-        weights = load_file(path)
+        weights = {name: tensor.clone() for name, tensor in load_file(path).items()}  # which are mapped from the file
         with safetensors.safe_open(path, "pt") as file:
             expected = (file.metadata() or {}).get(CHECKSUM)
     except FileNotFoundError:

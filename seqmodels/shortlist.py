@@ -65,7 +65,7 @@ class Shortlist:
                 "shortlist out"
             )
         try:
-            tensors = load_file(directory / FILE)
+            tensors = {name: tensor.clone() for name, tensor in load_file(directory / FILE).items()}
             with safetensors.safe_open(directory / FILE, "pt") as file:
                 made_for = file.metadata() or {}
         except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError):

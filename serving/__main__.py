@@ -97,15 +97,22 @@ def read_config(arguments: Sequence[str]) -> ServeConfig:
     return ServeConfig.parse({"models": named_models(targets), **given})
 
 
-def _check_port(config: ServeConfig) -> None:
-    """Raise OSError if the port is taken: Ray would only retry."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+def _check_ports(config: ServeConfig) -> None:
+    """Raise OSError if one is taken: Ray would only retry."""
+    _check_port(config.host, config.port, f"cannot listen on {config.url}", "choose another --port or --host")
+    if config.metrics_port is not None:
+        port = config.metrics_port
+        _check_port("", port, f"cannot tell metrics on port {port}", "choose another metrics_port")
+
+
+def _check_port(host: str, port: int, failed: str, fix: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((config.host, config.port))
+            probe.bind((host, port))
         except OSError as error:
-            raise OSError(f"cannot listen on {config.url}: {error.strerror}; choose another --port or --host") from None
+            raise OSError(f"{failed}: {error.strerror}; {fix}") from None
 
 
 def _check(config: ServeConfig) -> None:
@@ -141,7 +148,7 @@ def _check(config: ServeConfig) -> None:
         for directory, member in zip(directories, members, strict=True):
             if config.shortlist and has_shortlist(directory):
                 Shortlist.load(Path(directory), member)
-    _check_port(config)
+    _check_ports(config)
 
 
 def _serve(config: ServeConfig) -> None:

@@ -249,7 +249,7 @@ async def _send_line(send: Send, line: bytes) -> None:
 
 def _last_line(seconds: float) -> bytes:
     """In place of the answers that are missing."""
-    message = f"this batch has taken {seconds:.0f} s, the most allowed; send the lines that have no answer again"
+    message = f"this batch has taken {seconds:.3g} s, the most allowed; send the lines that have no answer again"
     error = {"code": "deadline_passed", "message": message}
     return json.dumps({"custom_id": None, "response": None, "error": error}).encode() + b"\n"
 

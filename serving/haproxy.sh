@@ -20,6 +20,7 @@
 # - Ray reads a body as fast as it comes, however slowly it is taken, to notice clients that leave; the service does both
 #   itself, and only so can a batch of any length be held back (x-request-disconnect-disabled).
 # - No log: a request line may hold a prompt in its query. The service writes its own.
+# - Where no replica is known, as while the service ends, Ray says that there is no such path: no fault of the client's.
 set -eu
 kept=64
 refused='{"error":{"message":"the server has as many requests as it can answer; try again later",'
@@ -28,6 +29,8 @@ refuse="http-request return status 429 content-type application/json string '$re
 alike='%[path] %[req.fhdr(authorization,1)] %[req.fhdr(x-request-priority,1)] %[req.fhdr(x-request-timeout-seconds,1)]'
 now='date(0,ms),and(1073741823)'
 timeout=x-request-timeout-seconds
+gone='{"error":{"message":"this server is not ready, or is shutting down; send the request again",'
+gone="$gone"'"type":"server_error","param":null,"code":"shutting_down"}}'
 cat > "$3.rules" << END
     http-request del-header x-request-id unless { req.fhdr(x-request-id) -m reg ^[a-zA-Z0-9._:=+/-]{1,128}$ }
     http-request set-header $timeout none if { req.fhdr($timeout) -m found } !{ req.fhdr($timeout) -m reg ^[!-~]+$ }
@@ -50,6 +53,8 @@ sed -i \
     -e '/^listen stats/,$d' \
     -e '/option splice-/d' \
     -e '/^ *log .* local0 info$/d' \
+    -e "s|return status 404 content-type text/plain lf-string .*|return status 503 content-type application/json string \
+'$gone' hdr retry-after 1|" \
     -e 's/mode 666 level admin/mode 600 level admin/' \
     -e 's/^\( *\)timeout client \(.*\)$/&\n\1timeout http-request \2/' \
     -e "/^ *http-reuse always$/r $3.rules" \

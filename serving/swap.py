@@ -105,7 +105,7 @@ def changed(before: ModelSet, given: dict[str, str], options: Any) -> ModelSet:
 
 def alike(reports: Sequence[dict[str, Any]]) -> dict[str, str]:
     """The revision of each model that all replicas serve at the same one."""
-    first, *others = [report["revisions"] for report in reports]
+    first, *others = [report["revisions"] for report in reports] or [{}]
     return {name: at for name, at in first.items() if all(other.get(name) == at for other in others)}
 
 

@@ -200,3 +200,13 @@ def test_nothing_is_ever_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch, "load", refuse)
     save(tmp_path)
     load_pretrained(tmp_path)
+
+
+def test_files_that_are_written_over_change_no_model_that_was_loaded(tmp_path: Path) -> None:
+    model = save(tmp_path)
+    loaded = load_pretrained(tmp_path).model
+    file = tmp_path / "model.safetensors"
+    with file.open("r+b") as whole:
+        whole.write(bytes(file.stat().st_size))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name

@@ -22,7 +22,10 @@ defaults
     timeout client 10s
 frontend http_frontend
     bind 127.0.0.1:{port}
+    use_backend default_backend if {{ path /without-replicas }}
     default_backend app
+backend default_backend
+    http-request return status 404 content-type text/plain lf-string "Path %[path] not found."
 backend app
     http-reuse always
     server one 127.0.0.1:{behind} check
@@ -102,6 +105,13 @@ def test_what_was_refused_just_now_is_refused_without_asking_again(tmp_path: Pat
         time.sleep(HELD_MS / 1000)
         client.post("/v1/translate")
         assert replica.num_asked == 2
+
+
+def test_where_no_replica_is_known_the_server_is_at_fault(tmp_path: Path) -> None:
+    with behind_haproxy(Replica(), tmp_path) as client:
+        response = client.get("/without-replicas")
+    assert response.status_code == 503 and response.headers["retry-after"] == "1"
+    assert response.json()["error"]["code"] == "shutting_down"
 
 
 def test_another_key_path_priority_or_time_is_asked_for(tmp_path: Path) -> None:

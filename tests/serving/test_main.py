@@ -51,6 +51,18 @@ def test_a_port_that_is_taken(models: dict[str, str], capsys: pytest.CaptureFixt
     assert "cannot listen on" in error and "choose another --port" in error
 
 
+def test_a_port_for_metrics_that_is_taken(
+    tmp_path: Path, models: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        (tmp_path / "service.yaml").write_text(f"models: {{mood: {models['mood']}}}\nmetrics_port: {port}\n")
+        error = one_line_error(capsys, str(tmp_path / "service.yaml"), "--port", str(free_port()))
+    assert f"cannot tell metrics on port {port}" in error and "choose another metrics_port" in error
+
+
 def test_a_broken_model(tmp_path: Path, models: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     for path in Path(models["mood"]).iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes()[: 200 if path.name == "model.safetensors" else None])

@@ -96,6 +96,14 @@ def test_a_refusal_takes_everything_back(
     assert "refused: mood: there is no room for it" in error and "nothing has changed" in error
 
 
+def test_where_no_replica_stands_the_models_can_be_changed_all_the_same(
+    fake: FakeCluster, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "reports", list)
+    assert main(["swap", f"mood={models['topics']}"]) == 0
+    assert fake.history[-1].revisions["names"] == load_pretrained(models["names"]).revision
+
+
 def test_what_cannot_be_taken_back_is_told(
     fake: FakeCluster, models: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
