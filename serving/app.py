@@ -18,13 +18,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from serving import schema
-from serving.auth import ApiKey
+from serving.auth import PRIORITIES, ApiKey
 from serving.batch import BatchLine
 from serving.completions import CompletionRequest, CompletionResponse
 from serving.config import Settings
 from serving.errors import HttpError
 from serving.front import LINES, Front, is_image
 from serving.guard import Guard, Observe, router_error
+from serving.http import PRIORITY_HEADER, TIMEOUT_HEADER
 from serving.models import Models, ServedModel
 from serving.rates import Rates
 from serving.service import Service
@@ -58,6 +59,19 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         503: "The server is not ready, or shutting down",
     }.items()
 }
+
+
+HEADERS = [
+    {"name": name, "in": "header", "required": False, "description": description, "schema": schema}
+    for name, description, schema in (
+        (TIMEOUT_HEADER, "An answer later than this is of no use", {"type": "number", "exclusiveMinimum": 0}),
+        (
+            PRIORITY_HEADER,
+            "Whose turn comes first, as far as the key allows",
+            {"type": "string", "enum": [*PRIORITIES]},
+        ),
+    )
+]
 
 
 def build_app(
@@ -195,7 +209,7 @@ def build_app(
     def readiness(model: ServedModel) -> dict[str, Any]:
         return {"revision": model.revision, **model.load, **model.pipeline.facts}
 
-    _document_requests(app)
+    _document_requests(app, bool(keys))
     return app
 
 
@@ -216,11 +230,16 @@ def _documented(
         success["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
     return {
         "responses": {200: success, **ERRORS},
-        "openapi_extra": {"requestBody": {"required": True, "content": content}},
+        "openapi_extra": {"requestBody": {"required": True, "content": content}, "parameters": HEADERS},
     }
 
 
-def _document_requests(app: FastAPI) -> None:
-    """Add the request models to the OpenAPI description, where FastAPI has put the response models alone."""
+def _document_requests(app: FastAPI, asks_for_keys: bool) -> None:
+    """Add the request models to the OpenAPI description, where FastAPI has put the response models alone, and that
+    there are keys."""
     _, definitions = models_json_schema([(model, "validation") for model in REQUESTS], ref_template=REFERENCE)
-    app.openapi()["components"]["schemas"].update(definitions["$defs"])
+    document = app.openapi()
+    document["components"]["schemas"].update(definitions["$defs"])
+    if asks_for_keys:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]

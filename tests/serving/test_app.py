@@ -7,6 +7,7 @@ import pytest
 
 from seqmodels.pipeline import Pipeline
 from serving.app import build_app
+from serving.auth import ApiKey
 from serving.config import ModelSet, Settings
 from serving.guard import Exchange
 from serving.models import Models
@@ -317,3 +318,15 @@ def test_pages_of_other_sites_are_kept_out_but_for_those_that_are_named() -> Non
         assert answer.headers["access-control-allow-origin"] == "https://ours.org"
     with in_process() as server:
         assert "access-control-allow-origin" not in server.get("/v1/models", headers=asking).headers
+
+
+@pytest.mark.parametrize("keys", [(), (api_key(KEY),)])
+def test_the_description_tells_of_headers_and_keys(keys: tuple[ApiKey, ...]) -> None:
+    with in_process(keys=keys) as server:
+        document = server.get("/openapi.json", headers={"authorization": f"Bearer {KEY}"}).json()
+    for path in ("/v1/classify", "/v1/completions", "/v1/batch"):
+        assert {header["name"] for header in document["paths"][path]["post"]["parameters"]} == {
+            "x-request-timeout-seconds",
+            "x-request-priority",
+        }
+    assert ("securitySchemes" in document["components"]) == ("security" in document) == bool(keys)
