@@ -283,8 +283,8 @@ def named_models(arguments: Sequence[str]) -> dict[str, str]:
         given, separator, rest = argument.partition("=")
         directory = Path(rest if separator else given)
         name = given if separator else directory.resolve().name
-        if not directory.is_dir():
-            raise ConfigError(f"{directory} is not a directory; give a saved model, such as models/sentiment")
+        if not directory.is_dir() or (separator and not rest):
+            raise ConfigError(f"{argument} is not a directory; give a saved model, such as models/sentiment")
         if name in models:
             raise ConfigError(f"two models are called {name!r}; give one another name: NAME={directory}")
         models[name] = str(directory.resolve())

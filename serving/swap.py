@@ -60,7 +60,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "targets", nargs="*", metavar="NAME=MODEL_DIR", help="or one YAML file, as for python -m serving"
     )
-    parser.add_argument("--unload", action="append", default=[], metavar="NAME", help="no longer serve this model")
+    parser.add_argument(
+        "--unload", action="append", default=[], metavar="NAME", help="no longer serve this model, or under this alias"
+    )
     parser.add_argument("--alias", action="append", default=[], metavar="OTHER=NAME", help="a further name for a model")
     parser.add_argument(
         "--address", default="auto", help="of the service's Ray cluster (default: the only one on this machine)"
@@ -90,11 +92,12 @@ def changed(before: ModelSet, given: dict[str, str], options: Any) -> ModelSet:
     """Models given, unloaded and called by other names, over what is served. Raises ConfigError."""
     models = {**before.models, **given}
     revisions = {name: revision for name, revision in before.revisions.items() if name not in given}
+    aliases = dict(before.aliases)
     for name in options.unload:
-        if models.pop(name, None) is None:
-            raise ConfigError(f"--unload {name}: no such model; there are {', '.join(models)}")
+        if aliases.pop(name, None) is None and models.pop(name, None) is None:
+            raise ConfigError(f"--unload {name}: no such model or alias; there are {', '.join([*models, *aliases])}")
         revisions.pop(name, None)
-    aliases = {alias: name for alias, name in before.aliases.items() if name in models}
+    aliases = {alias: name for alias, name in aliases.items() if name in models}
     for alias in options.alias:
         other, separator, name = alias.partition("=")
         if not separator:

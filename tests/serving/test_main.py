@@ -37,6 +37,7 @@ def one_line_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_mistakes_are_one_line(tmp_path: Path, models: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "is not a directory" in one_line_error(capsys, str(tmp_path / "none"))
+    assert "mood= is not a directory" in one_line_error(capsys, "mood=")
     assert "No such file" in one_line_error(capsys, str(tmp_path / "none.yaml"))
     assert "has no config.json" in one_line_error(capsys, str(tmp_path))
     assert "port" in one_line_error(capsys, models["mood"], "--port", "99999")

@@ -79,6 +79,11 @@ def test_unload_takes_the_aliases_along(fake: FakeCluster) -> None:
     assert list(fake.history[-1].models) == ["names"] and not fake.history[-1].aliases
 
 
+def test_an_alias_may_go_alone(fake: FakeCluster) -> None:
+    assert main(["swap", "--unload", "feelings"]) == 0
+    assert list(fake.history[-1].models) == ["mood", "names"] and not fake.history[-1].aliases
+
+
 def test_a_file_says_all(fake: FakeCluster, models: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "service.yaml"
     path.write_text(f"models: {{story: [{models['story']}]}}\naliases: {{tale: story}}\nport: 1234\n")
@@ -134,7 +139,7 @@ def test_mistakes_change_nothing(
 ) -> None:
     assert "is not a directory" in one_line_error(capsys, "swap", f"mood={tmp_path / 'none'}")
     assert "has no config.json" in one_line_error(capsys, "swap", f"mood={tmp_path}")
-    assert "--unload nobody: no such model; there are mood, names" in one_line_error(
+    assert "--unload nobody: no such model or alias; there are mood, names, feelings" in one_line_error(
         capsys, "swap", "--unload", "nobody"
     )
     assert "--alias x: write OTHER=NAME" in one_line_error(capsys, "swap", "--alias", "x")
