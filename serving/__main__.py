@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from seqmodels.errors import ConfigError, SeqModelsError
@@ -166,7 +166,7 @@ def _serve(config: ServeConfig) -> None:
         cluster.deploy(config, stop.is_set)
         if not stop.is_set():
             _say_where(config, cluster.address())
-        stop.wait()
+        _watch(stop, cluster.trouble)
     except (KeyboardInterrupt, SystemExit):  # while Ray was starting
         pass
     finally:
@@ -174,6 +174,16 @@ def _serve(config: ServeConfig) -> None:
             signal.signal(number, signal.SIG_IGN)
         print("stopping; running requests may finish", flush=True)
         cluster.shut_down()
+
+
+def _watch(stop: threading.Event, trouble: Callable[[], str], every_s: float = 5.0) -> None:
+    """Until `stop`, say what keeps the service from answering, once; it stands in a log of Ray's otherwise."""
+    told = ""
+    while not stop.wait(every_s):
+        now = trouble()
+        if now != told:
+            print(now or "a replica stands again", file=sys.stderr, flush=True)
+        told = now
 
 
 def _start_ray(config: ServeConfig) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import pickle
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -194,6 +195,20 @@ def replica_states() -> dict[str, int]:
     """How many replicas are in each state, in Serve's words."""
     ours = _status().deployments.get(DEPLOYMENT)
     return {str(state): count for state, count in ours.replica_states.items() if count} if ours else {}
+
+
+def trouble() -> str:
+    """One line about why no replica stands; "" where one does, or nothing can be asked."""
+    with contextlib.suppress(*DIED):
+        if not replica_states().get("RUNNING"):
+            return f"no replica stands: {_reason(_state())}"
+    return ""
+
+
+def _reason(state: str) -> str:
+    """The last error that a text of Serve's names, of which it tells the whole way; else that Serve tries again."""
+    errors = [line.strip() for line in state.splitlines() if re.match(r"\s*[\w.]*Error\b", line)]
+    return errors[-1] if errors else "Ray Serve begins another"
 
 
 def shut_down() -> None:

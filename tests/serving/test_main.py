@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from seqmodels.pipeline import Pipeline
 from seqmodels.pretrained import load_pretrained, save_pretrained
 from seqmodels.shortlist import FILE, NONE, Shortlist
 from seqmodels.tokenizer import EOS
-from serving.__main__ import _check, main, read_config
+from serving.__main__ import _check, _watch, main, read_config
 from serving.deployments import load_pipeline
 from serving.environment import free_port
 from tests.serving.model_directories import save_all
@@ -62,6 +63,23 @@ def test_a_port_for_metrics_that_is_taken(
         (tmp_path / "service.yaml").write_text(f"models: {{mood: {models['mood']}}}\nmetrics_port: {port}\n")
         error = one_line_error(capsys, str(tmp_path / "service.yaml"), "--port", str(free_port()))
     assert f"cannot tell metrics on port {port}" in error and "choose another metrics_port" in error
+
+
+def test_what_keeps_the_service_from_answering_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    stop = threading.Event()
+    states = iter(["", "no replica stands: A", "no replica stands: A", "no replica stands: B", "", ""])
+
+    def trouble() -> str:
+        if (state := next(states, None)) is None:
+            stop.set()
+        return state or ""
+
+    _watch(stop, trouble, every_s=0.001)
+    assert capsys.readouterr().err.splitlines() == [
+        "no replica stands: A",
+        "no replica stands: B",
+        "a replica stands again",
+    ]
 
 
 def test_a_broken_model(tmp_path: Path, models: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
