@@ -138,7 +138,7 @@ class Reader:
                 message = (
                     f"frames[{i}] is a file of {count} frames; give it in place of the list, or each of its frames"
                 )
-                raise InputError(message, param=f"{field}[{i}]")
+                raise InputError(message, param=f"{field}[{i}]", code="invalid_image")
         return self._preprocessor.frames(pictures, field)
 
     def _features(self, rows: Sequence[Any], field: str) -> Tensor:

@@ -32,11 +32,6 @@ timeout=x-request-timeout-seconds
 gone='{"error":{"message":"this server is not ready, or is shutting down; send the request again",'
 gone="$gone"'"type":"server_error","param":null,"code":"shutting_down"}}'
 cat > "$3.rules" << END
-    http-request del-header x-request-id unless { req.fhdr(x-request-id) -m reg ^[a-zA-Z0-9._:=+/-]{1,128}$ }
-    http-request set-header $timeout none if { req.fhdr($timeout) -m found } !{ req.fhdr($timeout) -m reg ^[!-~]+$ }
-    http-request del-header ^serve.multiplexed.model.id$ -m reg
-    http-request del-header ^x.session.id$ -m reg
-    http-request set-header x-request-disconnect-disabled ?1
     stick-table type binary len 20 size 100k expire 1s store gpt0
     $refuse if METH_POST { nbsrv gt 0 } { be_conn_free ge 0 } { be_conn_free le $kept }
     http-request set-var-fmt(txn.alike) "$alike" if METH_POST
@@ -44,6 +39,11 @@ cat > "$3.rules" << END
     http-request set-var(txn.until) sc0_get_gpt0 if METH_POST
     http-request set-var(txn.left) $now,neg,add(txn.until) if METH_POST
     $refuse if METH_POST { var(txn.left) -m int gt 0 } { var(txn.left) -m int le 1000 }
+    http-request del-header x-request-id unless { req.fhdr(x-request-id) -m reg ^[a-zA-Z0-9._:=+/-]{1,128}$ }
+    http-request set-header $timeout none if { req.fhdr($timeout) -m found } !{ req.fhdr($timeout) -m reg ^[!-~]+$ }
+    http-request del-header ^serve.multiplexed.model.id$ -m reg
+    http-request del-header ^x.session.id$ -m reg
+    http-request set-header x-request-disconnect-disabled ?1
     http-response set-var(txn.alike_ms) res.hdr(x-refused-alike)
     http-response sc-set-gpt0(0) $now,add(txn.alike_ms) if { var(txn.alike_ms) -m found }
     http-response del-header x-refused-alike

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from seqmodels.config import ModelConfig
+from seqmodels.config import ModelConfig, PublishedBackboneConfig
 from seqmodels.errors import CheckpointError, ConfigError
 from seqmodels.models import Model, build_model
 from seqmodels.pretrained import load_pretrained
@@ -101,8 +101,9 @@ def frozen_backbone(recipe: Recipe, config: ModelConfig, directory: Path) -> Bac
 
 
 def check_frozen(recipe: Recipe, config: ModelConfig) -> None:
-    """Raises ConfigError where a backbone would keep the weights that were drawn for it."""
-    if _holds_backbone(recipe, config) and not (recipe.data.backbone_weights or recipe.init_from):
+    """Raises ConfigError where a backbone of published weights would keep those that were drawn for it."""
+    is_published = isinstance(_backbone_config(config), PublishedBackboneConfig)
+    if is_published and _holds_backbone(recipe, config) and not (recipe.data.backbone_weights or recipe.init_from):
         raise ConfigError(
             "optim.freeze holds the whole backbone, but data.backbone_weights names no weights, so that it would see "
             "at random for ever; name some, or let it learn"

@@ -109,4 +109,6 @@ def test_what_the_script_changes_in_rays_configuration(tmp_path: Path) -> None:
     refuses = re.findall(r"http-reuse always\n *stick-table .*\n *http-request return status 429 .* le 64 }\n", changed)
     assert changed.count("del-header x-refused-alike") == len(refuses)
     assert len(refuses) == changed.count("http-reuse always") > 0
+    assert changed.count("set-header x-request-disconnect-disabled ?1") == len(refuses)
+    assert "local0 info" not in changed and "return status 404 content-type text/plain" not in changed
     assert "mode 600 level admin" in changed and "timeout http-request" in changed and "splice" not in changed

@@ -186,3 +186,14 @@ def test_what_mobilenet_was_trained_on_is_128_around_128() -> None:
     (mean,), (std,) = preprocessor.mean, preprocessor.std
     for pixel in (0, 128, 255):
         assert (pixel / 255 - mean) / std == pytest.approx(pixel / 128 - 1)
+
+
+def test_a_backbone_that_is_frozen_whole_begins_with_weights(tmp_path: Path) -> None:
+    model = {
+        "architecture": "generator",
+        "encoder": {"input": "image", "backbone": SMALL},
+        "decoder": {"embedding_size": 8, "recurrent": {"hidden_size": 8}},
+    }
+    optim = {"freeze": ["encoder.backbone.*"]}
+    with pytest.raises(ConfigError, match=r"holds the whole backbone, but data\.backbone_weights names no weights"):
+        train(recipe("caption", tmp_path, model=model, data={"generated": "captions"}, optim=optim))
