@@ -150,14 +150,19 @@ def tokenizer_names(config: ModelConfig) -> tuple[str | None, str | None]:
     return (TOKENIZER if source else None), (TOKENIZER if target else None)
 
 
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Of a safetensors file, in memory of their own: torch's are mapped from the file, and change, or end the process,
+    when it is written over. Raises what `safetensors.torch.load_file` raises."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, in memory of their own: a file that is written over later changes none of
-    them. Raises ModelDirectoryError where it is missing, cut short or broken.
+    """The tensors of a safetensors file. Raises ModelDirectoryError where it is missing, cut short or broken.
 
     A file of ours names the checksum of its tensors, which is held against them; one made elsewhere need not.
     """
     try:
-        weights = {name: tensor.clone() for name, tensor in load_file(path).items()}  # which are mapped from the file
+        weights = load_tensors(path)
         with safetensors.safe_open(path, "pt") as file:
             expected = (file.metadata() or {}).get(CHECKSUM)
     except FileNotFoundError:

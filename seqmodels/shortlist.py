@@ -11,12 +11,12 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from seqmodels.config import ModelConfig, TextEncoderConfig
 from seqmodels.errors import ConfigError, ModelDirectoryError
-from seqmodels.pretrained import Pretrained
+from seqmodels.pretrained import Pretrained, load_tensors
 from seqmodels.tokenizer import SPECIAL_TOKENS
 
 FILE = "shortlist.safetensors"
@@ -65,7 +65,7 @@ class Shortlist:
                 "shortlist out"
             )
         try:
-            tensors = {name: tensor.clone() for name, tensor in load_file(directory / FILE).items()}
+            tensors = load_tensors(directory / FILE)
             with safetensors.safe_open(directory / FILE, "pt") as file:
                 made_for = file.metadata() or {}
         except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError):

@@ -62,8 +62,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 HEADERS = [
-    {"name": name, "in": "header", "required": False, "description": description, "schema": schema}
-    for name, description, schema in (
+    {"name": name, "in": "header", "required": False, "description": description, "schema": values}
+    for name, description, values in (
         (TIMEOUT_HEADER, "An answer later than this is of no use", {"type": "number", "exclusiveMinimum": 0}),
         (
             PRIORITY_HEADER,

@@ -185,6 +185,16 @@ def reports() -> list[dict[str, Any]]:
     return list(ray.get(asked, timeout=REPORT_S))
 
 
+def served() -> list[dict[str, Any]]:
+    """The same, asked again where a replica, or the controller, dies meanwhile. Empty where none stands."""
+    limit = time.monotonic() + CONTROLLER_S
+    while time.monotonic() < limit:
+        with contextlib.suppress(*DIED):
+            return reports()
+        time.sleep(POLL_S)
+    return []
+
+
 def _report(replica: str) -> Any:
     """A reference to its report, asked for as Serve's handles do."""
     request = RequestMetadata(request_id=replica, internal_request_id=generate_request_id(), call_method="report")
@@ -198,8 +208,8 @@ def replica_states() -> dict[str, int]:
 
 
 def trouble() -> str:
-    """One line about why no replica stands; "" where one does, or nothing can be asked."""
-    with contextlib.suppress(*DIED):
+    """One line about why no replica stands; "" where one does, or nothing can be asked, which ends no service."""
+    with contextlib.suppress(Exception):
         if not replica_states().get("RUNNING"):
             return f"no replica stands: {_reason(_state())}"
     return ""
@@ -220,7 +230,7 @@ def shut_down() -> None:
 
 
 def _ours() -> ServeApplicationSchema:
-    deployed = once_there(_deployed)
+    deployed = _once_there(_deployed)
     if APPLICATION not in deployed:
         raise DeploymentError(f"no application {APPLICATION!r} runs on this cluster; start it with python -m serving")
     return deployed[APPLICATION]
@@ -264,10 +274,10 @@ def _apply(application: ServeApplicationSchema) -> None:
         others = [config for name, config in _deployed().items() if name != APPLICATION]
         _get_global_client().deploy_apps(ServeDeploySchema(applications=[*others, application]))
 
-    once_there(apply)
+    _once_there(apply)
 
 
-def once_there(ask: Callable[[], R]) -> R:
+def _once_there(ask: Callable[[], R]) -> R:
     """What Serve's controller answers: where it has died, the next one. Raises DeploymentError where none comes."""
     limit = time.monotonic() + CONTROLLER_S
     while True:

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     given = None if _is_file(options.targets) else named_models(options.targets)  # a mistake is told before Ray starts
     cluster.connect(options.address)
-    before, served = cluster.model_set(), alike(cluster.once_there(cluster.reports))
+    before, served = cluster.model_set(), alike(cluster.served())
     if given is None:
         after = pinned(ServeConfig.load(Path(options.targets[0])).model_set, {})
     else:
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     for reason in sorted(refused):
         print(f"refused: {reason}", file=sys.stderr, flush=True)  # going back may take as long as going
     now = alike(cluster.change_models(before, options.timeout_s))
-    if others := [name for name in before.models if now.get(name) != served.get(name)]:
+    if others := [name for name, revision in served.items() if now.get(name) != revision]:
         print(
             f"not all is as it was: replicas serve other weights than before as {', '.join(others)}, for those are no "
             "longer in the directory that was named; name one that holds what is wanted",

@@ -103,7 +103,7 @@ def frozen_backbone(recipe: Recipe, config: ModelConfig, directory: Path) -> Bac
 def check_frozen(recipe: Recipe, config: ModelConfig) -> None:
     """Raises ConfigError where a backbone of published weights would keep those that were drawn for it."""
     is_published = isinstance(_backbone_config(config), PublishedBackboneConfig)
-    if is_published and _holds_backbone(recipe, config) and not (recipe.data.backbone_weights or recipe.init_from):
+    if is_published and _holds_backbone(recipe, config) and not _brings_weights(recipe):
         raise ConfigError(
             "optim.freeze holds the whole backbone, but data.backbone_weights names no weights, so that it would see "
             "at random for ever; name some, or let it learn"
@@ -111,10 +111,15 @@ def check_frozen(recipe: Recipe, config: ModelConfig) -> None:
 
 
 def _is_frozen(recipe: Recipe, config: ModelConfig) -> bool:
-    if not _holds_backbone(recipe, config) or not (recipe.data.backbone_weights or recipe.init_from):
+    if not _brings_weights(recipe) or not _holds_backbone(recipe, config):
         return False
     backbone = _backbone_config(config)
     return bool(backbone.output_size != backbone.in_channels)  # else nothing would tell its grids from pictures
+
+
+def _brings_weights(recipe: Recipe) -> bool:
+    """Of a backbone that others have trained."""
+    return bool(recipe.data.backbone_weights or recipe.init_from)
 
 
 def _holds_backbone(recipe: Recipe, config: ModelConfig) -> bool:

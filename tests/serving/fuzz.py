@@ -244,9 +244,8 @@ def _shape_fault(asked: Ask, reply: Reply) -> str | None:
         return _stream_fault(reply)
     elif reply.content_type == "application/x-ndjson":
         answers = [json.loads(line) for line in reply.content.splitlines()]
-        if (
-            asked.kind == "headers" and answers and answers[-1]["response"] is None
-        ):  # it allowed too little time for all
+        is_cut = asked.kind == "headers" and answers and answers[-1]["response"] is None
+        if is_cut:  # it allowed too little time for all of its lines
             assert answers.pop()["error"]["code"] == "deadline_passed"
         statuses = {answer["response"]["status_code"] for answer in answers}
         return None if statuses <= DOCUMENTED else f"lines of a batch with statuses {statuses}"

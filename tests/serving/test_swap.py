@@ -53,7 +53,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, models: dict[str, str]) -> FakeCluster
     cluster_of_two = FakeCluster(fields)
     monkeypatch.setattr(cluster, "connect", lambda address: None)
     monkeypatch.setattr(cluster, "model_set", cluster_of_two.model_set)
-    monkeypatch.setattr(cluster, "reports", cluster_of_two.reports)
+    monkeypatch.setattr(cluster, "served", cluster_of_two.reports)
     monkeypatch.setattr(cluster, "change_models", cluster_of_two.change_models)
     return cluster_of_two
 
@@ -104,9 +104,50 @@ def test_a_refusal_takes_everything_back(
 def test_where_no_replica_stands_the_models_can_be_changed_all_the_same(
     fake: FakeCluster, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "reports", list)
+    monkeypatch.setattr(cluster, "served", list)
     assert main(["swap", f"mood={models['topics']}"]) == 0
     assert fake.history[-1].revisions["names"] == load_pretrained(models["names"]).revision
+
+
+def test_where_no_replica_stood_a_refusal_leaves_nothing_to_compare(
+    fake: FakeCluster, models: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster, "served", list)
+    fake.refusing = {"mood": "there is no room for it"}
+    assert main(["swap", f"mood={models['topics']}"]) == 1
+    assert "not all is as it was" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "died", [ValueError("no such actor"), KeyError("replicas"), RayActorError(), GetTimeoutError()]
+)
+def test_a_replica_that_dies_while_it_is_asked_is_asked_again(died: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([died, died, [{"revisions": {"mood": "one"}}]])
+
+    def reports() -> Any:
+        if isinstance(answer := next(answers), Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(cluster, "reports", reports)
+    assert cluster.served() == [{"revisions": {"mood": "one"}}]
+
+
+def test_what_cannot_be_asked_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service goes on where Ray's controller does not answer; where it says why no replica stands, that is told."""
+
+    def gone() -> Any:
+        raise ConnectionError
+
+    monkeypatch.setattr(cluster, "replica_states", gone)
+    assert cluster.trouble() == ""
+    monkeypatch.setattr(cluster, "replica_states", dict)
+    monkeypatch.setattr(
+        cluster, "_state", lambda: "DEPLOYING {} Traceback\n  x\nseqmodels.errors.ModelError: cut short\n\n"
+    )
+    assert cluster.trouble() == "no replica stands: seqmodels.errors.ModelError: cut short"
+    monkeypatch.setattr(cluster, "replica_states", lambda: {"RUNNING": 1, "STARTING": 1})
+    assert cluster.trouble() == ""
 
 
 def test_what_cannot_be_taken_back_is_told(
@@ -117,7 +158,7 @@ def test_what_cannot_be_taken_back_is_told(
     overwritten = [{"revisions": {**fake.served, "mood": "new"}}, {"revisions": fake.served}]
     first = fake.reports()
     monkeypatch.setattr(fake, "reports", lambda: overwritten)
-    monkeypatch.setattr(cluster, "reports", lambda: first)
+    monkeypatch.setattr(cluster, "served", lambda: first)
     assert main(["swap", f"mood={models['mood']}"]) == 1
     error = capsys.readouterr().err
     assert "not all is as it was: replicas serve other weights than before as mood, for" in error
