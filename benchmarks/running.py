@@ -61,7 +61,7 @@ class Running:
         commands: dict[int, str] = {}
         for directory in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                parents[int(directory.name)] = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
+                parents[int(directory.name)] = int(_statistics(int(directory.name))[1])
                 commands[int(directory.name)] = (directory / "cmdline").read_text(errors="replace")
         return [pid for pid, command in commands.items() if name in command and self.process.pid in _line(pid, parents)]
 
@@ -73,12 +73,26 @@ class Running:
                 pages += int(Path(f"/proc/{process}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
+    def processor_seconds(self, name: str) -> float:
+        """That these processes together have taken so far."""
+        ticks = 0
+        for process in self.processes(name):
+            with contextlib.suppress(OSError):  # it has ended
+                user, system = _statistics(process)[11:13]
+                ticks += int(user) + int(system)
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     def end(self, number: signal.Signals = signal.SIGINT) -> None:
         """Send a signal; it must end by itself, in peace, and leave no process behind."""
         self.process.send_signal(number)
         assert self.process.wait(90) == 0, self.log[-3000:]
         left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(self.home) in _read(path)]
         assert not left, left
+
+
+def _statistics(process: int) -> list[str]:
+    """What stands in /proc/PID/stat after the command, whose name may hold anything: state, parent, ..."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
 
 
 def _line(process: int, parents: dict[int, int]) -> Iterator[int]:

@@ -10,7 +10,8 @@ of the stock recipe each must be a text (a test compares its search with the eng
 
     offline   the pipeline in this process, one thread, all sentences at once
     closed    so many clients who each wait for their answer; `of_offline` compares sentences a second, `of_empty`
-              requests a second with those of an endpoint that does nothing
+              requests a second with those of an endpoint that does nothing; `replica_ms` is what a request costs the
+              replica, in milliseconds of a core
     sweep     Poisson arrivals at rising rates. `goodput`: right answers a second within --within of their workload
               (of a stream: whose first piece came within it); p99_ms is over all, and one that failed never came
     knee      the highest rate at which p99 keeps within that, interpolated
@@ -46,6 +47,7 @@ BOUNDS_S = (0.25, 0.5, 1.0)  # of p99, at which the stock recipe is compared
 CLIENTS = 48
 LIST = 16  # sentences in one request
 OVERLOAD = 10
+REPLICA = "ray::ServeReplica"
 NUM_BEAMS, MAX_NEW_TOKENS, WRITTEN = 5, 60, 64
 PROMPTS = ["the ", "a good ", "when ", "of all ", "in ", "he said ", "there was ", "my lord, "]
 
@@ -97,16 +99,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     models = {name: str(getattr(options, name).resolve()) for name in workloads}
     with running(models, profile=options.profile, max_requests=options.max_requests) as service:
         for workload in workloads.values():
-            singles = closed(workload, service.address, options, offline[workload.name], empty)
+            singles = closed(workload, service, options, offline[workload.name], empty)
             points[workload.name] = sweep(workload, service.address, singles, options, "ours")
         for workload in workloads.values():
             if workload.name != "generate":
                 overload(workload, service, points[workload.name], options)
     translate = workloads["translate"]
-    with stock(str(options.translate.resolve()), options) as address:
+    with stock(str(options.translate.resolve()), options) as system:
         asks = stock_asks(translate)
-        reached = rate_of(Load(address).closed_loop(asks, CLIENTS, options.seconds))
-        points["stock"] = sweep(translate, address, reached, options, "stock", asks)
+        reached = rate_of(Load(system.address).closed_loop(asks, CLIENTS, options.seconds))
+        points["stock"] = sweep(translate, system.address, reached, options, "stock", asks)
     for bound_s in BOUNDS_S:
         ours, theirs = (knee(points[name], bound_s * 1000) for name in ("translate", "stock"))
         say(
@@ -174,12 +176,11 @@ def stock_asks(workload: Workload) -> list[Ask]:
 
 
 @contextmanager
-def stock(what: str, options: argparse.Namespace) -> Iterator[str]:
-    """Its address."""
+def stock(what: str, options: argparse.Namespace) -> Iterator[Running]:
     more = ["--profile", options.profile, "--batch", str(options.stock_batch)]
     with started("benchmarks.stock", what, *more) as system:
         system.wait_until_it_says("ready")
-        yield system.address
+        yield system
 
 
 # Measuring
@@ -187,23 +188,32 @@ def stock(what: str, options: argparse.Namespace) -> Iterator[str]:
 
 def measure_empty(options: argparse.Namespace) -> float:
     """Requests a second of an endpoint that does nothing."""
-    with stock("empty", options) as address:
+    with stock("empty", options) as system:
         asks = [Ask("/", b'{"inputs": "nothing"}', lambda body: body == b"{}")]
-        Load(address).closed_loop(asks, CLIENTS, 2)  # warm
-        rate = rate_of(Load(address).closed_loop(asks, CLIENTS, options.seconds))
-    say("closed", "empty", clients=CLIENTS, requests_per_second=rate)
+        outcomes, replica_ms = ask(system, asks, CLIENTS, options.seconds)
+    rate = rate_of(outcomes)
+    say("closed", "empty", clients=CLIENTS, requests_per_second=rate, replica_ms=replica_ms)
     return rate
 
 
-def closed(workload: Workload, address: str, options: argparse.Namespace, offline: float, empty: float) -> float:
+def ask(system: Running, asks: list[Ask], clients: int, seconds: float) -> tuple[list[Outcome], float]:
+    """What became of the requests of so many clients once the system was warm, and the milliseconds of a core that each
+    cost the replica."""
+    load = Load(system.address)
+    load.closed_loop(asks, clients, 2)  # warm
+    before = system.processor_seconds(REPLICA)
+    outcomes = load.closed_loop(asks, clients, seconds)
+    return outcomes, 1000 * (system.processor_seconds(REPLICA) - before) / len(outcomes)
+
+
+def closed(workload: Workload, service: Running, options: argparse.Namespace, offline: float, empty: float) -> float:
     """What clients reach that wait for their answers, with lists too; returned is that of one sentence a request."""
     reached = []
     for size, clients in ((1, CLIENTS), (LIST, CLIENTS // LIST + 1)):
         asks = workload.asks(size)
         if "stream" in workload.fields and size > 1:
             continue
-        Load(address).closed_loop(asks, clients, 2)  # warm
-        outcomes = Load(address).closed_loop(asks, clients, options.seconds)
+        outcomes, replica_ms = ask(service, asks, clients, options.seconds)
         reached.append(rate_of(outcomes))
         ratios = {"of_offline": reached[-1] / offline}
         if size == 1:
@@ -216,6 +226,7 @@ def closed(workload: Workload, address: str, options: argparse.Namespace, offlin
             list=size,
             sentences_per_second=reached[-1],
             **ratios,
+            replica_ms=replica_ms,
             **faults(wrong),
         )
     return reached[0]
@@ -297,7 +308,7 @@ def overload(workload: Workload, service: Running, points: Sequence[Point], opti
 
 
 def replica_mib(service: Running) -> float:
-    return service.resident_bytes("ray::ServeReplica") / 2**20
+    return service.resident_bytes(REPLICA) / 2**20
 
 
 def say(result: str, workload: str, **fields: Any) -> None:

@@ -1,14 +1,19 @@
 """Load, what is counted of it, and the stock recipe's search, which must find what the engine finds."""
 
 import json
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.load import Ask, Load, Outcome
+from benchmarks.running import Running
 from benchmarks.serve import Workload, point, rate_of
 from benchmarks.stock.app import padded_beam_search
 from benchmarks.workload import make_requests
@@ -71,6 +76,21 @@ def test_a_closed_loop_waits_for_its_answers(address: str) -> None:
 def test_nobody_answers() -> None:
     (outcome, *_) = Load("http://127.0.0.1:9").open_loop(asks()[:1], rate=100, seconds=0.1)
     assert outcome.status == 0 and not outcome.is_right and "127.0.0.1" in outcome.told
+
+
+def test_what_a_process_takes_of_a_core() -> None:
+    """Python's own count of it is the oracle; what only sleeps takes nothing."""
+    busy = "import sys, time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\nsys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", busy], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        service = Running(0, process, Path())
+        assert process.stdout and process.stdin
+        process.stdout.readline()
+        taken = service.processor_seconds("process_time")
+        assert 0.45 <= taken < 0.7
+        time.sleep(0.3)
+        assert service.processor_seconds("process_time") - taken < 0.1
+        assert service.processor_seconds("no such process") == 0
+        process.stdin.close()
 
 
 def test_what_is_counted() -> None:
