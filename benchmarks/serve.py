@@ -177,6 +177,7 @@ def stock_asks(workload: Workload) -> list[Ask]:
 
 @contextmanager
 def stock(what: str, options: argparse.Namespace) -> Iterator[Running]:
+    """`empty`, or a model directory for the stock recipe, once it answers."""
     more = ["--profile", options.profile, "--batch", str(options.stock_batch)]
     with started("benchmarks.stock", what, *more) as system:
         system.wait_until_it_says("ready")

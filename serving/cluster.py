@@ -37,7 +37,8 @@ LOGGING = {"encoding": "JSON", "log_level": "WARNING", "enable_access_log": Fals
 POLL_S = 0.1
 REPORT_S = 5.0  # in which a replica says what it serves
 CONTROLLER_S = 60.0  # in which another controller comes where Serve's has died
-NOT_STANDING = ("STARTING", "STOPPING")  # a replica that begins is given what is wanted by then
+# All others answer, one that changes its models too. A replica that begins is given what is wanted by then.
+NOT_STANDING = ("STARTING", "STOPPING")
 # What is raised where a replica has just died, or Serve's controller, which forgets nothing; another comes.
 DIED = (RayActorError, GetTimeoutError, LookupError, ValueError)
 
@@ -210,7 +211,7 @@ def replica_states() -> dict[str, int]:
 def trouble() -> str:
     """One line about why no replica stands; "" where one does, or nothing can be asked, which ends no service."""
     with contextlib.suppress(Exception):
-        if not replica_states().get("RUNNING"):
+        if all(state in NOT_STANDING for state in replica_states()):
             return f"no replica stands: {_reason(_state())}"
     return ""
 

@@ -146,8 +146,11 @@ def test_what_cannot_be_asked_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> 
         cluster, "_state", lambda: "DEPLOYING {} Traceback\n  x\nseqmodels.errors.ModelError: cut short\n\n"
     )
     assert cluster.trouble() == "no replica stands: seqmodels.errors.ModelError: cut short"
-    monkeypatch.setattr(cluster, "replica_states", lambda: {"RUNNING": 1, "STARTING": 1})
-    assert cluster.trouble() == ""
+    monkeypatch.setattr(cluster, "replica_states", lambda: {"STARTING": 1, "STOPPING": 1})
+    assert cluster.trouble()
+    for standing in ("RUNNING", "UPDATING"):  # it goes on answering while it changes its models
+        monkeypatch.setattr(cluster, "replica_states", lambda state=standing: {state: 1, "STARTING": 1})
+        assert cluster.trouble() == ""
 
 
 def test_what_cannot_be_taken_back_is_told(
