@@ -169,6 +169,23 @@ class Tokenizer:
                 yield piece
             before = piece or before
 
+    def words(self, ids: Sequence[int]) -> list[str] | None:
+        """What the text of token ids is cut into before its pieces are looked for, spelt as the vocabulary spells it.
+        None where it ends, or begins, within a character. Of the byte-based kinds."""
+        text = str(self._backend.decode(list(ids), skip_special_tokens=True))
+        if "\N{REPLACEMENT CHARACTER}" in text:
+            return None
+        return [word for word, _ in self._backend.pre_tokenizer.pre_tokenize_str(text)]
+
+    def merges(self) -> dict[tuple[str, str], int]:
+        """Which neighbours may become one piece, each with its rank: the least is made first. Of kind `bpe`."""
+        pairs = json.loads(self._text)["model"]["merges"]
+        return {(first, second): rank for rank, (first, second) in enumerate(pairs)}
+
+    def ids(self) -> dict[str, int]:
+        """Each piece, as the vocabulary spells it, with its token id."""
+        return dict(self._backend.get_vocab())
+
     def token(self, token_id: int) -> str:
         """The piece as the vocabulary spells it."""
         return str(self._backend.id_to_token(token_id))

@@ -90,9 +90,13 @@ class TokenizerSection(Strict):
     kind: Literal["bpe", "unigram", "word", "character", "byte"] = "bpe"
     vocab_size: Annotated[int, Field(ge=8)] = 8000
     lowercase: bool = False
+    # bpe: how often a merge is passed over, in texts that are trained on, anew each time (Provilkov et al. 2020)
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
 
     @check(mode="after")
     def _check(self) -> Self:
+        if self.dropout and self.kind != "bpe":
+            raise ValueError(f"data.tokenizer.dropout is for kind 'bpe', but kind is {self.kind!r}; remove it")
         if self.kind == "byte" and self.vocab_size != type(self).model_fields["vocab_size"].default:
             raise ValueError("data.tokenizer.vocab_size does nothing where kind is 'byte', which has 260; remove it")
         return self

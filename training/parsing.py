@@ -85,6 +85,7 @@ def _check_model(recipe: Recipe) -> None:
         raise ConfigError(_with_neighbour(f"model.{str(error).removeprefix('model.')}", recipe.model)) from None
     _check_single_layers(recipe, config)
     _check_vectors(recipe, config)
+    _check_tokenizer(recipe, config)
     _check_backbone(recipe, config)
     if recipe.data.augmentation is not None and config.input != "image":
         raise ConfigError(f"data.augmentation is of pictures, but the model reads {config.input}; remove it")
@@ -153,6 +154,17 @@ def _check_vectors(recipe: Recipe, config: ModelConfig) -> None:
             raise ConfigError(
                 f"{field}, a file of words, but data.tokenizer.kind is {data.tokenizer.kind!r}; set it to word"
             )
+
+
+def _check_tokenizer(recipe: Recipe, config: ModelConfig) -> None:
+    if not recipe.data.tokenizer.dropout:
+        return
+    field = f"data.tokenizer.dropout is {recipe.data.tokenizer.dropout}"
+    if recipe.task in ("generate", "tag"):
+        what = "one running text" if recipe.task == "generate" else "texts with a label for each word"
+        raise ConfigError(f"{field}, but task {recipe.task} reads {what}, which is split once for all; remove it")
+    if config.input != "text" and not recipe.makes_text:
+        raise ConfigError(f"{field}, but the model reads {config.input} and writes no text; remove it")
 
 
 def _check_backbone(recipe: Recipe, config: ModelConfig) -> None:

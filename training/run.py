@@ -296,7 +296,7 @@ def _batches(recipe: Recipe, codec: Codec, examples: Sequence[Example]) -> Batch
         rows = min(run.rows_per_batch, max(1, run.tokens_per_batch // data.chunk_length))
         return Streams(examples, rows, data.chunk_length, run.seed, data.vary_chunk_length)
     sizes, wants_all = (run.tokens_per_batch, run.rows_per_batch), run.self_critical is not None
-    return Buckets(examples, codec, *sizes, run.seed, wants_all, data.augmentation)
+    return Buckets(examples, codec, *sizes, run.seed, wants_all, data.augmentation, data.tokenizer.dropout)
 
 
 def _metric(recipe: Recipe, codec: Codec) -> str:

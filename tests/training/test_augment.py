@@ -57,7 +57,7 @@ def test_draws_are_a_function_of_seed_epoch_and_example() -> None:
 
     def pictures(seed: int, epoch: int) -> dict[int, torch.Tensor]:
         made = Buckets(codec.encode(rows), codec, 1000, 8, seed, augmentation=how)
-        batches = [(made.rows(epoch)[index], made.batch(epoch, index)["inputs"]) for index in range(len(made))]
+        batches = [(made.epoch(epoch).batches[index], made.batch(epoch, index)["inputs"]) for index in range(len(made))]
         return {row: one for numbers, inputs in batches for row, one in zip(numbers, inputs, strict=True)}
 
     first = pictures(1, 0)

@@ -93,8 +93,8 @@ def buckets(seed: int = 1, tokens: int = 400, rows: int = 32) -> Buckets:
 def test_an_epoch_shows_every_row_once_within_the_budget() -> None:
     made = buckets()
     for epoch in (0, 1):
-        assert sorted(row for batch in made.rows(epoch) for row in batch) == list(range(500))
-        assert len(made.rows(epoch)) == len(made)
+        assert sorted(row for batch in made.epoch(epoch).batches for row in batch) == list(range(500))
+        assert len(made.epoch(epoch).batches) == len(made)
         for index in range(len(made)):
             batch = made.batch(epoch, index)
             assert batch["inputs"].numel() + batch["labels"].numel() <= 400 and len(batch["inputs"]) <= 32
@@ -103,9 +103,9 @@ def test_an_epoch_shows_every_row_once_within_the_budget() -> None:
 def test_the_order_is_a_pure_function_of_seed_epoch_and_step() -> None:
     one, two = buckets(), buckets()
     two.batch(3, 1)  # a look at another epoch must not matter
-    assert one.rows(0) == two.rows(0) and one.rows(7) == two.rows(7)
-    assert one.rows(0) != one.rows(1)
-    assert one.rows(0) != buckets(seed=2).rows(0)
+    assert one.epoch(0).batches == two.epoch(0).batches and one.epoch(7).batches == two.epoch(7).batches
+    assert one.epoch(0).batches != one.epoch(1).batches
+    assert one.epoch(0).batches != buckets(seed=2).epoch(0).batches
 
 
 def test_bucketing_wastes_little() -> None:
@@ -123,7 +123,7 @@ def test_pictures_are_not_sorted_by_their_captions_lengths() -> None:
     codec = Codec.train(recipe("caption", data={"generated": "captions", "tokenizer": WORDS}, model=captioner), rows)
     lengths = [example.target_length for example in codec.encode(rows)]
     made = Buckets(codec.encode(rows), codec, 1000, 32, seed=1)
-    assert all(len({lengths[row] for row in batch}) > 1 for batch in made.rows(0) if len(batch) > 16)
+    assert all(len({lengths[row] for row in batch}) > 1 for batch in made.epoch(0).batches if len(batch) > 16)
     # Where grids have been made of them, no batch normalisation sees them any more.
     frozen = Buckets(codec.encode(rows), replace(codec, grids=NO_GRIDS), 1000, 32, seed=1)
     assert frozen.padding_share < made.padding_share / 4

@@ -96,6 +96,8 @@ def test_overrides_go_before_the_file_and_are_read_as_yaml() -> None:
         ("task=tag", ["task is 'tag'", "set model.architecture: tagger, or task: classify"]),
         ("run.seed=9223372036854775808", ["run.seed", "less than 9223372036854775808"]),
         ("data.tokenizer={kind: byte, vocab_size: 300}", ["data.tokenizer.vocab_size", "byte", "remove it"]),
+        ("data.tokenizer={kind: word, dropout: 0.1}", ["data.tokenizer.dropout", "'bpe'", "'word'", "remove it"]),
+        ("data.tokenizer={kind: bpe, dropout: 1.0}", ["data.tokenizer.dropout", "less than 1"]),
         ('data.label_names=[one, "7"]', ["class number 1", "'7'", "use words"]),
         ("data.max_target_length=9", ["data.max_target_length", "classify"]),
         ("data=&a [*a]", ["no plain data", "Circular"]),

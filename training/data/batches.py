@@ -5,6 +5,7 @@ of the batches, change from epoch to epoch; the number of batches never does, so
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from training.config import AugmentationSection
 from training.data.augment import augmented
 from training.data.encoded import Encoded
 from training.data.examples import Codec, Example
+from training.data.subwords import SubwordDropout
 
 Batch = dict[str, Any]
 Lengths = np.ndarray[tuple[int], np.dtype[np.int64]]
@@ -46,6 +48,15 @@ class Batches(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """batches: the examples of each, by number."""
+
+    number: int
+    examples: Sequence[Example]
+    batches: list[list[int]]
+
+
 class Buckets:
     """Batches of independent examples."""
 
@@ -60,31 +71,31 @@ class Buckets:
         seed: int,
         with_references: bool = False,
         augmentation: AugmentationSection | None = None,
+        tokenizer_dropout: float = 0.0,
     ) -> None:
         """with_references: whether a batch holds each example's, for what is learned from them all. augmentation: of
-        pictures, by draws that are a function of (seed, epoch, example)."""
+        pictures, by draws that are a function of (seed, epoch, example). tokenizer_dropout: of texts, by draws that
+        are a function of (seed, epoch); the budget counts positions without it."""
         if not examples:
             writes = codec.config.architecture == "generator"
             raise DataError(f"no row fits; raise data.max_input_length{' or data.max_target_length' if writes else ''}")
         self._examples, self._codec, self._seed = examples, codec, seed
         self._with_references, self._augmentation = with_references, augmentation
-        self._lengths = lengths_of(examples)
-        self._inputs, self._targets = (lengths.copy() for lengths in self._lengths)
-        if codec.config.input == "image" and codec.grids is None:
-            # Captions of one length show pictures of one kind, and batch normalisation must see all kinds together.
-            self._targets[:] = self._targets.max()
-        # Sorted lengths are the same in every epoch, and so are the places where batches begin and end.
-        order = np.lexsort((self._inputs, self._targets))
-        sizes = list(zip(self._inputs[order].tolist(), self._targets[order].tolist(), strict=True))
+        self._dropout = SubwordDropout(codec, tokenizer_dropout, seed) if tokenizer_dropout else None
+        # Without dropout sorted lengths are the same in every epoch, and so are the places where batches begin and end.
+        inputs, targets = self._sorted_by(examples)
+        order = np.lexsort((inputs, targets))
+        sizes = list(zip(inputs[order].tolist(), targets[order].tolist(), strict=True))
         self._bounds = _bounds(sizes, tokens_per_batch, rows_per_batch)
-        self._epoch: tuple[int, list[list[int]]] | None = None
+        self._epoch: Epoch | None = None
 
     def __len__(self) -> int:
         return len(self._bounds)
 
     def batch(self, epoch: int, index: int) -> Batch:
-        rows = self.rows(epoch)[index]
-        examples = [self._examples[row] for row in rows]
+        now = self.epoch(epoch)
+        rows = now.batches[index]
+        examples = [now.examples[row] for row in rows]
         batch = collate(examples, self._codec)
         if self._augmentation:
             draws = (np.random.default_rng([self._seed, epoch, row]) for row in rows)
@@ -100,19 +111,31 @@ class Buckets:
     @property
     def padding_share(self) -> float:
         """The share of positions in all batches of the first epoch that are padding."""
-        real = sum(int(lengths.sum()) for lengths in self._lengths)
-        padded = sum(len(rows) * int(lengths[rows].max()) for rows in self.rows(0) for lengths in self._lengths)
+        first = self.epoch(0)
+        sizes = lengths_of(first.examples)
+        real = sum(int(lengths.sum()) for lengths in sizes)
+        padded = sum(len(rows) * int(lengths[rows].max()) for rows in first.batches for lengths in sizes)
         return 1 - real / padded
 
-    def rows(self, epoch: int) -> list[list[int]]:
-        """The examples of each batch of an epoch, by number."""
-        if self._epoch is None or self._epoch[0] != epoch:
-            random = np.random.default_rng([self._seed, epoch])
-            shuffled = random.permutation(len(self._examples))
-            order = shuffled[np.lexsort((self._inputs[shuffled], self._targets[shuffled]))]
+    def epoch(self, number: int) -> Epoch:
+        """The last one that was asked for is kept."""
+        if self._epoch is None or self._epoch.number != number:
+            random = np.random.default_rng([self._seed, number])
+            examples = self._dropout(self._examples, number) if self._dropout else self._examples
+            inputs, targets = self._sorted_by(examples)
+            shuffled = random.permutation(len(examples))
+            order = shuffled[np.lexsort((inputs[shuffled], targets[shuffled]))]
             batches = [order[first:last].tolist() for first, last in self._bounds]
-            self._epoch = epoch, [batches[place] for place in random.permutation(len(batches))]
-        return self._epoch[1]
+            self._epoch = Epoch(number, examples, [batches[place] for place in random.permutation(len(batches))])
+        return self._epoch
+
+    def _sorted_by(self, examples: Sequence[Example]) -> tuple[Lengths, Lengths]:
+        """The lengths, (E,) each, that examples of one batch are to share."""
+        inputs, targets = lengths_of(examples)
+        if self._codec.config.input == "image" and self._codec.grids is None:
+            # Captions of one length show pictures of one kind, and batch normalisation must see all kinds together.
+            targets = np.full_like(targets, targets.max())
+        return inputs, targets
 
 
 def collate(examples: Sequence[Example], codec: Codec) -> Batch:
