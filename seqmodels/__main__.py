@@ -26,7 +26,7 @@ from seqmodels.pipeline import Job, Pipeline
 PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF")  # how files of them begin, and no line of text is likely to
 CHUNK = 256  # lines read, answered and written together
 MAX_THREADS = 1024
-SEARCHES_WITH = ("decoder_weights", "shortlist")  # options of generate alone
+SEARCHES_WITH = ("decoder_weights", "shortlist", "max_rows")  # options of generate alone
 # A line names files, not bytes.
 TAKES_FILES = {"image": '{"image": "FILE"}', "frames": '{"frames": ["FILE", ...]}, or {"frames": "FILE OR DIRECTORY"}'}
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         directories, file = _directories_and_file(options.paths)
         given = {name: getattr(options, name) for name in SEARCHES_WITH if hasattr(options, name)}
         average = _average(options.average, directories)
-        pipeline = Pipeline.from_pretrained(directories, options.device, options.max_rows, average=average, **given)
+        pipeline = Pipeline.from_pretrained(directories, options.device, average=average, **given)
         _check_command(options.command, pipeline)
         with _opened(file) as lines:
             failed = _answer_all(pipeline, options, lines)
@@ -105,9 +105,6 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
         command.add_argument("--threads", type=_threads, help="CPU threads (default: torch's own choice)")
-        command.add_argument(
-            "--max-rows", type=_positive, default=256, help="decoder rows at once (default: %(default)s)"
-        )
         command.add_argument("--truncate", action="store_true", help="shorten inputs that are too long")
     for command, comes_with in ((predict, "with each answer"), (generate, "with each sequence")):
         command.add_argument(
@@ -118,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--threshold", type=float, metavar="P", help="a label less likely than this, from 0 to 1, is null"
     )
+    generate.add_argument("--max-rows", type=_positive, default=256, help="decoder rows at once (default: %(default)s)")
     generate.add_argument(
         "--decoder-weights",
         choices=get_args(Weights),

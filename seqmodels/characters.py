@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from seqmodels.config import CharacterConfig
 from seqmodels.recurrent import Recurrent
@@ -50,7 +51,8 @@ class CharacterEncoder(nn.Module):
         if not self.training:  # where a word's numbers must not depend on how many others there are
             return self._read(spellings)
         different, places = torch.unique(spellings.flatten(0, 1), dim=0, return_inverse=True)
-        return self._read(different[:, None])[places, 0].view(*spellings.shape[:2], -1)
+        # A lookup, since the gradient of `read[places]` is summed in any order where there are several threads.
+        return F.embedding(places, self._read(different[:, None])[:, 0]).view(*spellings.shape[:2], -1)
 
     def _read(self, spellings: Tensor) -> Tensor:
         lengths = (spellings != NO_BYTE).sum(2).clamp(min=1)  # padding in a row's end is spelt with one NO_BYTE

@@ -246,7 +246,8 @@ class SequenceGenerator(nn.Module):
 
     def _penalty(self, passed: Pass, features: Tensor, real: Tensor, memory: Memory | None) -> Tensor | float:
         """Activation regularisation, and temporal (Merity et al. 2017), as means over real positions; and the doubly
-        stochastic one of attention (Xu et al. 2015), as a mean over the memory's real positions.
+        stochastic one of attention (Xu et al. 2015), as each row's mean over its memory's real positions, which counts
+        by the row's targets, as all of a loss does that is to add up over batches.
 
         features: (M, E), of real positions alone; real: (B, T).
 
@@ -262,9 +263,9 @@ class SequenceGenerator(nn.Module):
             penalty = penalty + beta * _mean_square(passed.outputs[:, 1:] - passed.outputs[:, :-1], real[:, 1:])
         if self.config.decoder.attention_penalty > 0 and passed.weights is not None and memory is not None:
             looks = (passed.weights.float() * real[:, :, None]).sum(1)  # (B, S), 1 where each place is seen once in all
-            penalty = penalty + self.config.decoder.attention_penalty * _mean_square(
-                (1 - looks)[:, :, None], memory.mask
-            )
+            each = ((1 - looks).square() * memory.mask).sum(1) / memory.mask.sum(1)
+            targets = real.sum(1)
+            penalty = penalty + self.config.decoder.attention_penalty * (each * targets).sum() / targets.sum()
         return penalty
 
     def encode(self, inputs: Tensor, lengths: Tensor | None = None) -> Memory:

@@ -148,7 +148,7 @@ class Pipeline:
         shortlist: whether to use the directory's; of several, that of the first that has one. Raises
         ModelDirectoryError, and ConfigError, also where models of a list do not fit together."""
         members = load_members(directory, device)
-        chosen = _load_shortlist(as_paths(directory), members[0]) if shortlist else None
+        chosen = load_shortlist(as_paths(directory), members[0]) if shortlist else None
         return cls(members, max_rows, decoder_weights, chosen, prefix_cache_states, average)
 
     @property
@@ -324,13 +324,13 @@ class Pipeline:
         return secrets.randbits(63) if search.seed is None else search.seed
 
     def _bad_words(self, search: SearchParams) -> tuple[tuple[int, ...], ...]:
-        """Each as it is spelt at the start of a word, and inside one."""
+        """Each as it is spelt at the start of a word, and inside one; what there are no tokens for is never written."""
         spellings = [
             tuple(encode(word))
             for word in search.bad_words
             for encode in (self._tokenizer.encode, self._tokenizer.encode_inside)
         ]
-        return tuple(dict.fromkeys(ids for ids in spellings if ids))
+        return tuple(dict.fromkeys(ids for ids in spellings if ids and UNK not in ids))
 
     def _force_words(self, search: SearchParams) -> tuple[tuple[int, ...], ...]:
         """Each as it is spelt at the start of a word. Raises InputError for one that can never be written."""
@@ -530,8 +530,8 @@ def _stepper(models: Sequence[Model], decoder_weights: Weights, average: Average
     return Ensemble(steppers, average)
 
 
-def _load_shortlist(directories: Sequence[Path], pretrained: Pretrained) -> Shortlist:
-    """Of the first that has one: members have the same tokenizers, so each member's fits them all."""
+def load_shortlist(directories: Sequence[Path], pretrained: Pretrained) -> Shortlist:
+    """That of the first directory that has one: members have the same tokenizers, so each member's fits them all."""
     return Shortlist.load(next(filter(has_shortlist, directories), directories[0]), pretrained)
 
 

@@ -135,11 +135,14 @@ def _load(directory: Path, device: torch.device) -> Pretrained:
 
 
 def checked_device(name: str | torch.device) -> torch.device:
-    """The device of that name, if torch can use it here."""
+    """The device of that name, cpu or cuda, if torch can use it here."""
     try:
-        return torch.zeros(0, device=name).device
+        device = torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError):
         raise ConfigError(f"device is {str(name)!r}, which torch cannot use here; use cpu") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {str(name)!r}, on which no model here runs; use cpu or cuda")
+    return device
 
 
 def tokenizer_names(config: ModelConfig) -> tuple[str | None, str | None]:

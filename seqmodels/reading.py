@@ -86,7 +86,7 @@ class Reader:
         return self._bounded(tuple(encode(text)), field, truncate)
 
     def prefix(self, text: str, prompt: tuple[int, ...]) -> tuple[int, ...]:
-        """The tokens of a forced beginning, which the answer returns as it was given: so none may be <unk>."""
+        """The tokens of a forced beginning, which the answer returns as they spell it: so none may be <unk>."""
         ids = self.written(text, prompt, "prefix")
         if UNK in ids:
             words = ", ".join(repr(word[:40]) for word in self._target_tokenizer.unknown(text)[:5])

@@ -29,12 +29,16 @@ def bag_of_words(train: Sequence[Row], test: Sequence[Row]) -> float:
     words = {word: number for number, word in enumerate(sorted({w for row in train for w in str(row.input).split()}))}
 
     def features(rows: Sequence[Row]) -> Tensor:
-        table = torch.zeros(len(rows), len(words))
-        for number, row in enumerate(rows):
-            for word in str(row.input).split():
-                if word in words:
-                    table[number, words[word]] = 1
-        return table
+        """Sparse: as many words as there are, a text holds few of them."""
+        found = [sorted({words[word] for word in str(row.input).split() if word in words}) for row in rows]
+        places = [(number, word) for number, held in enumerate(found) for word in held]
+        return torch.sparse_coo_tensor(
+            torch.tensor(places).view(-1, 2).T,
+            torch.ones(len(places)),
+            (len(rows), len(words)),
+            is_coalesced=True,
+            check_invariants=True,
+        )
 
     labels = [str(row.target) for row in train]
     predicted = _Labeller(features(train), labels, hidden_size=0).predict(features(test))
@@ -89,16 +93,17 @@ class _Labeller:
             width = features.shape[1]
             hidden = [nn.Linear(width, hidden_size), nn.ReLU()] if hidden_size else []
             self._net = nn.Sequential(*hidden, nn.Linear(hidden_size or width, len(self._names)))
+        known, held_out = features.narrow_copy(0, 0, learned), features.narrow_copy(0, learned, len(labels) - learned)
         optimizer = torch.optim.AdamW(
             self._net.parameters(), LEARNING_RATE / (10 if hidden_size else 1), weight_decay=0.01
         )
         least, best = math.inf, self._net.state_dict()
         for _ in range(STEPS):
             optimizer.zero_grad()
-            F.cross_entropy(self._net(features[:learned]), targets[:learned]).backward()  # type: ignore[no-untyped-call]
+            F.cross_entropy(self._net(known), targets[:learned]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             with torch.no_grad():
-                loss = F.cross_entropy(self._net(features[learned:]), targets[learned:]).item()
+                loss = F.cross_entropy(self._net(held_out), targets[learned:]).item()
             if loss < least:
                 least, best = loss, copy.deepcopy(self._net.state_dict())
         self._net.load_state_dict(best)

@@ -157,6 +157,10 @@ class DataSection(Strict):
                     f"data.label_names gives class number {number} the name {name!r}, which reads as another class "
                     "number; use words"
                 )
+        if self.generated is not None and (self.label_names or self.splits != SplitsSection()):
+            raise ValueError(
+                "data.generated names its labels and splits itself; remove data.label_names and data.splits"
+            )
         return self
 
     @property
@@ -333,7 +337,10 @@ class Recipe(Strict):
 
     @property
     def problem_type(self) -> ProblemType:
-        """What a classifier is asked for. Whether the model's section is right, `model_config_with` tells."""
+        """What a classifier is asked for; of other tasks the first, whatever model they begin from. Whether the model's
+        section is right, `model_config_with` tells."""
+        if self.task != "classify":
+            return "single_label_classification"
         given = self.model.get("problem_type")
         if given is None and self.init_from is not None:
             return _saved_config(self.init_from).problem_type

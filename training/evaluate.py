@@ -52,9 +52,6 @@ def evaluate(
     codec = Codec.of(saved, recipe.data)
     with_train = with_baseline or adaptation.dynamic_rate > 0
     rows, *_ = [rows_to_score(member, recipe, split, with_train) for member in directories]  # each checks its own
-    if split != "train":
-        for member in directories:
-            refuse_seen(rows[split], split, member, print)
     if len(members) == 1:
         codec = _with_grids(codec, members[0].model, rows[split], recipe.run.device)
     result = score(
@@ -107,7 +104,15 @@ def _with_grids(codec: Codec, model: Model, rows: Sequence[Row], device: str) ->
 
 def rows_to_score(directory: Path, recipe: Recipe, split: str, with_train: bool = False) -> dict[str, list[Row]]:
     """The split, and train where something else is learned from it. Raises DataError where the split is cut from other
-    data than the directory's model was trained on, which may have seen its rows."""
+    data than the directory's model was trained on, which may have seen its rows, and where it shows pictures that it
+    has seen."""
+    rows = _rows(directory, recipe, split, with_train)
+    if split != "train":
+        refuse_seen(rows[split], split, directory, print)
+    return rows
+
+
+def _rows(directory: Path, recipe: Recipe, split: str, with_train: bool) -> dict[str, list[Row]]:
     splits, run = Splits(recipe), readable_run(directory)
     wanted = {split, "train"} if with_train else {split}
     if run is None:

@@ -22,7 +22,7 @@ from seqmodels.pretrained import load_pretrained
 from seqmodels.vision import Backbone, build_backbone
 from training import checkpoint
 from training.config import Recipe, some
-from training.transfer import weights_from
+from training.transfer import OWN, weights_from
 
 BEGIN = "begin.safetensors"
 BACKBONE = "encoder.backbone."  # what the names of its parameters begin with
@@ -52,11 +52,18 @@ def begin_from(directory: Path, model: Model, say: Callable[[str], None]) -> Non
     """Overwrite the weights with those of a saved model that have a place here; `say` is told which parts are new."""
     saved = load_pretrained(directory)
     weights = weights_from(saved.config, saved.model.state_dict(), model.state_dict())
-    if saved.config.labels != model.config.labels:
+    if _asked(saved.config) != _asked(model.config):
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(OWN)}
+    elif saved.config.labels != model.config.labels:
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(("head.", "crf."))}
     model.load_state_dict(weights, strict=False)
     new = {name.split(".")[0] for name in model.state_dict().keys() - weights.keys()}
     say(f"begun from {directory}{f', but for the new {some(sorted(new))}' if new else ', all of it'}")
+
+
+def _asked(config: ModelConfig) -> tuple[str, str]:
+    """What its head answers."""
+    return config.architecture, config.problem_type
 
 
 def keep_begin(weights: Mapping[str, Tensor], directory: Path) -> None:

@@ -26,7 +26,7 @@ from seqmodels.config import (
 )
 from seqmodels.errors import ConfigError
 from seqmodels.yaml_files import parse_yaml, read_yaml
-from training.config import Facts, Recipe
+from training.config import Facts, Recipe, TokenizerSection
 
 # What no recipe says of a model: the data decides it, or the format.
 DECIDED = {"vocab_size", "feature_size", "labels", "max_source_length", "target_mean", "target_std", "temperature"}
@@ -48,6 +48,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def differences(was: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted key, was, now) wherever two recipes, as plain data, are not alike."""
+    if key == "optim.learning_rate_factors" and was and now:  # the first pattern that matches counts
+        was, now = [{name: factor} for name, factor in was.items()], [{name: factor} for name, factor in now.items()]
     if isinstance(was, dict) and isinstance(now, dict):
         for name in sorted(was.keys() | now.keys()):
             yield from differences(was.get(name), now.get(name), f"{key}.{name}" if key else name)
@@ -83,7 +85,10 @@ def _check_model(recipe: Recipe) -> None:
         config = recipe.model_config_with(Facts.unknown())
     except ConfigError as error:
         raise ConfigError(_with_neighbour(f"model.{str(error).removeprefix('model.')}", recipe.model)) from None
+    if config.task != recipe.task:
+        _refuse_task(recipe, config)
     _check_single_layers(recipe, config)
+    _check_parts(recipe, config)
     _check_vectors(recipe, config)
     _check_tokenizer(recipe, config)
     _check_backbone(recipe, config)
@@ -99,8 +104,6 @@ def _check_model(recipe: Recipe) -> None:
             f"run.workers is {recipe.run.workers}, but model.encoder.backbone normalises by the statistics of a whole "
             "batch, of which each worker would see its own rows alone; set run.workers=1 and raise run.threads"
         )
-    if config.task != recipe.task:
-        _refuse_task(recipe, config)
 
 
 def _check_single_layers(recipe: Recipe, config: ModelConfig) -> None:
@@ -124,6 +127,23 @@ def _check_single_layers(recipe: Recipe, config: ModelConfig) -> None:
         raise ConfigError(
             "model.decoder.recurrent.residual is true, but with attention_from: first it acts from the second layer "
             "above the first on, and num_layers is 2; remove residual, or raise num_layers"
+        )
+
+
+def _check_parts(recipe: Recipe, config: ModelConfig) -> None:
+    """What the recipe itself sets and no part of the model reads, not in ModelConfig: see `_check_single_layers`."""
+    model, encoder = recipe.model, recipe.model.get("encoder") or {}
+    if model.get("dropout") and config.architecture == "generator":
+        raise ConfigError(
+            "model.dropout is of a classifier's or tagger's last layer, but the model is a generator; set "
+            "model.decoder.dropout, or remove it"
+        )
+    if "pooling" in model and config.architecture != "classifier":
+        raise ConfigError(f"model.pooling is for classifiers, but the model is a {config.architecture}; remove it")
+    if encoder.get("summary_dropout") and config.architecture == "classifier" and config.pooling != "last":
+        raise ConfigError(
+            f"model.encoder.summary_dropout is of a picture's one vector, but model.pooling is {config.pooling!r}, "
+            "which reads its grid; set model.encoder.dropout, or remove it"
         )
 
 
@@ -157,14 +177,14 @@ def _check_vectors(recipe: Recipe, config: ModelConfig) -> None:
 
 
 def _check_tokenizer(recipe: Recipe, config: ModelConfig) -> None:
+    if recipe.data.tokenizer != TokenizerSection() and config.input != "text" and not recipe.makes_text:
+        raise ConfigError(f"data.tokenizer is set, but the model reads {config.input} and writes no text; remove it")
     if not recipe.data.tokenizer.dropout:
         return
     field = f"data.tokenizer.dropout is {recipe.data.tokenizer.dropout}"
     if recipe.task in ("generate", "tag"):
         what = "one running text" if recipe.task == "generate" else "texts with a label for each word"
         raise ConfigError(f"{field}, but task {recipe.task} reads {what}, which is split once for all; remove it")
-    if config.input != "text" and not recipe.makes_text:
-        raise ConfigError(f"{field}, but the model reads {config.input} and writes no text; remove it")
 
 
 def _check_backbone(recipe: Recipe, config: ModelConfig) -> None:

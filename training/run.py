@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from seqmodels.errors import CheckpointError, ConfigError, DataError
-from seqmodels.pretrained import RECIPE, load_pretrained
+from seqmodels.decoding.params import SearchParams
+from seqmodels.errors import CheckpointError, ConfigError, DataError, InputError
+from seqmodels.pipeline import Pipeline
+from seqmodels.pretrained import RECIPE, Pretrained, load_pretrained
 from seqmodels.rendering import is_bio
 from training import checkpoint
 from training.backbones import read_backbone
@@ -42,7 +44,7 @@ from training.directory import (
     saved_run,
     write_run,
 )
-from training.initial import check_frozen, check_memory, frozen_backbone, frozen_weights, keep_begin
+from training.initial import check_frozen, check_memory, frozen_backbone, frozen_weights, keep_begin, new_model
 from training.interrupts import termination_interrupts
 from training.loop import Trainer
 from training.report import provenance, write_report
@@ -161,6 +163,7 @@ def _prepare(
         codec = Codec.train(recipe, rows["train"])
         check_memory(codec.config)  # first, so that the same directory serves a smaller model
         check_frozen(recipe, codec.config)
+        _check_search(recipe, codec, rows["validation"][0])
         (directory / RUN).unlink(missing_ok=True)  # it names what stands here, so it goes before that changes
         keep_begin(_read_begin(recipe, codec, reporter), directory)
         keep_seen(rows["train"], directory, recipe.init_from)
@@ -183,6 +186,20 @@ def _prepare(
         )
     source, target = read_tokenizers(directory, saved)
     return Codec(saved.model, source, target, preprocessor_for(saved.model), recipe.data.max_target_length)
+
+
+def _check_search(recipe: Recipe, codec: Codec, row: Row) -> None:
+    """Raises ConfigError for what this model cannot be asked for, such as a word that it has no token for: before it is
+    trained, since afterwards the recipe of the run may not change."""
+    if recipe.generation == SearchParams():
+        return
+    model, tokenizers = new_model(codec.config).eval(), (codec.source_tokenizer, codec.target_tokenizer)
+    untrained = Pretrained(model, codec.config, "", *tokenizers, codec.preprocessor, recipe.generation)
+    try:
+        Pipeline(untrained).prepare(row.item, truncate=True)
+    except InputError as error:
+        if error.param in SearchParams.model_fields:
+            raise ConfigError(f"generation: {error}") from None
 
 
 def _read_begin(recipe: Recipe, codec: Codec, reporter: Reporter) -> dict[str, Tensor]:

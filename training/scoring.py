@@ -4,18 +4,21 @@ Generated text is generated freely, with the directory's own search defaults. A 
 likelihood, forward only, the state carried from chunk to chunk.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count, repeat
 from typing import Any
 
 import torch
 
 from seqmodels.config import Average, ModelConfig
-from seqmodels.ensemble import Averaged, Directories, load_members
+from seqmodels.decoding.params import SearchParams
+from seqmodels.ensemble import Averaged, Directories, as_paths, load_members
 from seqmodels.errors import ConfigError, DataError
 from seqmodels.models import Model, SequenceGenerator
-from seqmodels.pipeline import Pipeline
-from seqmodels.rendering import is_bio
+from seqmodels.pipeline import Pipeline, load_shortlist
+from seqmodels.pretrained import Pretrained
+from seqmodels.rendering import bio_spans, is_bio
 from seqmodels.state import State
 from seqmodels.tokenizer import BOS
 from training import captions, metrics
@@ -64,19 +67,26 @@ def score(
     loading = applicable(codec.config, loading or {})
     if not rows:
         raise DataError("there are no rows to evaluate on")
+    members = load_members(directory, device)
     if codec.config.task == "generate":
-        model = _language_model(directory, codec, device, average, adaptation, train)
+        model = _language_model(members, codec, average, adaptation, train)
         scores = _score_language_model(model, rows, codec, device)
-        return Scored(scores, len(rows), samples=_free_samples(directory, device, average))
+        return Scored(scores, len(rows), samples=_free_samples(members, average))
     if adaptation.ways:
         raise ConfigError(
             f"--dynamic-rate and --cache-weight are for language models; task {codec.config.task} has none"
         )
-    pipeline = Pipeline.from_pretrained(directory, device, average=average, **loading)
+    shortlist = load_shortlist(as_paths(directory), members[0]) if loading.get("shortlist") else None
+    pipeline = Pipeline(
+        members, decoder_weights=loading.get("decoder_weights", "float32"), shortlist=shortlist, average=average
+    )
     # A classifier reads the beginning of what is too long, in training as here; let the others do what they can.
-    jobs = [pipeline.prepare(_item(row, codec), params, truncate=True) for row in rows]
+    searches = _searches(codec.config, members[0].generation, params or {})
+    jobs = [
+        pipeline.prepare(_item(row, codec), search, truncate=True) for row, search in zip(rows, searches, strict=False)
+    ]
     answers = pipeline.run(jobs)
-    nll = _mean_nll(_model(directory, device, average), rows, codec, device)
+    nll = _mean_nll(_model(members, average), rows, codec, device)
     if codec.config.task == "classify":
         return SCORES[codec.config.problem_type](rows, answers, nll)
     if codec.config.task == "tag":
@@ -85,6 +95,13 @@ def score(
     texts = [answer["sequences"][0]["text"] if answer["sequences"] else "" for answer in answers]
     scored = _score_texts(rows, texts, nll)
     return _with_caption_scores(scored, rows, texts) if codec.config.task == "caption" else scored
+
+
+def _searches(config: ModelConfig, defaults: SearchParams, params: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The parameters of each row: one that samples draws the same whenever it is scored, by its number."""
+    if config.architecture != "generator" or params.get("seed", defaults.seed) is not None:
+        return repeat(params)
+    return ({**params, "seed": number} for number in count(1))
 
 
 def _item(row: Row, codec: Codec) -> Any:
@@ -159,11 +176,13 @@ SCORES = {
 def _score_tags(
     rows: Sequence[Row], answers: Sequence[dict[str, Any]], read: Sequence[int], nll: float, bio: bool
 ) -> Scored:
-    """read: how many words or steps of each row the model was given; the tags of others are empty, so never right."""
+    """read: how many words or steps of each row the model was given; the tags of others are empty, so never right. BIO
+    tags are compared as their spans are written, which is what is served: with B- at the beginning, whatever stands
+    there in the data (IOB1) or is likeliest to the model."""
     tags_of = _tags_of_spans if bio else _tags_of_steps
     tagged = [tags_of(row, answer["tags"]) for row, answer in zip(rows, answers, strict=True)]
     predicted = [tags[:count] + [""] * (len(tags) - count) for tags, count in zip(tagged, read, strict=True)]
-    expected = [list(row.references) for row in rows]
+    expected = [_in_spans(row.references) if bio else list(row.references) for row in rows]
     flat_predicted, flat_expected = ([tag for tags in rows_ for tag in tags] for rows_ in (predicted, expected))
     scores = {"accuracy": metrics.accuracy(flat_predicted, flat_expected), "nll": nll}
     kinds = []
@@ -174,18 +193,18 @@ def _score_tags(
             {"kind": kind, **{name: f"{value:.4g}" for name, value in measures.items()}}
             for kind, measures in metrics.scores_by_kind(found, expected).items()
         ]
-    samples = [_tagged(row, tags) for row, tags in zip(rows[:NUM_SAMPLES], predicted, strict=False)]
+    samples = [_tagged(*one) for one in zip(rows[:NUM_SAMPLES], predicted, expected, strict=False)]
     confusion = metrics.confusion(flat_predicted, flat_expected)
     return Scored(scores, len(rows), samples=samples, confusion=confusion, kinds=kinds)
 
 
-def _tagged(row: Row, tags: Sequence[str]) -> dict[str, str]:
+def _tagged(row: Row, tags: Sequence[str], expected: Sequence[str]) -> dict[str, str]:
     """Each word, or the number of each step, with its tag, and those that are wrong."""
     assert isinstance(row.input, tuple)
     steps = [step if isinstance(step, str) else str(number) for number, step in enumerate(row.input, start=1)]
     wrong = [
         f"{step}: {given or 'none'}, expected {right}"
-        for step, given, right in zip(steps, tags, row.references, strict=True)
+        for step, given, right in zip(steps, tags, expected, strict=True)
         if given != right
     ]
     answer = "  ".join(f"{step}/{tag}" for step, tag in zip(steps, tags, strict=True))
@@ -211,6 +230,14 @@ def _tags_of_spans(row: Row, spans: Sequence[dict[str, Any]]) -> list[str]:
         for number in inside:
             tags[number] = f"{'B' if number == inside[0] else 'I'}-{span['label']}"
     return tags
+
+
+def _in_spans(tags: Sequence[str]) -> list[str]:
+    """BIO tags as their spans are written: with B- at the beginning of each."""
+    found = ["O"] * len(tags)
+    for name, first, end in bio_spans(tags):
+        found[first:end] = [f"B-{name}", *[f"I-{name}"] * (end - first - 1)]
+    return found
 
 
 def _score_texts(rows: Sequence[Row], texts: Sequence[str], nll: float) -> Scored:
@@ -257,9 +284,9 @@ def _from_best_to_worst(rows: Sequence[Row], texts: Sequence[str], each: Sequenc
     ]
 
 
-def _model(directory: Directories, device: str, average: Average) -> Model | Averaged:
-    members = [member.model for member in load_members(directory, device)]
-    return members[0] if len(members) == 1 else Averaged(members, average)
+def _model(members: Sequence[Pretrained], average: Average) -> Model | Averaged:
+    models = [member.model for member in members]
+    return models[0] if len(models) == 1 else Averaged(models, average)
 
 
 @torch.no_grad()
@@ -286,14 +313,13 @@ def _mean_nll(model: Model | Averaged, rows: Sequence[Row], codec: Codec, device
 
 
 def _language_model(
-    directory: Directories,
+    members: Sequence[Pretrained],
     codec: Codec,
-    device: str,
     average: Average,
     adaptation: Adaptation,
     train: Sequence[Row],
 ) -> Model | Averaged | Adaptive:
-    model = _model(directory, device, average)
+    model = _model(members, average)
     if not adaptation.ways:
         return model
     if not isinstance(model, SequenceGenerator):
@@ -329,9 +355,9 @@ def _score_language_model(
     }
 
 
-def _free_samples(directory: Directories, device: str, average: Average) -> list[dict[str, str]]:
+def _free_samples(members: Sequence[Pretrained], average: Average) -> list[dict[str, str]]:
     """What the model writes of its own accord."""
-    pipeline = Pipeline.from_pretrained(directory, device, average=average)
+    pipeline = Pipeline(members, average=average)
     answers = pipeline.run([pipeline.prepare(None, {"seed": seed}) for seed in range(1, NUM_FREE_SAMPLES + 1)])
     return [
         {"seed": str(seed), "text": sequence["text"]}

@@ -69,6 +69,29 @@ def test_training_reads_a_word_once_and_takes_it_for_all_its_places() -> None:
     assert torch.allclose(in_training, after, atol=1e-6)
 
 
+def test_gradients_are_the_same_bits_however_many_threads_add_them_up() -> None:
+    """As many numbers as one gradient of torch's own indexing would be added up by several threads in any order."""
+    torch.manual_seed(0)
+    encoder = CharacterEncoder(CharacterConfig(embedding_size=8, hidden_size=64, max_length=4))
+    words = ["the", "cat", "sat", "on"] * 200
+    spellings = with_spellings(range(800), range(800), words, 4)[:, 1:][None]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        found = []
+        for _ in range(20):
+            encoder.zero_grad()
+            (encoder(spellings) * torch.linspace(0.1, 1.7, 800)[None, :, None]).sum().backward()
+            found.append(
+                torch.cat(
+                    [parameter.grad.flatten() for parameter in encoder.parameters() if parameter.grad is not None]
+                )
+            )
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
 def test_unknown_words_are_told_apart_by_their_form(tmp_path: Path) -> None:
     spelt = Pipeline.from_pretrained(tagger_directory(tmp_path / "spelt"))
     plain = Pipeline.from_pretrained(tagger_directory(tmp_path / "plain", characters=None))

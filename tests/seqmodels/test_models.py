@@ -196,7 +196,8 @@ def _stepped(recurrent: Recurrent, x: torch.Tensor, columns: torch.Tensor) -> tu
 
 
 def test_the_penalty_of_attention_by_hand() -> None:
-    """Xu et al. 2015: the mean square of what each place lacks of being looked at once, in all real steps."""
+    """Xu et al. 2015: what each place lacks of being looked at once, in all real steps: the mean of its square for each
+    row, which counts by the row's targets."""
     encoder = {"input": "text", "vocab_size": 9, "recurrent": {"hidden_size": 8}}
     decoder = {"vocab_size": 9, "recurrent": {"hidden_size": 8}, "attention": "general", "attention_penalty": 2.0}
     model = make_model(architecture="generator", encoder=encoder, decoder=decoder)
@@ -207,12 +208,17 @@ def test_the_penalty_of_attention_by_hand() -> None:
     weights = model.decoder.read(labels[:, :-1], model.start(memory, 2), memory).weights
     assert weights is not None
     looks = [weights[0, :4, :5].sum(0), weights[1, :2, :3].sum(0)]  # of 4 and 2 targets
-    expected = 2 * float(((1 - torch.cat(looks)) ** 2).mean().detach())
+    first, second = (float(((1 - each) ** 2).mean().detach()) for each in looks)
+    expected = 2 * (4 * first + 2 * second) / 6
     out = model(labels, label_lengths, inputs, lengths)
     assert float((out.loss - out.nll).detach()) == pytest.approx(expected, rel=1e-4)
     out.loss.backward()
     assert model.decoder.attention is not None
     assert bool((model.decoder.attention.project_keys.weight.grad != 0).any())
+    one, two = (
+        model(labels[i : i + 1], label_lengths[i : i + 1], inputs[i : i + 1], lengths[i : i + 1]) for i in (0, 1)
+    )
+    assert float((4 * one.loss + 2 * two.loss).detach() / 6) == pytest.approx(float(out.loss.detach()), rel=1e-5)
 
 
 @pytest.mark.parametrize(

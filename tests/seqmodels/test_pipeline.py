@@ -14,7 +14,7 @@ from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.request import Finished
 from seqmodels.errors import InputError, TooLongError, UnsupportedError
 from seqmodels.pipeline import Pipeline
-from seqmodels.pretrained import save_pretrained
+from seqmodels.pretrained import Pretrained, save_pretrained
 from seqmodels.rendering import bio_spans, is_bio
 from seqmodels.tokenizer import Tokenizer
 from tests.seqmodels.builders import make_model
@@ -184,6 +184,17 @@ def test_bad_words_never_appear(pipelines: dict[str, Pipeline]) -> None:
         tokens = pipeline(["the"], **params, bad_words=["e", "a"])[0]["sequences"][0]["tokens"]
         assert not {"e", "a", "Ġe", "Ġa"} & set(tokens)
     assert {"e", "a"} <= seen
+
+
+def test_a_ban_on_what_a_model_has_no_token_for_changes_nothing() -> None:
+    tokenizer = Tokenizer.train(["the cat sat"], "word", 50)
+    decoder = {"vocab_size": tokenizer.vocab_size, "embedding_size": 8, "recurrent": {"hidden_size": 8}}
+    model = make_model(scale=3.0, architecture="generator", decoder=decoder)
+    pipeline = Pipeline(Pretrained(model, model.config, "", target_tokenizer=tokenizer))
+    sampled = {"do_sample": True, "max_new_tokens": 20, "logprobs": True}
+    for seed in range(20):
+        answers = [pipeline([None], **sampled, seed=seed, **ban) for ban in ({}, {"bad_words": ["zebra"]})]
+        assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("name", ["language model", "translator", "captioner"])

@@ -6,13 +6,25 @@ from typing import Any
 import pytest
 
 from seqmodels.errors import ConfigError
-from tests.training.recipes import CLASSIFIER, DECODER, LANGUAGE_MODEL, TEXT_ENCODER, TRANSLATOR, fields
+from tests.training.recipes import (
+    CLASSIFIER,
+    DECODER,
+    LANGUAGE_MODEL,
+    TAGGER,
+    TEXT_ENCODER,
+    TRANSLATOR,
+    WORDS,
+    fields,
+)  # fmt: skip
 from training.config import Facts
 from training.parsing import load_recipe, parse_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 ALL_RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 DEMO = ROOT / "recipes" / "demo" / "sentiment.yaml"
+PAIRS = {"generated": "numbers-en-fr"}
+SERIES = {"architecture": "classifier", "encoder": {"input": "features", "recurrent": {"hidden_size": 8}}}
+PICTURES = {"architecture": "classifier", "pooling": "mean", "encoder": {"input": "image", "summary_dropout": 0.5}}
 NAMED = {"sst2", "imdb", "multi30k-en-de", "multi30k-en-fr", "tatoeba-de-en", "ptb", "tinyshakespeare"}
 NAMED |= {"ud-english-ewt", "conll2000", "sentiment", "numbers-en-fr", "captions", "number-tags"}
 NAMED |= {"frames", "clips", "clip-captions", "series", "language-model", "adding", "copy", "digits"}
@@ -132,6 +144,16 @@ def test_a_bad_key_or_value_is_named_with_its_fix(override: str, words: list[str
             r"data\.columns\.target names 'y' twice; name each column once",
         ),
         ({"task": "caption", "model": TRANSLATOR}, "the model reads text; set task: translate"),
+        ({"task": "translate", "model": {**TRANSLATOR, "dropout": 0.5}, "data": PAIRS}, r"model\.dropout is of a"),
+        (
+            {"task": "translate", "model": {**TRANSLATOR, "pooling": "max"}, "data": PAIRS},
+            r"model\.pooling is for clas",
+        ),
+        ({"task": "tag", "model": {**TAGGER, "pooling": "max"}}, r"model\.pooling is for classifiers"),
+        ({"model": PICTURES, "data": {"generated": "captions"}}, r"model\.encoder\.summary_dropout is of a pict"),
+        ({"model": SERIES, "data": {"generated": "series", "tokenizer": WORDS}}, r"data\.tokenizer is set, but the mo"),
+        ({"data": {"generated": "sentiment", "label_names": ["a", "b"]}}, r"remove data\.label_names and data\.splits"),
+        ({"data": {"generated": "sentiment", "splits": {"test": "x"}}}, r"remove data\.label_names and data\.splits"),
     ],
 )
 def test_settings_that_contradict_each_other(change: dict[str, Any], word: str) -> None:

@@ -20,7 +20,7 @@ from seqmodels.pretrained import load_pretrained
 from seqmodels.tokenizer import UNK
 from tests.seqmodels.builders import UNFUSED
 from tests.training.conftest import TrainUntil
-from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TAGGER, TEXT_ENCODER, WORDS, fields, recipe
+from tests.training.recipes import CLASSIFIER, LANGUAGE_MODEL, TAGGER, TEXT_ENCODER, TRANSLATOR, WORDS, fields, recipe
 from training import checkpoint
 from training.checkpoint import Progress
 from training.data.sources import load_rows
@@ -301,6 +301,32 @@ def test_a_mistake_found_before_the_first_step_can_be_mended(
     for name in ("metrics.jsonl", "tokenizer.json", "model.safetensors"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
     assert {p.name for p in tmp_path.iterdir()} - {"fresh"} == {p.name for p in (tmp_path / "fresh").iterdir()}
+
+
+def test_a_search_that_the_model_cannot_make_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    def of(**generation: Any) -> Any:
+        data = {"generated": "numbers-en-fr", "tokenizer": WORDS}
+        return recipe("translate", tmp_path, data=data, model=TRANSLATOR, generation=generation)
+
+    for generation, words in (
+        ({"prefix": "zebra"}, r"generation: prefix holds what this model cannot write: 'zebra'"),
+        ({"force_words": ["zebra"], "num_beams": 2}, r"generation: force_words has 'zebra'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            train(of(**generation))
+        assert not (tmp_path / "checkpoints").exists()
+    train(of(prefix="cent", num_beams=2))
+
+
+def test_another_order_of_patterns_is_another_recipe(tmp_path: Path, train_until: TrainUntil) -> None:
+    """The first that matches counts."""
+    factors = {"encoder.embedding.*": 0.1, "encoder.*": 2.0}
+    run = {"max_steps": 5, "save_steps": 2, "max_eval_samples": 4}
+    train_until(recipe(directory=tmp_path, run=run, optim={"learning_rate_factors": factors}), 3)
+    turned = dict(reversed(factors.items()))
+    with pytest.raises(CheckpointError, match=r"was begun with optim\.learning_rate_factors="):
+        train(recipe(directory=tmp_path, run=run, optim={"learning_rate_factors": turned}))
+    train(recipe(directory=tmp_path, run=run, optim={"learning_rate_factors": factors}))
 
 
 def test_other_data_is_refused_only_where_a_run_would_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from seqmodels.config import ModelConfig
 from seqmodels.errors import ConfigError, DataError
@@ -324,6 +325,46 @@ def test_nothing_is_calibrated_on_rows_that_may_have_been_trained_on(
     assert "cut from other data than" in capsys.readouterr().err
     assert (directory / "config.json").read_bytes() == before
     assert main(["calibrate", str(directory)]) == 0
+
+
+def test_nothing_is_calibrated_on_pictures_that_were_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = [(Image.new("RGB", (8, 8), (10 * n, 0, 255 * (n % 2))), ("red", "blue")[n % 2]) for n in range(24)]
+    for number, (picture, _) in enumerate(pictures):
+        picture.save(tmp_path / f"{number}.png")
+    rows = [{"picture": str(tmp_path / f"{number}.png"), "kind": kind} for number, (_, kind) in enumerate(pictures)]
+    for split, some in (("train", rows), ("validation", rows[:12])):
+        write(tmp_path / f"{split}.jsonl", some)
+    data = {"path": str(tmp_path), "columns": {"input": "picture", "target": "kind"}}
+    encoder = {"input": "image", "backbone": {"image_size": [8, 8], "channels": [2, 4]}}
+    directory = train(
+        recipe(directory=tmp_path / "run", data=data, model={"architecture": "classifier", "encoder": encoder})
+    )
+    before = (directory / "config.json").read_bytes()
+    assert main(["calibrate", str(directory)]) == 2
+    assert "was trained on 12 of the 12 inputs of the validation split" in capsys.readouterr().err
+    assert (directory / "config.json").read_bytes() == before
+
+
+def test_a_tagger_starts_from_any_classifier_with_a_head_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the same labels too, which it gives to other things."""
+    data = colours(tmp_path / "colours.jsonl")
+    tags = [{"words": ["a", "red", f"{n}", "car"], "tags": ["blue", "red", "green", "blue"]} for n in range(40)]
+    tagged = {
+        "path": str(write(tmp_path / "tags.jsonl", tags)),
+        "columns": {"input": "words", "target": "tags"},
+        "cut": {"validation": 4},
+    }
+    for number, (kind, target) in enumerate((("multi_label_classification", "colours"), ("regression", "count"))):
+        begun = train(recipe_on(data, target, tmp_path / f"from-{number}", steps=2, problem_type=kind, pooling="last"))
+        model = {"init_from": str(begun), "architecture": "tagger"}
+        capsys.readouterr()
+        directory = train(recipe("tag", tmp_path / f"tagger-{number}", data=tagged, model=model))
+        assert f"begun from {begun}, but for the new head" in capsys.readouterr().out
+        assert load_pretrained(directory).config.labels == ("blue", "green", "red")
 
 
 def test_a_model_whose_run_cannot_be_read_is_used_all_the_same(

@@ -355,3 +355,12 @@ def test_a_running_text_is_cut_in_its_order(tmp_path: Path) -> None:
     assert "".join(parts) == text
     with pytest.raises(DataError, match="cut less"):
         cut_text(rows["train"][0], {"validation": 900})
+
+
+def test_of_several_running_texts_in_one_cell_none_is_lost(tmp_path: Path) -> None:
+    texts = [f"the text of number {number}" for number in range(20)]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": texts}) + "\n", encoding="utf-8")
+    data = {"path": str(tmp_path), "columns": {"target": "text"}, "cut": {"validation": 0.2}}
+    rows = load_rows(recipe("generate", data=data, model=LANGUAGE_MODEL))
+    found = {role: [text for row in rows[role] for text in row.references] for role in rows}
+    assert sorted(found["train"] + found["validation"]) == sorted(texts) and len(found["validation"]) == 4

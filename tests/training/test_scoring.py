@@ -5,8 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from seqmodels.pretrained import load_pretrained
+from seqmodels.reading import Reading, spans_of
+from seqmodels.rendering import render_tags
 from tests.training.recipes import TAGGER, TRANSLATOR, WORDS, recipe
 from training.__main__ import main
 from training.config import DataSection
@@ -14,7 +17,7 @@ from training.data.examples import Codec
 from training.data.rows import Row
 from training.data.sources import load_rows
 from training.run import train
-from training.scoring import _from_best_to_worst, score
+from training.scoring import _from_best_to_worst, _score_tags, score
 
 
 def codec_of(directory: Path) -> Codec:
@@ -31,6 +34,37 @@ def test_words_beyond_a_taggers_longest_input_are_never_right(tmp_path: Path) ->
     given = [word.rpartition("/")[2] for word in shown["answer"].split("  ")]
     assert all(given[:40]) and not any(given[40:])
     assert len(shown["wrong"].splitlines()) >= 20
+
+
+@pytest.mark.parametrize(
+    ("expected", "guess", "accuracy"),
+    [
+        (["I-PER", "I-PER", "O"], ["I-PER", "I-PER", "O"], 1.0),  # as IOB1 writes it
+        (["B-PER", "I-PER", "O"], ["I-PER", "I-PER", "O"], 1.0),  # the same span is served
+        (["B-PER", "B-PER", "O"], ["B-PER", "I-PER", "O"], 2 / 3),
+        (["B-PER", "I-PER", "O"], ["O", "I-PER", "I-PER"], 0.0),
+    ],
+)
+def test_accuracy_is_of_tags_as_their_spans_are_written(expected: list[str], guess: list[str], accuracy: float) -> None:
+    labels, words = ("B-PER", "I-PER", "O"), ("Anna", "Lee", "sleeps")
+    chances = torch.full((3, 3), 0.05)
+    chances[range(3), [labels.index(tag) for tag in guess]] = 0.9
+    reading = Reading(text=" ".join(words), spans=tuple(spans_of(words)), positions=(0, 1, 2))
+    scored = _score_tags([Row(words, tuple(expected))], [render_tags(labels, reading, chances)], [3], 0.1, bio=True)
+    assert scored.scores["accuracy"] == pytest.approx(accuracy)
+    assert ("expected" in scored.samples[0]["wrong"]) == (accuracy < 1)
+
+
+def test_what_is_sampled_is_the_same_whenever_it_is_scored(tmp_path: Path) -> None:
+    data = {"generated": "numbers-en-fr", "tokenizer": WORDS}
+    directory = train(recipe("translate", tmp_path, data=data, model=TRANSLATOR, generation={"do_sample": True}))
+    codec, rows = codec_of(directory), load_rows(recipe("translate", data=data, model=TRANSLATOR))["validation"][:8]
+    one, two = score(directory, rows, codec), score(directory, rows, codec)
+    assert [sample["answer"] for sample in one.samples] == [sample["answer"] for sample in two.samples]
+    other = score(directory, rows, codec, params={"seed": 77})
+    assert [sample["answer"] for sample in one.samples] != [sample["answer"] for sample in other.samples]
+    same = score(directory, rows[:1] * 4, codec)  # rows draw each for itself
+    assert len({sample["answer"] for sample in same.samples}) > 1
 
 
 def test_validation_writes_freely(tmp_path: Path) -> None:

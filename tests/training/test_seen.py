@@ -87,7 +87,7 @@ def test_evaluate_refuses_what_its_run_was_trained_on(
     made = captioner(tmp_path / "run")
     train(made)
     rows = {split: some[:20] for split, some in generate("captions").items()}
-    monkeypatch.setattr("training.evaluate.rows_to_score", lambda *_: rows)
+    monkeypatch.setattr("training.evaluate._rows", lambda *_: rows)
     assert evaluate(tmp_path / "run", made, "test", {})[0]["rows"] == 20
     assert evaluate(tmp_path / "run", made, "train", {})[0]["rows"] == 20
     rows["test"] = rows["train"]

@@ -91,5 +91,7 @@ def _generated(name: str, wanted: Sequence[str]) -> dict[str, list[Row]]:
 def _cut(train: Sequence[Row], sizes: dict[str, float | int], seed: int, makes_text: bool) -> dict[str, list[Row]]:
     """Train less what is cut from it, and what is."""
     if len(train) == 1 and train[0].input is None:
-        return cut_text(train[0], sizes)
+        if len(train[0].references) == 1:
+            return cut_text(train[0], sizes)
+        train = [Row(None, (text,)) for text in train[0].references]
     return cut_rows(train, sizes, seed, makes_text)
