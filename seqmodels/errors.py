@@ -4,7 +4,8 @@
     ├── ConfigError           a recipe, a model config or a command line is wrong
     ├── InputError            one request is wrong; carries `param` and `code` for the HTTP answer
     │   ├── TooLongError      the input does not fit the model (413)
-    │   └── UnsupportedError  the input is of a kind this model does not take (415)
+    │   ├── UnsupportedError  the input is of a kind this model does not take (415)
+    │   └── NotFiniteError    the model's numbers grow beyond all bounds for this input
     ├── ModelDirectoryError   a saved model cannot be loaded
     ├── DataError             a data set lacks a split, a column or labels
     ├── CheckpointError       a run cannot be resumed
@@ -48,6 +49,13 @@ class UnsupportedError(InputError):
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message, param=param, code="unsupported_input")
+
+
+class NotFiniteError(InputError):
+    """The model's numbers grow beyond all bounds for this input, so it has no answer."""
+
+    def __init__(self) -> None:
+        super().__init__("the model's scores for this input are not finite; its numbers are too large for it")
 
 
 class ModelDirectoryError(SeqModelsError):

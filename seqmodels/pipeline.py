@@ -5,6 +5,7 @@ A request goes through four calls: `prepare` (tokenize or preprocess, check), `s
 is served. `prepare` and `render` may be called from any thread; the others belong to one.
 """
 
+import math
 import secrets
 import uuid
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from seqmodels.decoding.saved import Maker, SavedState, fingerprint, input_state
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.decoding.waiting import UNBOUNDED, Bounds
 from seqmodels.ensemble import Directories, as_paths, common_reader, load_members, revision_of
-from seqmodels.errors import InputError, SeqModelsError
+from seqmodels.errors import InputError, NotFiniteError, SeqModelsError
 from seqmodels.forward import Forward, ForwardRequest
 from seqmodels.models import Model, SequenceGenerator
 from seqmodels.pretrained import Pretrained
@@ -122,6 +123,7 @@ class Pipeline:
         self.batch_invariant = floor is not None
         self._forward = Forward(models, row_floor=floor or ROW_FLOOR, average=average)
         self._needs_whole = next(filter(None, (member.config.needs_whole for member in members)), "")
+        self._looks_back = any(member.config.pooling == "attention" for member in members)
         self._engine, self._stepper = None, stepper
         if stepper:
             self._edges = WordEdges(*(torch.tensor(f, device=stepper.device) for f in self._tokenizer.word_edges()))
@@ -276,7 +278,7 @@ class Pipeline:
         width: of the job that gave the state; with attention, another one may give other last bits, and where layers
         read what it saw, any but 1, since a state is computed for one row."""
         if self._stepper is None:
-            return self.batch_invariant and self.config.pooling != "attention"
+            return self.batch_invariant and not self._looks_back
         alike = job.width == width and (width == 1 or not self._stepper.reads_memory)
         return self.batch_invariant and (alike or not self._stepper.attends)
 
@@ -336,13 +338,11 @@ class Pipeline:
         """Each as it is spelt at the start of a word. Raises InputError for one that can never be written."""
         spellings = [tuple(self._tokenizer.encode(word)) for word in search.force_words]
         banned = self._bad_words(search)
-        for word, spelling in zip(search.force_words, spellings, strict=True):
+        for number, (word, spelling) in enumerate(zip(search.force_words, spellings, strict=True)):
             if not word.strip() or not spelling or UNK in spelling:
-                raise InputError(f"force_words has {word!r}, which this model has no tokens for", param="force_words")
+                raise InputError(f"force_words[{number}] is what this model has no tokens for", param="force_words")
             if any(bad == spelling[i : i + len(bad)] for bad in banned for i in range(len(spelling))):
-                raise InputError(
-                    f"force_words has {word!r}, which bad_words forbids; leave one out", param="force_words"
-                )
+                raise InputError(f"force_words[{number}] is what bad_words forbids; leave one out", param="force_words")
         return tuple(spellings)
 
     def _shortlisted(self, reading: Reading, force_words: Phrases) -> Tensor | None:
@@ -399,13 +399,14 @@ class Pipeline:
     # -- render --------------------------------------------------------------------------------------------------
 
     def render(self, job: Job, result: list[Hypothesis] | Scores) -> dict[str, Any]:
-        """The answer as plain data: a label, tags, sequences, or log-probabilities."""
+        """The answer as plain data: a label, tags, sequences, or log-probabilities. Raises
+        NotFiniteError."""
         if isinstance(job.request, Request):
             assert isinstance(result, list)
             return self._render_sequences(job, job.request, result)
         assert isinstance(result, Scores)
         if not all(x.isfinite().all() for x in (result.values, result.state.values if result.state else result.values)):
-            raise InputError("the model's scores for this input are not finite; its numbers are too large for it")
+            raise NotFiniteError()
         if self._engine:
             return render_score(self._tokenizer, job.reading, job.request.labels, result)
         answer = self._render_labels(job, result.values)
@@ -438,6 +439,9 @@ class Pipeline:
         return TextStream(self._tokenizer, self._text(job.request, job.reading), job.request)
 
     def _render_sequences(self, job: Job, request: Request, result: Sequence[Hypothesis]) -> dict[str, Any]:
+        # A search finds nothing where no token's score is a number.
+        if not result or not all(math.isfinite(found.score) for found in result):
+            raise NotFiniteError()
         text = self._text(request, job.reading)
         sequences = [render_sequence(text, hypothesis, self._tokenizer, request.params) for hypothesis in result]
         for sequence, hypothesis in zip(sequences, result, strict=True):

@@ -16,6 +16,7 @@ from seqmodels.config import ProblemType
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.request import Progress, Request, Scores
 from seqmodels.decoding.search import Hypothesis
+from seqmodels.errors import NotFiniteError
 from seqmodels.reading import Reading
 from seqmodels.tokenizer import EOS, Tokenizer
 
@@ -195,9 +196,11 @@ class TextStream:
         self._outputs: dict[int, _Output] = {}
 
     def push(self, event: Progress) -> list[Piece]:
-        """Nothing where all is held back."""
+        """Nothing where all is held back. Raises NotFiniteError."""
         output = self._output(event.index)
         output.tokens += event.tokens
+        if not all(map(math.isfinite, event.logprobs or [])):
+            raise NotFiniteError()
         output.logprobs += event.logprobs or []
         output.top_logprobs += event.top_logprobs or []
         return self._pieces(event.index, self._text.settled(output.tokens))

@@ -42,7 +42,8 @@ ANYBODY = ApiKey(sha256="0" * 64, name="anybody", priority="high")  # where the 
 def load_keys(api_keys_file: str | None) -> tuple[ApiKey, ...]:
     """Every key of the file, else of the environment variable. Empty if neither is there: then none is asked for.
 
-    Raises ConfigError for an unreadable or empty file, a short key and a line that says what we do not know.
+    Raises ConfigError for an unreadable file, one without any key, a variable without any, a short key and a line that
+    says what we do not know.
     """
     if api_keys_file is None:
         source = f"the environment variable {ENVIRONMENT_VARIABLE}"
@@ -54,8 +55,9 @@ def load_keys(api_keys_file: str | None) -> tuple[ApiKey, ...]:
         except (OSError, UnicodeDecodeError):
             raise ConfigError(f"{source} cannot be read") from None
     lines = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if api_keys_file is not None and not lines:
-        raise ConfigError(f"{source} holds no key; write one per line or leave api_keys_file out")
+    if not lines and (api_keys_file is not None or ENVIRONMENT_VARIABLE in os.environ):
+        fix = "leave api_keys_file out" if api_keys_file is not None else "unset it"
+        raise ConfigError(f"{source} holds no key; write one per line, or {fix} for a service that asks for none")
     return tuple(_key(line, f"key {number} of {source}") for number, line in enumerate(lines, start=1))
 
 

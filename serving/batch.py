@@ -4,8 +4,9 @@
     {"custom_id": "a", "response": {"status_code": 200, "request_id": "...-1", "body": {...}}, "error": null}
 
 Lines and answers have the form of OpenAI's batch files. Each line is a request of its own to the same app, with the
-headers of the whole: so it is checked, bounded, counted and logged as any other, and a bad one fails alone. Answers go
-out while later lines are still being read; a full queue holds a line back, and the client with it, in place of a 429.
+headers of the whole: so it is checked, bounded, counted and logged as any other, and a bad one fails alone. What is no
+such line, or too long for one, is answered here, and is no request to anybody. Answers go out while later lines are
+still being read; a full queue holds a line back, and the client with it, in place of a 429.
 """
 
 import asyncio
@@ -31,6 +32,8 @@ from serving.http import TIMEOUT_HEADER, seconds_allowed, unless
 logger = logging.getLogger(__name__)
 
 URLS = ("classify", "tag", "translate", "caption", "generate", "score", "completions")
+BESIDE = 64  # bytes of memory that a waiting line takes beside its own
+LONG = 2**16  # bytes of a line that is parsed in a thread, for it takes milliseconds
 KEPT = ("type", "asgi", "http_version", "scheme", "root_path", "client", "server", "state", "extensions")
 
 
@@ -101,9 +104,9 @@ class BatchResponse(Response):
             if line is None:
                 message = f"this line is longer than {self._limits.body_bytes} bytes, the most allowed here"
                 raise HttpError(413, message, "body_too_large")
-            parsed = _parse(line)
+            parsed, content = await asyncio.to_thread(_parse, line) if len(line) > LONG else _parse(line)
             custom_id = parsed.custom_id
-            status, body = await self._ask(parsed, request_id)
+            status, body = await self._ask(parsed.url, content, request_id)
         except Exception as error:  # a fault of ours ends its own line alone
             told = told_error(error)
             if told.status == 500:
@@ -112,12 +115,11 @@ class BatchResponse(Response):
         about = {"custom_id": custom_id, "status_code": status, "request_id": request_id}
         return _line(about, body)
 
-    async def _ask(self, line: BatchLine, request_id: str) -> tuple[int, bytes]:
+    async def _ask(self, url: str, content: bytes, request_id: str) -> tuple[int, bytes]:
         """Status and body of the answer. A line that is refused, for the queue is full or the key has asked too often,
         is asked again: after so long as it is told to wait, or as soon as another line of this batch ends."""
-        content = json.dumps(line.body, ensure_ascii=False).encode()
         while True:
-            status, body, retry_after_s = await call(self._app, self._scope(line.url, request_id), content)
+            status, body, retry_after_s = await call(self._app, self._scope(url, request_id), content)
             async with self._room:
                 if status != 429:
                     self._room.notify()
@@ -152,22 +154,39 @@ class _Lines:
         self._changed = asyncio.Condition()
 
     async def read(self, receive: Receive) -> None:
-        """Until the client leaves, which raises ClientDisconnect: also after the last line, for answers go on."""
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnect
-            if self._is_over:
-                continue
-            first, *others = message.get("body", b"").split(b"\n")
-            self._go_on(first)
-            for piece in others:
-                await self._put_open()
-                self._go_on(piece)
-            is_over = not message.get("more_body", False)
-            if is_over:
-                await self._put_open()
-            await self._end(is_over)
+        """Until the client leaves, which raises ClientDisconnect: also after the last line, for answers go on. The next
+        message is asked for before there is room for it, so that who leaves meanwhile is noticed."""
+        coming = asyncio.ensure_future(receive())
+        try:
+            while True:
+                message = await coming
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                coming = asyncio.ensure_future(receive())
+                if self._is_over:
+                    continue
+                self._take(message.get("body", b""), is_last=not message.get("more_body", False))
+                async with self._changed:
+                    self._changed.notify_all()
+                if not self._is_over:
+                    await unless(_leaving(coming), self._room())
+        finally:
+            coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)
+
+    async def _room(self) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._num_waiting < self._most_waiting)
+
+    def _take(self, body: bytes, is_last: bool) -> None:
+        first, *others = body.split(b"\n")
+        self._go_on(first)
+        for piece in others:
+            self._put_open()
+            self._go_on(piece)
+        if is_last:
+            self._put_open()
+        self._is_over = is_last
 
     def _go_on(self, piece: bytes) -> None:
         """With the open line. What is there of it is not read again, for it may come byte by byte."""
@@ -177,23 +196,15 @@ class _Lines:
         else:
             self._open += piece
 
-    async def _put_open(self) -> None:
+    def _put_open(self) -> None:
         """The open line is whole."""
         line = None if self._is_too_long else bytes(self._open)
         self._open.clear()
         self._is_too_long = False
         if line is not None and not line.strip():
             return
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._num_waiting < self._most_waiting)
-            self._lines.append(line)
-            self._num_waiting += len(line or b"")
-            self._changed.notify_all()
-
-    async def _end(self, is_over: bool) -> None:
-        async with self._changed:
-            self._is_over = is_over
-            self._changed.notify_all()
+        self._lines.append(line)
+        self._num_waiting += BESIDE + len(line or b"")
 
     async def __aiter__(self) -> AsyncIterator[bytes | None]:
         """None in place of a line that was too long."""
@@ -203,9 +214,16 @@ class _Lines:
                 if not self._lines:
                     return
                 line = self._lines.popleft()
-                self._num_waiting -= len(line or b"")
+                self._num_waiting -= BESIDE + len(line or b"")
                 self._changed.notify_all()
             yield line
+
+
+async def _leaving(coming: "asyncio.Future[Message]") -> None:
+    """Raises ClientDisconnect where that is what comes next."""
+    if (await asyncio.shield(coming))["type"] == "http.disconnect":
+        raise ClientDisconnect
+    await asyncio.Event().wait()
 
 
 async def call(app: ASGIApp, scope: Scope, content: bytes) -> tuple[int, bytes, float]:
@@ -231,7 +249,8 @@ async def call(app: ASGIApp, scope: Scope, content: bytes) -> tuple[int, bytes, 
     return status, b"".join(parts), retry_after_s
 
 
-def _parse(line: bytes) -> BatchLine:
+def _parse(line: bytes) -> tuple[BatchLine, bytes]:
+    """And its body, in no more bytes than it came in. Raises HttpError."""
     try:
         parsed = BatchLine.model_validate_json(line)
     except ValidationError as error:
@@ -240,7 +259,7 @@ def _parse(line: bytes) -> BatchLine:
         raise HttpError(
             400, "body.stream is set, but a batch answers in whole lines; leave it out", "invalid_value", "body.stream"
         )
-    return parsed
+    return parsed, json.dumps(parsed.body, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 async def _send_line(send: Send, line: bytes) -> None:

@@ -181,8 +181,9 @@ class Settings(Parsed):
     # Signs the states that clients hold: any 32 characters or more. Left out, one is made when the service is deployed,
     # and states do not outlive it.
     state_key_file: str | None = None
-    state_lifetime_s: PositiveFloat = 86_400.0  # after which a state is no longer taken back
-    # What each key may send, over all replicas: each allows its share of it, ceil(requests_per_minute / replicas).
+    state_lifetime_s: Annotated[float, Field(gt=0.0, le=1e10)] = 86_400.0  # after which a state is no longer taken back
+    # What each key may send, over all replicas: each allows its share of it, ceil(requests_per_minute / replicas), of
+    # autoscaling / max_replicas, however few there are.
     requests_per_minute: PositiveInt | None = None
     replicas: PositiveInt = 1
     num_gpus: Annotated[float, Field(ge=0.0)] | None = None  # for each replica; left out: 1 on "cuda", 0 on "cpu"
@@ -192,7 +193,9 @@ class Settings(Parsed):
     access_log: bool = True  # a line for each request in Ray Serve's log files; never with its text
     tracing: Tracing | None = None  # `{}` for all defaults; left out, no trace is kept
     stall_after_s: PositiveFloat = 30.0  # an engine that does not turn for so long counts as dead
-    drain_s: PositiveFloat = 20.0  # on shutdown, the time that running requests get to finish
+    # The time that running requests get to finish when a replica goes. Ray adds ten seconds; what takes longer, such as
+    # a long stream, is then cut off.
+    drain_s: PositiveFloat = 20.0
     limits: Limits = Limits()
 
     @model_validator(mode="before")

@@ -94,8 +94,7 @@ class Front:
         """The probability of given targets, from any model that writes text."""
         read = partial(_parse_json, schema.ScoreRequest, _content_type(request))
         _, work = await self._prepare(request, read, GENERATORS, intake.prepare_score)
-        answer = await _wait(request, self.service.call(work))
-        return JSONResponse(answer.body())
+        return await self._response(await _wait(request, self.service.call(work)))
 
     async def complete(self, request: Request) -> Response:
         """Text in OpenAI's words, from any model that writes text."""
@@ -127,7 +126,11 @@ class Front:
         call = self.service.call(work)
         if isinstance(body, schema.GeneratorOptions) and body.stream:
             return EventStream(_events(call, exchange_of(request)), call.close)
-        answer = await _wait(request, call)
+        return await self._response(await _wait(request, call))
+
+    async def _response(self, answer: Answer) -> JSONResponse:
+        if answer.is_long:
+            return await self.service.in_pool(JSONResponse, answer.body())
         return JSONResponse(answer.body())
 
     async def _prepare(

@@ -129,6 +129,8 @@ def prepare_completion(model: ServedModel, body: CompletionRequest, terms: Terms
     each, where something is to be written. Raises InputError."""
     pipeline, limits = model.pipeline, terms.limits
     options = body.search()
+    if body.max_tokens is None or "max_tokens" not in body.model_fields_set:  # OpenAI's default, where it is allowed
+        options["max_new_tokens"] = min(options["max_new_tokens"], limits.max_new_tokens)
     names = {"num_return_sequences": "best_of" if body.best_of else "n", "max_new_tokens": "max_tokens"}
     check_search({**options, "num_return_sequences": body.num_candidates}, limits, names)
     items = named_items(body.prompt, "prompt", limits)

@@ -53,7 +53,7 @@ class Metrics:
             if count:
                 self.tokens.inc(count, tags={"model": exchange.model, "direction": name.removesuffix("_tokens")})
         self._timed(exchange.model, exchange.times)
-        if per_token := seconds_per_token(exchange.times, exchange.usage.get("output_tokens", 0)):
+        if per_token := seconds_per_token(exchange.times):
             self.token_seconds.observe(per_token, tags={"model": exchange.model})
 
     def _timed(self, model: str, inputs: Iterable[Times]) -> None:
@@ -78,10 +78,11 @@ class Metrics:
                 self._gauges[name].set(value, tags={"model": model})
 
 
-def seconds_per_token(inputs: Iterable[Times], output_tokens: int) -> float | None:
-    """What a token after the first took, over all inputs of a request; None where there is none."""
-    ended = [times for times in inputs if times.first_token is not None and times.finished is not None]
-    later_tokens = output_tokens - len(ended)
-    if not ended or later_tokens <= 0:
+def seconds_per_token(inputs: Iterable[Times]) -> float | None:
+    """What a token after the first took, over all inputs of a request; None where there is none. Outputs of one input
+    are written side by side, so the longest counts."""
+    written = [times for times in inputs if times.num_tokens > 1 and times.finished is not None]
+    if not written:
         return None
-    return sum((times.finished or 0.0) - (times.first_token or 0.0) for times in ended) / later_tokens
+    seconds = sum((times.finished or 0.0) - (times.first_token or 0.0) for times in written)
+    return seconds / sum(times.num_tokens - 1 for times in written)

@@ -82,8 +82,9 @@ class Models:
     def apply(self, wanted: ModelSet) -> None:
         """Serve what is wanted, and nothing else; takes as long as loading does.
 
-        A model that cannot be loaded, or is not of the wanted revision, is refused: what had its name goes on. At the
-        first call alone, when there is nothing that could go on, this raises what the model was refused for.
+        A model that cannot be loaded, or is not of the wanted revision, is refused, and then nothing goes that could
+        be asked before: neither what had its name, nor another that is no longer wanted, nor an alias. At the first
+        call alone, when there is nothing that could go on, this raises what the model was refused for.
         """
         with self._changing:
             first = not self.served
@@ -97,12 +98,15 @@ class Models:
                     told = isinstance(error, SeqModelsError)
                     refused[name] = str(error) if told else f"it failed to load: {type(error).__name__}"
                     logger.error("model refused: %s: %s", name, refused[name], exc_info=None if told else error)
-            # An alias is only what it was said to be: one of a model that was refused and never served is none.
-            self.aliases = {alias: name for alias, name in wanted.aliases.items() if name in self.served}
+            aliases = {alias: name for alias, name in wanted.aliases.items() if name in self.served}
+            if refused:
+                before = {alias: name for alias, name in self.aliases.items() if alias not in self.served}
+                aliases = before | aliases
+            self.aliases = aliases
             self.refused = refused
             self.wanted = wanted
             for name in self.served:
-                if name not in wanted.models:
+                if name not in wanted.models and not refused:
                     self.runner.let_go(name)
 
     def refuse(self, error: SeqModelsError) -> None:

@@ -130,9 +130,9 @@ class _Teacher:
         return True
 
     def writes(self, rows: Sequence[Row]) -> list[str]:
-        """Its answer to each, the one that it would give to it alone; "" where the search found none."""
+        """Its answer to each, the one that it would give to it alone."""
         answers = self.pipeline.run([self.pipeline.prepare(row.item, self._params) for row in rows])
-        return [answer["sequences"][0]["text"] if answer["sequences"] else "" for answer in answers]
+        return [answer["sequences"][0]["text"] for answer in answers]
 
 
 def _begin(output: Path, begun: Begun) -> None:

@@ -14,7 +14,7 @@ import torch
 from seqmodels.config import Average, ModelConfig
 from seqmodels.decoding.params import SearchParams
 from seqmodels.ensemble import Averaged, Directories, as_paths, load_members
-from seqmodels.errors import ConfigError, DataError
+from seqmodels.errors import ConfigError, DataError, NotFiniteError, SeqModelsError
 from seqmodels.models import Model, SequenceGenerator
 from seqmodels.pipeline import Pipeline, load_shortlist
 from seqmodels.pretrained import Pretrained
@@ -85,14 +85,27 @@ def score(
     jobs = [
         pipeline.prepare(_item(row, codec), search, truncate=True) for row, search in zip(rows, searches, strict=False)
     ]
+    if codec.config.architecture == "generator":
+        return _score_generated(
+            rows, pipeline.outcomes(jobs), _mean_nll(_model(members, average), rows, codec, device), codec
+        )
     answers = pipeline.run(jobs)
     nll = _mean_nll(_model(members, average), rows, codec, device)
     if codec.config.task == "classify":
         return SCORES[codec.config.problem_type](rows, answers, nll)
-    if codec.config.task == "tag":
-        read = [len(job.reading.positions) for job in jobs]
-        return _score_tags(rows, answers, read, nll, is_bio(codec.config.labels))
-    texts = [answer["sequences"][0]["text"] if answer["sequences"] else "" for answer in answers]
+    read = [len(job.reading.positions) for job in jobs]
+    return _score_tags(rows, answers, read, nll, is_bio(codec.config.labels))
+
+
+def _score_generated(
+    rows: Sequence[Row], answers: Sequence[dict[str, Any] | SeqModelsError], nll: float, codec: Codec
+) -> Scored:
+    """A model that has gone astray writes nothing where its numbers are not finite: a bad score, and no error."""
+    texts = []
+    for answer in answers:
+        if isinstance(answer, SeqModelsError) and not isinstance(answer, NotFiniteError):
+            raise answer
+        texts.append("" if isinstance(answer, SeqModelsError) else answer["sequences"][0]["text"])
     scored = _score_texts(rows, texts, nll)
     return _with_caption_scores(scored, rows, texts) if codec.config.task == "caption" else scored
 
@@ -358,10 +371,11 @@ def _score_language_model(
 def _free_samples(members: Sequence[Pretrained], average: Average) -> list[dict[str, str]]:
     """What the model writes of its own accord."""
     pipeline = Pipeline(members, average=average)
-    answers = pipeline.run([pipeline.prepare(None, {"seed": seed}) for seed in range(1, NUM_FREE_SAMPLES + 1)])
+    jobs = [pipeline.prepare(None, {"seed": seed}) for seed in range(1, NUM_FREE_SAMPLES + 1)]
     return [
         {"seed": str(seed), "text": sequence["text"]}
-        for seed, answer in enumerate(answers, start=1)
+        for seed, answer in enumerate(pipeline.outcomes(jobs), start=1)
+        if not isinstance(answer, SeqModelsError)
         for sequence in answer["sequences"]
     ]
 

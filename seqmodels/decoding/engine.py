@@ -368,6 +368,7 @@ class Engine:
         """The answer of a request of a lane; none yet where the states of its outputs are to be read."""
         request, begun = lane.requests[r], lane.begun[r]
         request.times.finished = time.monotonic()
+        request.times.num_tokens = max((len(output.logprobs) for output in outputs), default=0)
         if begun is None:
             return [Finished(request.id, outputs)]
         memory = lane.memory_of(r) if self._model.reads_memory else None

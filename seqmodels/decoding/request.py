@@ -21,6 +21,7 @@ class Times:
     admitted: float | None = None
     first_token: float | None = None
     finished: float | None = None
+    num_tokens: int = 0  # of the longest output; 0 of a forward pass
 
 
 @dataclass(frozen=True, eq=False)

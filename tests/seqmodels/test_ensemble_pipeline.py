@@ -218,6 +218,18 @@ def test_the_revision_is_of_the_members_and_the_average(directories: dict[str, l
     assert pipeline.members == (load_pretrained(one).revision, load_pretrained(two).revision)
 
 
+def test_an_ensemble_goes_on_exactly_where_all_its_members_do(tmp_path: Path) -> None:
+    """Attention's pooling adds up pieces in another order than all at once, whichever member has it."""
+    for pooling in ("last", "attention"):
+        model = make_model(scale=3.0, **fields("classifier", pooling=pooling))
+        save_pretrained(model, tmp_path / pooling, source_tokenizer=TOKENIZER)
+    for members, exactly in (("last", "last"), True), (("last", "attention"), False), (("attention", "last"), False):
+        pipeline = Pipeline.from_pretrained([tmp_path / member for member in members])
+        (first,) = pipeline.run([pipeline.prepare("the quick", return_state=True)])
+        job = pipeline.prepare(" brown fox", state=first["state"])
+        assert pipeline.goes_on_exactly(job, 1) == exactly
+
+
 @pytest.mark.parametrize("average", AVERAGES)
 def test_a_state_goes_on_and_fits_no_other_ensemble(directories: dict[str, list[Path]], average: Average) -> None:
     one, two, _ = directories["language model"]

@@ -409,7 +409,7 @@ def test_times_are_those_of_the_steps(pipelines: dict[str, Pipeline]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"force_words": ["quick fox"], "bad_words": ["fox"]}, "which bad_words forbids"),
+        ({"force_words": ["quick fox"], "bad_words": ["fox"]}, "force_words\\[0\\] is what bad_words forbids"),
         ({"force_words": [" "]}, "has no tokens for"),
     ],
 )

@@ -2,6 +2,8 @@
 
 import base64
 import re
+import threading
+from typing import Any
 
 import pytest
 
@@ -232,6 +234,25 @@ def test_every_route_but_health_needs_the_key() -> None:
         server.headers = {"authorization": f"Bearer {KEY}"}
         assert server.get("/v1/models").status_code == 200
         assert server.post("/v1/classify", {"inputs": "x"}).status_code == 200
+
+
+def test_a_long_answer_is_put_into_words_in_a_thread(server: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    pipeline = server.pipelines["en-de"]
+    render = pipeline.render
+
+    def noted(*given: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return render(*given)
+
+    monkeypatch.setattr(pipeline, "render", noted)
+    body = {"inputs": ["a b c"] * 5}
+    whole = server.post("/v1/translate", body).json()
+    monkeypatch.setattr("serving.service.LONG", 14)  # of 15 words
+    assert server.post("/v1/translate", body).json() == whole
+    assert events_of(server.post("/v1/translate", {**body, "stream": True}))[-1] == ("answer", whole)
+    assert not any(name.startswith("prepare") for name in threads[:5])
+    assert all(name.startswith("prepare") for name in threads[5:]) and len(threads) == 15
 
 
 def test_every_request_is_told_of_without_what_it_said() -> None:

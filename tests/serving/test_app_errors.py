@@ -4,8 +4,15 @@ import base64
 from typing import Any
 
 import pytest
+import torch
 
-from .conftest import PNG, InProcess, error_of, in_process
+from seqmodels.config import ModelConfig
+from seqmodels.models import build_model
+from seqmodels.pipeline import Pipeline
+from seqmodels.pretrained import Pretrained
+from seqmodels.tokenizer import Tokenizer
+
+from .conftest import PNG, InProcess, error_of, events_of, in_process
 from .fakes import FakePipeline, gif
 
 CLIPS = {frames: base64.b64encode(gif(frames)).decode() for frames in (64, 65)}
@@ -159,6 +166,29 @@ def test_model_must_be_named_where_two_serve_the_task() -> None:
         assert error["code"] == "model_required" and "en-de, en-fr" in error["message"]
         assert server.post("/v1/translate", {"inputs": "x", "model": "en-fr"}).json()["model"] == "en-fr"
         assert error_of(server.post("/v1/tag", {"inputs": "x"}), 404)["code"] == "no_model"
+
+
+@pytest.mark.parametrize("search", [{}, {"do_sample": True}, {"num_beams": 3}, {"logprobs": True}])
+def test_numbers_that_grow_beyond_all_bounds_are_told(search: dict[str, Any]) -> None:
+    """Of a plain recurrence without a bound, whose state doubles at each step."""
+    tokenizer = Tokenizer.train([], "byte")
+    recurrent = {"cell": "rnn_relu", "hidden_size": 16}
+    fields = {"vocab_size": tokenizer.vocab_size, "embedding_size": 8, "recurrent": recurrent}
+    model = build_model(ModelConfig.parse({"architecture": "generator", "decoder": fields})).eval()
+    for name, parameter in model.named_parameters():
+        if "weight_hh" in name:
+            torch.nn.init.eye_(parameter.data).mul_(2.0)
+    pipeline = Pipeline(Pretrained(model, model.config, "", target_tokenizer=tokenizer))
+    with in_process({"f": pipeline}) as server:
+        body = {"inputs": "a" * 1000, "max_new_tokens": 3, **search}
+        error = error_of(server.post("/v1/generate", body), 400)
+        assert "not finite" in error["message"]
+        (kind, told) = events_of(server.post("/v1/generate", {**body, "stream": True}))[-1]
+        assert kind == "error" and told["error"] == error
+        if not search:
+            assert error_of(server.post("/v1/completions", {"prompt": "a" * 1000}), 400) == error
+            asked = {"prompt": "a" * 1000, "stream": True, "logprobs": 1}
+            assert "not finite" in server.post("/v1/completions", asked).text
 
 
 def test_truncate(server: InProcess) -> None:

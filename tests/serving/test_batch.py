@@ -261,6 +261,48 @@ def test_who_leaves_frees_what_his_lines_held() -> None:
         assert server.runner.num_open == 0
 
 
+def test_who_leaves_while_his_lines_wait_is_noticed() -> None:
+    with in_process(limits={"batch_window": 1, "batch_bytes": 500}) as server:
+        server.pipelines["en-de"].step_s = 0.02
+
+        async def talk() -> int:
+            client = Talk(server)
+            await client.say(b"".join(line("a " * 20, str(i)) for i in range(200)))
+            await client.hear()
+            await client.leave()
+            return len(server.pipelines["en-de"].submitted)
+
+        assert server.wait(talk()) < 10
+
+
+def test_lines_that_wait_are_bounded_in_memory_however_short_they_are() -> None:
+    lines = batch._Lines(longest=1000, most_waiting=2**20)
+    given: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+
+    async def fill() -> int:
+        for _ in range(100):
+            given.put_nowait({"type": "http.request", "body": b"xy\n" * 2**14, "more_body": True})
+        reading = asyncio.ensure_future(lines.read(given.get))  # type: ignore[arg-type]
+        await asyncio.sleep(0.3)
+        assert given.qsize() > 90  # the rest is left with the client
+        reading.cancel()
+        return len(lines._lines) * (33 + 2 + 8)  # an object of Python's, its text, and its place
+
+    assert asyncio.run(fill()) < 3 * 2**20
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+def test_a_line_is_no_longer_than_its_own_request(monkeypatch: pytest.MonkeyPatch, is_long: bool) -> None:
+    """Without a blank in it, as some write JSON; of a long one this is found out by another thread."""
+    monkeypatch.setattr(batch, "LONG", 0 if is_long else 2**16)
+    with in_process(limits={"body_bytes": 400}) as server:
+        body = json.dumps({"inputs": ["a"] * 85}, separators=(",", ":")).encode()
+        whole = b'{"url":"/v1/translate","body":' + body + b"}\n"
+        assert len(whole) < 400 < len(json.dumps(json.loads(body)))
+        (answer,) = ask(server, whole)
+    assert answer["response"]["status_code"] == 200 and len(answer["response"]["body"]["results"]) == 85
+
+
 def test_a_long_line_that_trickles_in_is_read_once() -> None:
     long = line("a b", "long")[:-1] + b" " * 4_000_000 + b"\n"
     with in_process(limits={"body_bytes": 8_000_000}) as server:

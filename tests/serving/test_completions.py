@@ -159,6 +159,14 @@ def test_completion_refuses_by_name_what_it_cannot_do(
     assert error["param"] == field and error["code"] == "unsupported_value"
 
 
+def test_openais_number_of_tokens_gives_way_to_the_limit_where_none_is_asked_for() -> None:
+    with in_process(limits={"max_new_tokens": 2}) as server:
+        body = {"model": "story", "prompt": "a b c d"}
+        for unsaid in ({}, {"max_tokens": None}):
+            assert server.post("/v1/completions", {**body, **unsaid}).json()["usage"]["completion_tokens"] == 2
+        assert error_of(server.post("/v1/completions", {**body, "max_tokens": 16}), 400)["code"] == "limit_exceeded"
+
+
 @pytest.mark.parametrize(
     ("field", "value", "others", "code"),
     [

@@ -30,6 +30,7 @@ def test_defaults_are_safe() -> None:
         ({"models": {"a": "x"}, "autoscaling": {"min_replicas": 9}}, "min_replicas is 9"),
         ({"models": {"a": "x"}, "device": "cpu", "num_gpus": 0.5}, "num_gpus is 0.5"),
         ({"models": {"a": "x"}, "drain_s": float("nan")}, "drain_s"),
+        ({"models": {"a": "x"}, "state_lifetime_s": 1e30}, "state_lifetime_s"),
         (
             {"models": {"a": "x"}, "revisions": {"a": 123456789e01}},
             "revisions.a: YAML takes this revision for a number",

@@ -29,6 +29,10 @@ def test_keys_from_a_file_and_from_the_environment(tmp_path: Path, monkeypatch: 
     assert find_key(KEY, keys) == keys[0] and find_key(KEY + "3", keys) is None and find_key("", keys) is None
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, f"{KEY}, {KEY}4")
     assert [key.sha256 for key in load_keys(None)] == [hash_key(KEY), hash_key(KEY + "4")]
+    for none in ("", ",", "# nothing but this"):
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, none)
+        with pytest.raises(ConfigError, match=r"SEQMODELS_API_KEYS holds no key; write one per line, or unset it"):
+            load_keys(None)
     monkeypatch.delenv(ENVIRONMENT_VARIABLE)
     assert load_keys(None) == ()
 

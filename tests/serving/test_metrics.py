@@ -10,6 +10,7 @@ import pytest
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from seqmodels.decoding.request import Times
+from seqmodels.pipeline import Pipeline
 from serving import metrics
 from serving.autoscaling import ByOccupancy, occupancy
 from serving.deployments import deployment_options
@@ -49,7 +50,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, dict[str, st
 
 
 def test_a_request_is_counted_whole(told: list[tuple[str, float, dict[str, str]]]) -> None:
-    times = [Times(10.0, 10.5, 11.0, 13.0), Times(10.0, 10.0, 10.25, 10.25), Times()]
+    times = [Times(10.0, 10.5, 11.0, 13.0, 5), Times(10.0, 10.0, 10.25, 10.25, 1), Times()]
     usage = {"input_tokens": 7, "output_tokens": 6}
     exchange = Exchange("id", "POST", route="/v1/translate", status=200, model="en-de", usage=usage, times=times)
     exchange.seconds = 3.5
@@ -71,9 +72,24 @@ def test_an_error_is_counted_by_its_code(told: list[tuple[str, float, dict[str, 
 
 
 def test_seconds_per_token() -> None:
-    assert seconds_per_token([Times(0.0, 0.0, 1.0, 5.0)], 5) == 1.0
-    assert seconds_per_token([Times(0.0, 0.0, 1.0, 1.0)], 1) is None
-    assert seconds_per_token([Times(0.0, 0.0, 1.0)], 9) is None and seconds_per_token([], 0) is None
+    scored = Times(0.0, 0.0, 9.0, 9.0)
+    assert (
+        seconds_per_token([Times(0.0, 0.0, 1.0, 5.0, 5)])
+        == seconds_per_token([Times(0.0, 0.0, 1.0, 5.0, 5), scored])
+        == 1.0
+    )
+    assert seconds_per_token([Times(0.0, 0.0, 1.0, 5.0, 5), Times(0.0, 0.0, 1.0, 9.0, 3)]) == 2.0
+    assert seconds_per_token([Times(0.0, 0.0, 1.0, 1.0, 1)]) is None
+    assert seconds_per_token([Times(0.0, 0.0, 1.0, num_tokens=9)]) is None and seconds_per_token([scored]) is None
+
+
+def test_outputs_that_are_written_side_by_side_take_no_longer_a_token(models: dict[str, str]) -> None:
+    pipeline = Pipeline.from_pretrained(models["story"])
+    sampled = {"do_sample": True, "seed": 1, "num_return_sequences": 4, "max_new_tokens": 9, "logprobs": True}
+    job, scored = pipeline.prepare("on", sampled), pipeline.prepare_score("on", "ce upon a time")
+    answer, _ = pipeline.run([job, scored])
+    lengths = [len(sequence["logprobs"]) for sequence in answer["sequences"]]
+    assert job.times.num_tokens == max(lengths) < sum(lengths) and scored.times.num_tokens == 0
 
 
 def test_steps_and_gauges(told: list[tuple[str, float, dict[str, str]]]) -> None:

@@ -109,9 +109,29 @@ def test_aliases_are_found_and_follow_a_change(models: Models) -> None:
     models.apply(wanted(aliases={"feelings": "names"}, mood="mood-1", names="names-1"))
     with pytest.raises(HttpError, match="that model has another task, tag"):
         models.find("feelings", ("classify",))
-    models.apply(wanted(aliases={"feelings": "new"}, mood="mood-1", new="broken"))
+    models.apply(wanted(mood="mood-1", names="names-1"))
     with pytest.raises(HttpError, match="no model of that name"):
         models.find("feelings", ("classify",))
+
+
+def test_a_mistake_takes_nothing_away_that_is_served(models: Models) -> None:
+    models.apply(wanted(aliases={"feelings": "mood", "places": "names"}, mood="mood-1", names="names-1"))
+    models.apply(wanted(aliases={"feelings": "new", "moods": "mood"}, mood="mood-2", new="broken"))
+    assert list(models.refused) == ["new"]
+    assert models.find("mood", ("classify",)).revision == "2" * 12
+    assert models.find("names", ("tag",)).revision == "3" * 12  # which is no longer wanted
+    assert models.find("feelings", ("classify",)).name == models.find("moods", ("classify",)).name == "mood"
+    assert models.find("places", ("tag",)).name == "names"
+    models.apply(wanted(new="broken"))
+    assert set(models.served) == {"mood", "names"}
+    models.apply(wanted(aliases={"feelings": "new"}, new="mood-1"))
+    assert set(models.served) == {"new"} and models.aliases == {"feelings": "new"} and not models.refused
+
+
+def test_an_alias_gives_way_to_a_model_of_its_name(models: Models) -> None:
+    models.apply(wanted(aliases={"new": "mood"}, mood="mood-1", names="names-1"))
+    models.apply(wanted(mood="mood-1", new="names-1", other="broken"))
+    assert models.find("new", ("tag",)).revision == "3" * 12
 
 
 @contextmanager

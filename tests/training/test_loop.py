@@ -310,7 +310,10 @@ def test_a_search_that_the_model_cannot_make_is_refused_before_it_is_trained(tmp
 
     for generation, words in (
         ({"prefix": "zebra"}, r"generation: prefix holds what this model cannot write: 'zebra'"),
-        ({"force_words": ["zebra"], "num_beams": 2}, r"generation: force_words has 'zebra'"),
+        (
+            {"force_words": ["zebra"], "num_beams": 2},
+            r"generation: force_words\[0\] is what this model has no tokens for",
+        ),
     ):
         with pytest.raises(ConfigError, match=words):
             train(of(**generation))
