@@ -123,7 +123,11 @@ def draw_curves(lines: Sequence[Mapping[str, Any]]) -> str:
     names = sorted(panels, key=[panel for panel, _ in CURVES.values()].index)
     columns = min(len(names), PANELS_IN_A_ROW)
     rows = -(-len(names) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False, layout="constrained")
+    width, height = 4 * columns, 3 * rows
+    figure, axes = pyplot.subplots(rows, columns, figsize=(width, height), squeeze=False)
+    # By hand: matplotlib's own layouts draw everything twice.
+    sides = {"left": 0.7 / width, "right": 1 - 0.1 / width, "bottom": 0.5 / height, "top": 1 - 0.3 / height}
+    figure.subplots_adjust(**sides, wspace=0.28, hspace=0.45)
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
     for axis, name in zip(axes.flat, names, strict=False):
