@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seqmodels.config import Average
 from seqmodels.decoding.best import best_candidates
-from seqmodels.decoding.padding import ROW_FLOOR, bucket, grouped, has_steps, pad_inputs
+from seqmodels.decoding.padding import ROW_FLOOR, bucket, grouped, has_steps, pad_inputs, reading_cost
 from seqmodels.decoding.request import Event, Failed, Finished, Scores, Times
 from seqmodels.decoding.waiting import Waiting
 from seqmodels.ensemble import Mean, mean_of
@@ -241,4 +241,4 @@ def _shape(request: ForwardRequest) -> tuple[int, int]:
 
 
 def _positions(request: ForwardRequest) -> int:
-    return sum(_shape(request))
+    return max(sum(_shape(request)), reading_cost(request.inputs))

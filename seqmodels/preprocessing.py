@@ -1,7 +1,8 @@
 """Image and frame bytes -> tensors, the same in training and serving (preprocessor_config.json).
 
 Nothing is decoded before its format and its size in pixels are known to be allowed: a PNG of 20 kB can hold 169
-million pixels. What shines through is laid over white. Imports Pillow only when called.
+million pixels. What shines through is laid over white, but for 16-bit greys with one transparent shade. Imports Pillow
+only when called.
 """
 
 import io

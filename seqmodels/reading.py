@@ -5,6 +5,7 @@ Knows text and bytes on the way in; knows no engine and no answer.
 
 import itertools
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,7 +21,8 @@ from seqmodels.preprocessing import Preprocessor
 from seqmodels.pretrained import Pretrained
 from seqmodels.tokenizer import UNK, Tokenizer
 
-WORDS = re.compile(r"\w+|[^\w\s]")  # how a tagger splits a text that comes without words
+WORDS = re.compile(r"\w+|[^\w\s]")  # see `word_spans`
+JOINERS = "\u200c\u200d"  # zero-width ones, which stand within words, and within pictures made of several
 LARGEST_FEATURE = 1e6  # beyond any scaled series; far larger ones would overflow in a ReLU recurrence
 KINDS = ("text", "words", "image", "frames", "features")
 TAKES = {
@@ -165,7 +167,7 @@ class Reader:
         else:
             given = item.get("text") if isinstance(item, Mapping) else item
             text = checked_text(given, f"this model takes {TAKES['words']}", field)
-            spans = [match.span() for match in WORDS.finditer(text)]
+            spans = word_spans(text)
         filled(spans, "the text", field)
         ids, positions = self._source_tokenizer.encode_words([text[start:end] for start, end in spans])
         ids = list(self._bounded(tuple(ids), field, truncate))
@@ -211,6 +213,30 @@ class Reader:
     def _preprocessor(self) -> Preprocessor:
         assert self._pretrained.preprocessor is not None
         return self._pretrained.preprocessor
+
+
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """How a tagger splits a text that comes without words: at blanks, and around each sign that is no letter, digit or
+    underscore. Marks and joiners belong to what they touch; Python's \\w knows them for no letters."""
+    spans: list[tuple[int, int]] = []
+    for match in WORDS.finditer(text):
+        start, end = match.span()
+        if spans and spans[-1][1] == start and _is_one(text[start - 1], text[start]):
+            spans[-1] = spans[-1][0], end
+        else:
+            spans.append((start, end))
+    return spans
+
+
+def _is_one(last: str, first: str) -> bool:
+    """Whether what ends with the one character goes on with the other."""
+    if last in JOINERS or first in JOINERS or _is_mark(first):
+        return True
+    return _is_mark(last) and (first.isalnum() or first == "_")
+
+
+def _is_mark(character: str) -> bool:
+    return unicodedata.category(character)[0] == "M"
 
 
 def spans_of(words: Sequence[str]) -> list[tuple[int, int]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from seqmodels.decoding.constraints import WordEdges
 from seqmodels.decoding.lane import Lane, LaneKey, Vocabulary
-from seqmodels.decoding.padding import ROW_FLOOR, grouped, padded_length
+from seqmodels.decoding.padding import ROW_FLOOR, grouped, reading_cost
 from seqmodels.decoding.params import TOP_LOGPROBS
 from seqmodels.decoding.prefill import Prefill, Unread
 from seqmodels.decoding.request import Event, Failed, Finished, Progress, Request
@@ -276,7 +276,7 @@ class Engine:
         rows, positions = int(share * self.max_rows) - self.num_rows, self._max_positions_per_step
         rows_of = self._rows_by_client()
         while (request := self._waiting.head(rows_of)) and (request.params.width <= rows or not rows_of.total()):
-            cost = padded_length(request.inputs)
+            cost = reading_cost(request.inputs)
             if taken and cost > positions:
                 break
             self._waiting.take(request)

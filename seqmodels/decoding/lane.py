@@ -227,5 +227,6 @@ def _lists(requests: Sequence[Request], length: int, pad: int) -> Tensor:
     for row, request in zip(lists, requests, strict=True):
         assert request.shortlist is not None, "requests of a lane have one all, or none has"
         words = torch.unique(request.shortlist)
+        words = words[words != pad]
         row[: len(words)] = words
     return lists

@@ -18,6 +18,7 @@ BUCKETS = (12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # pa
 # Padded lengths of what attention looks at: few, because a lane costs more per step than padding does. Over 12, from
 # where on the masked product of a CPU gives the same bits for every padding.
 LANES = (32, 128, 512, 1024)
+NUMBERS = 256  # of a picture, that cost as much as a position: 588 in all of one of 3 x 224 x 224
 SHORTLISTS = (512, 1024)  # padded lengths of shortlists: few, for the same reason
 
 
@@ -34,6 +35,13 @@ def padded_length(inputs: Tensor | None, sizes: Sequence[int] = BUCKETS) -> int:
     if inputs is None:
         return 0
     return bucket(len(inputs), sizes) if has_steps(inputs) else 1
+
+
+def reading_cost(inputs: Tensor | None) -> int:
+    """What it takes to read one request's inputs, in positions: as many as they have, and more of pictures, of which a
+    large backbone takes a second for a dozen."""
+    length = padded_length(inputs)
+    return max(length, inputs.numel() // NUMBERS) if inputs is not None and inputs.dim() > 2 else length
 
 
 def has_steps(inputs: Tensor) -> bool:

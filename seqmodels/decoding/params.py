@@ -5,6 +5,7 @@ Names are Hugging Face's where it has the option, then OpenAI's (`stop`, `seed`,
 """
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
@@ -14,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from seqmodels.config import Strict
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
+LARGEST_POWER = 30  # of ten, that a score may be divided by: float32 ends at 38
 TOP_LOGPROBS = 20  # the most that one may ask for, as with OpenAI
 Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=64)]
 
@@ -74,6 +76,12 @@ class SearchParams(Strict):
             raise contradiction(
                 ("coverage_penalty", "num_beams"),
                 "coverage_penalty needs num_beams > 1: it ranks finished hypotheses, and without beams there is one",
+            )
+        if abs(self.length_penalty) * math.log10(self.max_new_tokens) > LARGEST_POWER:
+            raise contradiction(
+                ("length_penalty", "max_new_tokens"),
+                f"length_penalty is {self.length_penalty} and max_new_tokens {self.max_new_tokens}: a score would be "
+                f"divided by more than 1e{LARGEST_POWER}; lower one of them",
             )
         if self.min_new_tokens > self.max_new_tokens:
             raise contradiction(

@@ -124,7 +124,8 @@ class StateCache:
             self._states.popitem(last=False)
 
     def longest(self, tokens: tuple[int, ...]) -> tuple[int, State] | None:
-        """The longest beginning that has a state here: how many tokens, and the state after them."""
+        """All of them, or else the longest beginning of whole BLOCKs, that has a state here: how many tokens, and the
+        state after them."""
         last = (len(tokens) - 1) // BLOCK * BLOCK
         for length in (len(tokens), *range(last, 0, -BLOCK)):
             if state := self._states.get(tokens[:length]):

@@ -168,7 +168,7 @@ class Beams(Search):
             **common,
             early_stopping=torch.tensor([p.early_stopping for p in params]),
             num_return=torch.tensor([p.num_return_sequences for p in params]),
-            bound=_table([_bound(p.max_new_tokens, p.length_penalty, p.min_new_tokens) for p in params]),
+            bound=_table([_bound(p.max_new_tokens, p.length_penalty) for p in params]),
             pool_scores=torch.full_like(scores, NEG_INF),
             pool_tokens=torch.zeros_like(tokens),
             pool_logprobs=torch.zeros(tokens.shape),
@@ -490,15 +490,16 @@ def _penalties(limit: int, penalty: float) -> list[float]:
 
 
 @lru_cache(maxsize=256)
-def _bound(limit: int, penalty: float, least: int) -> list[float]:
+def _bound(limit: int, penalty: float) -> list[float]:
     """By live length t, what a live sum s <= 0 is divided by to bound the score of all that it may still become.
 
     A sum only falls. With a penalty p > 0 it is divided by most at the limit; with p < 0 it is divided by the most
-    (which is below 1) at the shortest length that it may end with. limit: max_new_tokens; least: min_new_tokens.
+    (which is below 1) at the shortest length that it may end with: one more, also below min_new_tokens, since rules
+    that leave no token end it there. limit: max_new_tokens.
     """
     if penalty >= 0:
         return [_power(limit, penalty)] * (limit + 1)
-    return [_power(max(min(t + 1, limit), least), penalty) for t in range(limit + 1)]
+    return [_power(min(t + 1, limit), penalty) for t in range(limit + 1)]
 
 
 def _power(length: int, penalty: float) -> float:

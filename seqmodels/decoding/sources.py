@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from seqmodels.decoding.padding import LANES, grouped, pad_inputs, padded_length
+from seqmodels.decoding.padding import LANES, grouped, pad_inputs, padded_length, reading_cost
 from seqmodels.decoding.request import Request
 from seqmodels.state import State
 from seqmodels.stepper import Decodes
@@ -51,17 +51,23 @@ class Sources:
         """Of requests whose turn it is. waiting: others, which are read along with those of the same padded length;
         positions: how many these may have together."""
         waiting = list(waiting)
-        for group in grouped([r for r in requests if r not in self._ahead], _length):
-            length, alone = _length(group[0]), len(group)
-            if length:
-                room = min(ROWS, POSITIONS // length) - alone
-                room = min(room, positions // length, self._room(group[0]))
-                alike = (other for other in waiting if _length(other) == length and other not in self._ahead)
-                group += islice(alike, max(0, room))
-                positions -= (len(group) - alone) * length
-            encoded = self._encode(group)
-            waits = [one.copied() for one in encoded[alone:]]  # no views, which would keep all the call's rows alive
-            self._ahead.update(zip(group, encoded[:alone] + waits, strict=True))
+        try:
+            for group in grouped([r for r in requests if r not in self._ahead], _length):
+                alone = len(group)
+                if cost := reading_cost(group[0].inputs):
+                    room = min(ROWS, POSITIONS // cost) - alone
+                    room = min(room, positions // cost, self._room(group[0]))
+                    alike = (other for other in waiting if _alike(other, group[0]) and other not in self._ahead)
+                    group += islice(alike, max(0, room))
+                    positions -= (len(group) - alone) * cost
+                encoded = self._encode(group)
+                waits = [
+                    one.copied() for one in encoded[alone:]
+                ]  # no views, which would keep all the call's rows alive
+                self._ahead.update(zip(group, encoded[:alone] + waits, strict=True))
+        except BaseException:  # nobody asks again for what was read before that
+            self.forget(requests)
+            raise
         return [self._ahead.pop(request) for request in requests]
 
     def _room(self, request: Request) -> int:
@@ -89,6 +95,10 @@ class Sources:
 
 def _length(request: Request) -> int:
     return padded_length(request.inputs)
+
+
+def _alike(one: Request, other: Request) -> bool:
+    return _length(one) == _length(other)
 
 
 def _looked_at(request: Request) -> int:

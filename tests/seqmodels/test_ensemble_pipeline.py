@@ -10,6 +10,9 @@ from torch import Tensor
 
 from seqmodels.__main__ import main
 from seqmodels.config import Average
+from seqmodels.decoding.generate import generate
+from seqmodels.decoding.params import SearchParams
+from seqmodels.decoding.request import Request
 from seqmodels.ensemble import Averaged, Mean
 from seqmodels.errors import ConfigError, InputError
 from seqmodels.models import SequenceGenerator
@@ -18,8 +21,9 @@ from seqmodels.preprocessing import Preprocessor
 from seqmodels.pretrained import load_pretrained, save_pretrained
 from seqmodels.selftest import find_row_floor
 from seqmodels.state import State
+from seqmodels.stepper import Ensemble, Stepper
 from seqmodels.tokenizer import BOS, EOS, Tokenizer
-from tests.seqmodels.builders import make_model
+from tests.seqmodels.builders import make_model, make_translator
 
 TOKENIZER = Tokenizer.train(["the quick brown fox jumps over the lazy dog", "0 1 2 3"] * 3, "bpe", vocab_size=270)
 IDS = {TOKENIZER.token(i): i for i in range(TOKENIZER.vocab_size)}
@@ -295,6 +299,17 @@ def test_the_shortest_of_the_longest_inputs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="takes at most 5"):
         pipeline(["the lazy dog jumps over the quick brown fox"])
     assert load_pretrained(paths[0]).config.max_source_length == 9
+
+
+def test_a_shortlist_that_holds_padding_is_as_without_it() -> None:
+    ensemble = Ensemble([Stepper(make_translator(seed)) for seed in range(2)])
+    answers = []
+    for shortlist in ([3, 5, 6], [0, 3, 5, 6]):
+        request = Request(
+            "a", torch.tensor([5, 6, 3]), SearchParams(max_new_tokens=3), shortlist=torch.tensor(shortlist)
+        )
+        answers.append(generate(ensemble, [request])[0])
+    assert answers[0] == answers[1]
 
 
 def test_an_ensemble_of_nobody() -> None:

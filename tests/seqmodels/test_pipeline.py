@@ -15,6 +15,7 @@ from seqmodels.decoding.request import Finished
 from seqmodels.errors import InputError, TooLongError, UnsupportedError
 from seqmodels.pipeline import Pipeline
 from seqmodels.pretrained import Pretrained, save_pretrained
+from seqmodels.reading import word_spans
 from seqmodels.rendering import bio_spans, is_bio
 from seqmodels.tokenizer import Tokenizer
 from tests.seqmodels.builders import make_model
@@ -48,6 +49,22 @@ def test_tags_have_offsets_in_the_given_text(pipelines: dict[str, Pipeline]) -> 
     (answer,) = pipelines["tagger"]([{"words": words}])
     for tag in answer["tags"]:
         assert tag["text"] == " ".join(words)[tag["start"] : tag["end"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("नमस्ते दुनिया!", ["नमस्ते", "दुनिया", "!"]),
+        ("cafe\u0301 noir", ["cafe\u0301", "noir"]),  # decomposed
+        ("می\u200cخواهم", ["می\u200cخواهم"]),  # a zero-width non-joiner
+        ("ok 👩\u200d💻, 👍", ["ok", "👩\u200d💻", ",", "👍"]),
+        ("it's co-op_2 (new)", ["it", "'", "s", "co", "-", "op_2", "(", "new", ")"]),
+        ("\u0301a", ["\u0301a"]),
+        ("   ", []),
+    ],
+)
+def test_a_taggers_words_are_whole_in_every_script(text: str, words: list[str]) -> None:
+    assert [text[start:end] for start, end in word_spans(text)] == words
 
 
 def test_bio_spans_as_conlleval_reads_them() -> None:

@@ -2,9 +2,12 @@
 
 import itertools
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from seqmodels.decoding.best import best_candidates
 from seqmodels.decoding.generate import generate
@@ -12,6 +15,8 @@ from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.request import Request
 from seqmodels.decoding.search import Hypothesis
 from seqmodels.models import SequenceGenerator
+from seqmodels.state import State
+from seqmodels.stepper import Group, Stepper
 from tests.seqmodels.builders import RECURRENCES, make_language_model
 from tests.seqmodels.oracles import Found, Table, brute_force, slow_beam_search, slow_greedy
 
@@ -132,6 +137,42 @@ def test_exact_stopping_returns_a_prefix_of_the_longer_list() -> None:
             lists = [as_found(hypotheses) for hypotheses in search(model, params)]
             for shorter, longer in itertools.pairwise(lists):
                 assert longer[: len(shorter)] == shorter
+
+
+class Bigram(Stepper):
+    """Scores of the next token by the last one alone."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        super().__init__(make_language_model(0, vocab_size=len(table)))
+        self._table = table
+
+    def step(self, tokens: torch.Tensor, state: State, groups: Sequence[Group]) -> Any:
+        sizes = [group.num_requests * group.width for group in groups]
+        parts = self._table[tokens[: sum(sizes)]].split(sizes)
+        logits = [part.view(g.num_requests, g.width, -1) for part, g in zip(parts, groups, strict=True)]
+        return logits, state, []
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_exact_stopping_knows_that_rules_may_end_a_text_before_its_least_length(early_stopping: bool) -> None:
+    """After token 4 every other is banned, so EOS is allowed there, though 40 tokens were asked for at least; with a
+    negative penalty the short text that is found late is better than the one that is found first."""
+    table = torch.full((6, 6), -9.0)
+    table[2, [5, 4]] = torch.tensor([3.0, 0.0])
+    table[5, [1, 5, 0]] = torch.tensor([3.0, 1.2, 0.8])
+    table[1, [0, 1]] = table[0, [4, 0]] = torch.tensor([3.0, 0.6])
+    params = SearchParams(
+        num_beams=3, max_new_tokens=40, min_new_tokens=40, length_penalty=-1.0, early_stopping=early_stopping
+    )
+    banned = tuple((4, token) for token in (0, 1, 2, 4, 5))
+    (best, *_) = generate(Bigram(table), [Request("a", None, params, bad_words=banned)])[0]
+    assert best.tokens == [5, 1, 0, 4, 3] and best.finish_reason == "constraint"
+
+
+def test_a_penalty_that_no_score_survives_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"length_penalty is 10\.0 and max_new_tokens 8000: .* more than 1e30"):
+        SearchParams(length_penalty=10.0, max_new_tokens=8000)
+    SearchParams(length_penalty=-10.0, max_new_tokens=512)
 
 
 def best_of(totals: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,12 +10,15 @@ from torch import Tensor
 from seqmodels.decoding import sources as sources_module
 from seqmodels.decoding.engine import Engine
 from seqmodels.decoding.generate import generate
+from seqmodels.decoding.padding import reading_cost
 from seqmodels.decoding.params import SearchParams
 from seqmodels.decoding.request import Finished, Request
 from seqmodels.decoding.waiting import Waiting
 from seqmodels.errors import InputError
+from seqmodels.forward import Forward, ForwardRequest
+from seqmodels.models import SequenceGenerator
 from seqmodels.stepper import Stepper
-from tests.seqmodels.builders import make_translator
+from tests.seqmodels.builders import make_model, make_translator
 
 PARAMS = SearchParams(num_beams=2, max_new_tokens=4)
 
@@ -152,3 +155,43 @@ def test_a_shortlist_without_words_is_refused() -> None:
     engine = Engine(make_translator(1))
     with pytest.raises(InputError, match="shortlist holds no word"):
         engine.submit(Request("a", sources(1)[0], PARAMS, shortlist=torch.tensor([3])))
+
+
+def test_pictures_cost_as_much_as_they_take() -> None:
+    """48 positions each of 3 x 64 x 64: a budget of 100 lets two in, where a few hundred tokens' worth would fit."""
+    assert reading_cost(torch.zeros(3, 224, 224)) == 588 and reading_cost(torch.zeros(10, 3, 64, 64)) == 480
+    assert reading_cost(torch.zeros(20, 5)) == 24 and reading_cost(torch.zeros(3)) == 12 and reading_cost(None) == 0
+    encoder = {"input": "image", "backbone": {"image_size": [64, 64], "channels": [4]}}
+    decoder = {"vocab_size": 20, "embedding_size": 8, "recurrent": {"hidden_size": 8}, "attention": "general"}
+    captioner = make_model(architecture="generator", encoder=encoder, decoder=decoder)
+    assert isinstance(captioner, SequenceGenerator)
+    engine = Engine(Stepper(captioner), max_positions_per_step=100)
+    classifier = make_model(architecture="classifier", encoder=encoder, labels=["a", "b"])
+    forward = Forward(classifier, max_positions=100)
+    texts = [Request(str(i), torch.rand(3, 64, 64), PARAMS) for i in range(5)]
+    labels = [ForwardRequest(str(i), torch.rand(3, 64, 64)) for i in range(5)]
+    for system, requests in ((engine, texts), (forward, labels)):
+        for request in requests:
+            system.submit(request)  # type: ignore[arg-type]
+        for turn in (2, 4, 5):
+            system.step()
+            assert sum(request.times.admitted is not None for request in requests) == turn
+
+
+def test_nothing_is_kept_of_what_was_read_before_an_error() -> None:
+    stepper = Counting(make_translator(1))
+    engine, encode = Engine(stepper), stepper.encode
+
+    def fails_on_long_ones(inputs: Tensor, lengths: Tensor | None) -> Any:
+        if inputs.shape[1] > 12:
+            raise RuntimeError("out of memory")
+        return encode(inputs, lengths)
+
+    stepper.encode = fails_on_long_ones  # type: ignore[method-assign]
+    for name, length in (("short", 5), ("long", 50)):
+        engine.submit(Request(name, torch.full((length,), 4), PARAMS))
+    with pytest.raises(RuntimeError):
+        engine.step()
+    for name in ("short", "long"):
+        engine.cancel(name)
+    assert not engine.has_work and len(engine._sources) == 0
