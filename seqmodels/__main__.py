@@ -7,6 +7,7 @@ cannot be answered gets {"error": ...} in the place of its answer, and the exit 
 
 import argparse
 import base64
+import codecs
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -50,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         sys.stderr.close()
         return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: a file cannot be read or written: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     if failed:
@@ -204,8 +209,11 @@ def _answer_all(pipeline: Pipeline, options: argparse.Namespace, lines: Iterable
 
 
 def _without_pictures(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """The same. Raises InputError where they are the bytes of a picture, which is what one gives first."""
+    """The same, less a byte order mark. Raises InputError where they are the bytes of a picture, which is what one
+    gives first."""
     for number, line in enumerate(lines):
+        if number == 0:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if number == 0 and line.startswith(PICTURES):
             raise InputError(
                 'the input is a picture, not lines that name some; write a line such as {"image": "FILE"}, or '

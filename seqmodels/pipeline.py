@@ -476,10 +476,17 @@ class Pipeline:
 
     def __call__(self, inputs: Sequence[Any], **params: Any) -> list[dict[str, Any]]:
         """Answers in order. Raises InputError, which names the item as inputs[i]."""
+        _check_list(inputs, "inputs")
         return self.run([self.prepare(item, params, field=f"inputs[{i}]") for i, item in enumerate(inputs)])
 
     def score(self, inputs: Sequence[Any], targets: Sequence[str]) -> list[dict[str, Any]]:
         """The log-probability of each target given its input (None for a language model)."""
+        _check_list(inputs, "inputs")
+        _check_list(targets, "targets")
+        if len(inputs) != len(targets):
+            raise InputError(
+                f"targets holds {len(targets)} texts for {len(inputs)} inputs; give one for each", param="targets"
+            )
         pairs = enumerate(zip(inputs, targets, strict=True))
         return self.run([self.prepare_score(item, target, field=f"inputs[{i}]") for i, (item, target) in pairs])
 
@@ -524,6 +531,12 @@ class Pipeline:
         """A generator's, for what it writes."""
         assert self._pretrained.target_tokenizer is not None
         return self._pretrained.target_tokenizer
+
+
+def _check_list(items: Any, name: str) -> None:
+    """A text is a sequence too, of its letters."""
+    if isinstance(items, str | bytes | Mapping):
+        raise InputError(f"{name} must be a list, of one item too: [...]", param=name, code="invalid_type")
 
 
 def _stepper(models: Sequence[Model], decoder_weights: Weights, average: Average) -> Decodes | None:

@@ -146,6 +146,8 @@ class Reader:
     def _features(self, rows: Sequence[Any], field: str) -> Tensor:
         assert isinstance(self._config.encoder, FeatureEncoderConfig)
         size = self._config.encoder.feature_size
+        if size == 1:  # as training reads them
+            rows = [[row] if isinstance(row, int | float) else row for row in rows]
         for step, row in enumerate(rows):
             if not isinstance(row, list | tuple) or len(row) != size:
                 raise InputError(f"features[{step}] must be a list of {size} numbers", param=field)

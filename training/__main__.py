@@ -255,22 +255,23 @@ def _evaluate(options: argparse.Namespace) -> None:
         average,
         _adaptation(options),
     )
+    fault = None
+    try:  # first, for whoever reads what is printed may leave
+        checkpoint.write_whole(options.directory / name, json.dumps(result, indent=1) + "\n")
+    except OSError as error:  # such as of a disk that may only be read
+        fault = error.strerror or error
     for score, value in result["scores"].items():
         print(f"{score:>24}  {value:.4f}  {result['signatures'].get(score, '')}".rstrip())
     for sample in result["samples"]:
         print("\n" + "\n".join(f"{what:>24}  {text}" for what, text in sample.items()))
     print(json.dumps({what: value for what, value in result.items() if what != "samples"}))
-    try:
-        checkpoint.write_whole(options.directory / name, json.dumps(result, indent=1) + "\n")
-    except OSError as error:  # such as of a disk that may only be read
-        raise CheckpointError(
-            f"the scores above hold, but {options.directory / name} could not be written: {error.strerror or error}"
-        ) from None
+    if fault:
+        raise CheckpointError(f"the scores above hold, but {options.directory / name} could not be written: {fault}")
 
 
 def _members(options: argparse.Namespace) -> tuple[list[Path], list[str], Average]:
     """The models that answer with the first as one, the overrides that stand among them, and what is averaged."""
-    others = [Path(text) for text in options.overrides if "=" not in text]
+    others = [Path(text) for text in options.overrides if "=" not in text or Path(text).is_dir()]
     if absent := [path for path in others if not path.is_dir()]:
         raise ConfigError(
             f"{str(absent[0])!r} is no directory; name one that holds a model, or write a setting as key=value, such "

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 
 from seqmodels.config import ModelConfig, Strict, explain
 from seqmodels.errors import CheckpointError, ConfigError
-from seqmodels.pretrained import RECIPE, tokenizer_names
+from seqmodels.pretrained import CARD, RECIPE, SOURCE_TOKENIZER, TARGET_TOKENIZER, TOKENIZER, tokenizer_names
 from seqmodels.tokenizer import Tokenizer
 from training import checkpoint
 from training.config import DataSection, Recipe
@@ -34,6 +34,7 @@ from training.data.examples import Codec
 from training.parsing import differences, parse_recipe
 
 RUN, FINISHED = "run.json", "finished.json"
+OF_ITS_END = (CARD, "report.html", "snapshots", "validated")
 MAY_CHANGE = ("run.max_minutes",)  # when a run ends by the clock changes nothing before
 
 
@@ -103,6 +104,11 @@ def saved_run(directory: Path, recipe: Recipe) -> RunFile | None:
     if saved is None:
         if (directory / "config.json").exists():
             raise ConfigError(f"run.output_dir {directory} holds a model that no run made; name another directory")
+        if (foreign := _not_of_a_run(directory, recipe)) is not None:
+            raise ConfigError(
+                f"run.output_dir {directory} holds {foreign}, which no run made and this one would write over; name "
+                "another directory"
+            )
         return None
     changed = [one for one in differences(_completed(saved.recipe), _plain(recipe)) if one[0] not in MAY_CHANGE]
     if changed and not is_under_way(directory):
@@ -113,6 +119,17 @@ def saved_run(directory: Path, recipe: Recipe) -> RunFile | None:
             "run.output_dir"
         )
     return saved
+
+
+def _not_of_a_run(directory: Path, recipe: Recipe) -> str | None:
+    """A file or folder of a name that a run gives, where there is no run: those of its end, and a recipe that is not
+    what a beginning that came to nothing has left."""
+    for name in OF_ITS_END:
+        if (directory / name).exists():
+            return name
+    path = directory / RECIPE
+    left = path.is_file() and path.read_bytes() == as_yaml(recipe.model_dump(mode="json")).encode()
+    return RECIPE if path.exists() and not left else None
 
 
 def is_under_way(directory: Path) -> bool:
@@ -141,8 +158,8 @@ def readable_run(directory: Path) -> RunFile | None:
 def write_run(directory: Path, recipe: Recipe, codec: Codec, data: str) -> None:
     """All files of before step 0; run.json last, since it says that the others are there. Those of an earlier beginning
     that came to nothing go first."""
-    for stale in directory.glob("*tokenizer.json"):
-        stale.unlink()
+    for stale in (TOKENIZER, SOURCE_TOKENIZER, TARGET_TOKENIZER):
+        (directory / stale).unlink(missing_ok=True)
     shutil.rmtree(directory / "snapshots", ignore_errors=True)
     tokenizers = (codec.source_tokenizer, codec.target_tokenizer)
     for name, tokenizer in zip(tokenizer_names(codec.config), tokenizers, strict=True):

@@ -50,6 +50,22 @@ def test_command_line(directories: dict[str, Path], tmp_path: Path, pipelines: d
     )
 
 
+def test_a_byte_order_mark_is_no_text(
+    directories: dict[str, Path], tmp_path: Path, pipelines: dict[str, Pipeline], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text in ("the fox", '{"text": "the fox"}'):
+        (tmp_path / "lines.txt").write_bytes(b"\xef\xbb\xbf" + f"{text}\r\n".encode())
+        assert main(["predict", str(directories["classifier"]), str(tmp_path / "lines.txt")]) == 0
+        assert json.loads(capsys.readouterr().out) == pipelines["classifier"](["the fox"])[0]
+
+
+def test_what_cannot_be_written_is_told_without_a_traceback(directories: dict[str, Path]) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "seqmodels", "predict", str(directories["classifier"])]
+        done = subprocess.run(command, input="the fox\n", stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 2 and "No space left on device" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_command_line_in_process(
     directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

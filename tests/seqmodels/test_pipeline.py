@@ -203,6 +203,25 @@ def test_bad_words_never_appear(pipelines: dict[str, Pipeline]) -> None:
     assert {"e", "a"} <= seen
 
 
+def test_a_text_is_no_list_of_its_letters(pipelines: dict[str, Pipeline]) -> None:
+    for inputs in ("the fox", {"text": "the fox"}):
+        with pytest.raises(InputError, match="inputs must be a list") as error:
+            pipelines["classifier"](inputs)  # type: ignore[arg-type]
+        assert error.value.param == "inputs"
+    with pytest.raises(InputError, match="targets must be a list"):
+        pipelines["translator"].score(["the fox"], "fox")
+    with pytest.raises(InputError, match="targets holds 2 texts for 1 inputs"):
+        pipelines["translator"].score(["the fox"], ["a", "b"])
+
+
+def test_steps_of_one_number_may_stand_without_brackets() -> None:
+    encoder = {"input": "features", "feature_size": 1, "recurrent": {"hidden_size": 4}}
+    model = make_model(architecture="classifier", encoder=encoder, labels=["up", "down"])
+    pipeline = Pipeline(Pretrained(model, model.config, ""))
+    plain, wrapped = pipeline([{"features": [0.1, 2, 0.3]}, {"features": [[0.1], [2], [0.3]]}])
+    assert plain == wrapped
+
+
 def test_a_ban_on_what_a_model_has_no_token_for_changes_nothing() -> None:
     tokenizer = Tokenizer.train(["the cat sat"], "word", 50)
     decoder = {"vocab_size": tokenizer.vocab_size, "embedding_size": 8, "recurrent": {"hidden_size": 8}}

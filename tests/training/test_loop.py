@@ -141,6 +141,23 @@ def test_a_directory_that_holds_another_model_is_not_overwritten(tmp_path: Path)
         train(recipe(directory=tmp_path))
 
 
+@pytest.mark.parametrize("name", ["recipe.yaml", "README.md", "snapshots"])
+def test_what_no_run_made_is_not_overwritten(tmp_path: Path, name: str) -> None:
+    """A folder with other things in it may well be given."""
+    (tmp_path / "my_tokenizer.json").write_text("mine", encoding="utf-8")
+    if name == "snapshots":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_text("mine", encoding="utf-8")
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(ConfigError, match=rf"holds {re.escape(name)}, which no run made"):
+        train(recipe(directory=tmp_path))
+    assert before <= {path.name for path in tmp_path.iterdir()}
+    (tmp_path / name).rmdir() if name == "snapshots" else (tmp_path / name).unlink()
+    train(recipe(directory=tmp_path))
+    assert (tmp_path / "my_tokenizer.json").read_text(encoding="utf-8") == "mine"
+
+
 def test_two_runs_in_one_directory(tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(ConfigError, match="another process"):
         train(recipe(directory=tmp_path))

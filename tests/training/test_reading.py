@@ -357,6 +357,15 @@ def test_a_running_text_is_cut_in_its_order(tmp_path: Path) -> None:
         cut_text(rows["train"][0], {"validation": 900})
 
 
+def test_brackets_in_the_name_of_a_file_are_no_pattern(tmp_path: Path) -> None:
+    for name, text in (("rev[1].jsonl", "mine"), ("rev1.jsonl", "another's")):
+        lines = [json.dumps({"text": f"{text} {n}", "label": "ab"[n % 2]}) for n in range(20)]
+        (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    columns = {"input": "text", "target": "label"}
+    data = {"path": str(tmp_path / "rev[1].jsonl"), "columns": columns, "cut": {"validation": 4}, "tokenizer": WORDS}
+    assert all(str(row.input).startswith("mine") for row in load_rows(recipe(data=data))["train"])
+
+
 def test_of_several_running_texts_in_one_cell_none_is_lost(tmp_path: Path) -> None:
     texts = [f"the text of number {number}" for number in range(20)]
     (tmp_path / "train.jsonl").write_text(json.dumps({"text": texts}) + "\n", encoding="utf-8")

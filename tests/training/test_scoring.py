@@ -1,6 +1,9 @@
 """Scores of a model directory: tags that the model never gave, texts that are written freely."""
 
+import argparse
 import errno
+import io
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from seqmodels.pretrained import load_pretrained
 from seqmodels.reading import Reading, spans_of
 from seqmodels.rendering import render_tags
 from tests.training.recipes import TAGGER, TRANSLATOR, WORDS, recipe
-from training.__main__ import main
+from training.__main__ import _members, main
 from training.config import DataSection
 from training.data.examples import Codec
 from training.data.rows import Row
@@ -92,6 +95,24 @@ def test_scores_are_told_where_they_cannot_be_kept(
     told = capsys.readouterr()
     assert "accuracy" in told.out
     assert f"{directory / 'evaluation-validation.json'} could not be written: Read-only file system" in told.err
+
+
+def test_scores_are_kept_though_nobody_reads_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = train(recipe(directory=tmp_path))
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    main(["evaluate", str(directory), "--split", "validation"])
+    assert "accuracy" in (directory / "evaluation-validation.json").read_text(encoding="utf-8")
+
+
+def test_a_model_directory_may_have_an_equals_sign_in_its_name(tmp_path: Path) -> None:
+    (tmp_path / "seed=2").mkdir()
+    options = argparse.Namespace(overrides=[str(tmp_path / "seed=2"), "run.seed=2"], average=None)
+    assert _members(options)[:2] == ([tmp_path / "seed=2"], ["run.seed=2"])
 
 
 def test_captions_are_shown_from_the_best_to_the_worst() -> None:

@@ -5,6 +5,7 @@ Knows files and formats; knows no row and no token. CSV is read here rather than
 """
 
 import csv
+import glob
 import io
 import json
 import logging
@@ -57,7 +58,7 @@ def read_tables(data: DataSection, task: str) -> dict[str, Table]:
     if path.suffix not in BUILDERS:
         known = ", ".join(sorted(BUILDERS.keys() | SEPARATORS.keys() | TEXT_SUFFIXES))
         raise DataError(f"data.path is {data.path!r}, but files end in one of {known}")
-    return _load_with_datasets(data, BUILDERS[path.suffix], data_files={"train": str(path)})
+    return _load_with_datasets(data, BUILDERS[path.suffix], data_files={"train": glob.escape(str(path))})
 
 
 def _text_files(path: Path) -> list[Path]:
