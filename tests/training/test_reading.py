@@ -13,6 +13,7 @@ from seqmodels.errors import DataError
 from seqmodels.preprocessing import Preprocessor
 from tests.training.recipes import LANGUAGE_MODEL, TAGGER, TRANSLATOR, WORDS, recipe
 from training.data.cut import cut_text
+from training.data.formats import read_json
 from training.data.generated import generate
 from training.data.reader import RowReader
 from training.data.rows import Row
@@ -176,14 +177,63 @@ def test_what_is_no_text_and_no_label_is_named(change: dict[str, Any], words: li
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "it has no rows"),
-        ('{"text": "a", "label": 0}\n\n{"text": "b" "label": 1}\n', "in line 3 of rows.jsonl"),
+        ("", "split train has no rows"),
+        ("[]", "split train has no rows"),
+        ('{"text": "a", "label": 0}\n\n{"text": "b" "label": 1}\n', "rows.jsonl: line 3 is no JSON: .*, column 14"),
+        ('[{"text": "a", "label": 0},\n{"text": "b" "label": 1}]\n', "the list is no JSON: .* in line 2, column 14"),
+        ('{"text": "a"}\n["b"]\n', "rows.jsonl: line 2 is .*; give an object of columns"),
+        ('{"text": "a"}\n{"text": "\\ud83d"}\n', r"line 2 holds '\\ud83d', which is no character"),
+        ("[" * 100_000, "the list cannot be read: maximum recursion"),
+        ('{"text": ' + "9" * 5000 + "}", "line 1 cannot be read: Exceeds the limit"),
     ],
 )
 def test_broken_json_lines_say_where(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=words):
-        load_rows(csv_recipe(tmp_path / "rows.jsonl"))
+        load_rows(csv_recipe(tmp_path / "rows.jsonl"), ("train",))
+
+
+def test_json_is_read_as_it_is_written(tmp_path: Path) -> None:
+    """`datasets` makes times of the first column and of the second, and numbers of one type of the third."""
+    rows: list[dict[str, Any]] = [
+        {"text": "1967-10-28", "label": "2001-01-01 12:00:00", "number": 1},
+        {"text": "1999-01-02", "label": "2002-01-01T12:00:00Z", "number": 1.5, "more": "\u2028 \u0085"},
+    ]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    for name, content in (
+        ("lines.jsonl", lines),
+        ("marked.jsonl", "\ufeff" + lines.replace("\n", "\r\n\r\n")),
+        ("list.json", json.dumps(rows, indent=1)),
+        ("lines.json", lines),
+    ):
+        (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+        found = load_rows(csv_recipe(tmp_path / name), ("train",))["train"]
+        assert found == [Row(str(row["text"]), str(row["label"])) for row in rows]
+        assert [row["number"] for row in read_json([tmp_path / name])] == [1, 1.5]
+        assert [row["more"] for row in read_json([tmp_path / name])] == [None, "\u2028 \u0085"]
+    (tmp_path / "texts.json").write_text('["a", "b"]', encoding="utf-8")
+    assert read_json([tmp_path / "texts.json"]) == [{"text": "a"}, {"text": "b"}]
+
+
+def test_a_folder_of_json_whose_readme_names_its_columns(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"1967-10-{10 + n}", "label": "gb"[n % 2], "other": n}) for n in range(4)]
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert load_rows(csv_recipe(tmp_path))["validation"][0] == Row("1967-10-10", "g")
+    declared = """---
+dataset_info:
+  features:
+  - {name: text, dtype: string}
+  - {name: label, dtype: {class_label: {names: {"0": b, "1": g}}}}
+---
+"""
+    (tmp_path / "README.md").write_text(declared, encoding="utf-8")
+    assert load_rows(csv_recipe(tmp_path))["validation"][0] == Row("1967-10-10", "g")
+    with pytest.raises(DataError, match="names its classes itself"):
+        load_rows(csv_recipe(tmp_path, label_names=["b", "g"]))
+    (tmp_path / "valid.jsonl").write_text('{"text": "a", "label": "x"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="cannot be loaded: Invalid string class label x"):
+        load_rows(csv_recipe(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["image", "frames"])
@@ -294,6 +344,20 @@ def test_a_cut_of_a_split_that_the_data_has_is_said_to_be_unused(tmp_path: Path)
     )
     assert [len(split) for split in rows.values()] == [8, 10, 2]
     assert said == ["the data has a validation split of its own, so data.cut.validation is not used"]
+
+
+def test_texts_are_of_the_split_in_their_names(tmp_path: Path) -> None:
+    for name in ("ptb.train", "train-2", "valid", "Testing", "notes"):
+        (tmp_path / f"{name}.txt").write_text(name, encoding="utf-8")
+    data = {"path": str(tmp_path), "columns": {"target": "text"}}
+    rows = load_rows(recipe("generate", data=data, model=LANGUAGE_MODEL), ("train", "validation", "test"))
+    assert {role: [row.references[0] for row in rows[role]] for role in rows} == {
+        "train": ["ptb.train", "train-2"],
+        "validation": ["valid"],
+        "test": ["Testing"],
+    }
+    with pytest.raises(DataError, match=r"\(it has test, notes, train, validation\)"):
+        load_rows(recipe("generate", data={**data, "splits": {"train": "x"}}, model=LANGUAGE_MODEL), ("train",))
 
 
 def test_a_text_beside_tables_is_no_data(tmp_path: Path) -> None:
