@@ -37,12 +37,14 @@ examples:
   python -m training evaluate models/sentiment --baseline
   python -m training evaluate models/multi30k-en-de --split test generation.num_beams=5 run.device=cuda
   python -m training evaluate models/seed-1 models/seed-2 models/seed-3
+  python -m training evaluate models/sentiment data.path=new.csv data.splits.test=train
 
-Several models answer as one, with the recipe and the search of the first.
+The last scores other data: all of a file is its split train. Several models answer as one, with the recipe and the
+search of the first.
 
 The last line of the output is JSON; with the samples that stand above it, it is also written to evaluation-SPLIT.json
-in the model directory, with int8 or a shortlist to evaluation-SPLIT-int8-shortlist.json or the like, and of several
-models beside the first of them, to evaluation-SPLIT-ensemble-REVISION.json.
+in the model directory; with int8, another search, other data or several models to evaluation-SPLIT-int8.json,
+-num_beams=1.json, -new.csv-DIGEST.json, -ensemble-REVISION.json or the like, in the directory of the first of them.
 """
 SHORTLIST_HELP = """\
 A step of the search then looks at a few hundred target tokens in place of the whole vocabulary: those that the source's

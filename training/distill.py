@@ -11,6 +11,7 @@ validation.jsonl, test.jsonl, README.md
 import fcntl
 import json
 import os
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from training.data.sources import Splits
 from training.data.tables import HALF_WRITTEN
 from training.parsing import differences
 from training.reporter import SECONDS_BETWEEN_LINES
+from training.screen import screen
 
 BEGUN, TRAIN = ".distill.json", "train.jsonl"
 COLUMNS = ColumnsSection(input="input", target="target")  # of generated data, which has no columns of its own
@@ -69,7 +71,7 @@ def distill(
         raise ConfigError(
             "generation.num_return_sequences does nothing here: the best text alone is written; remove it"
         )
-    console = console or Console(highlight=False, soft_wrap=True)
+    console = console or screen()
     rows = _rows(recipe, console)
     teacher = _Teacher(directories, recipe.run.device, average, params)
     readable = [row for row in rows["train"] if teacher.reads(row)]
@@ -210,7 +212,7 @@ class _Lines:
 
 
 def _card(output: Path, data: DataSection, facts: Mapping[str, object]) -> str:
-    overrides = [f"data.path={output}"]
+    overrides = [shlex.quote(f"data.path={output}")]
     if data.generated:
         overrides += ["data.generated=null", "'data.columns={input: input, target: target}'"]
     overrides += [f"data.splits.{role}={role}" for role, name in data.splits if name != role]

@@ -7,12 +7,11 @@ do; Ray keeps no checkpoint of its own.
 import io
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ray.exceptions import RayError
 from ray.train import (
@@ -32,6 +31,7 @@ from seqmodels.errors import SeqModelsError
 from training.cluster import enter_folder, needs, ray_running, set_handler
 from training.config import Recipe
 from training.reporter import Reporter
+from training.screen import screen
 from training.workers import Workers
 
 MAX_FAILURES = 8  # so often a worker may be lost in one call
@@ -137,10 +137,10 @@ class _Voice(io.StringIO):
 @contextmanager
 def _voice() -> Iterator[_Voice]:
     """A voice that is heard here, in a terminal's look where this is one."""
-    here = Console(file=sys.stdout)
+    here = screen()
     look = {"force_terminal": here.is_terminal, "width": here.width, "color_system": here.color_system}
     queue = Queue(actor_options={"num_cpus": 0})
-    ear = threading.Thread(target=_hear, args=(queue,), daemon=True)
+    ear = threading.Thread(target=_hear, args=(queue, here.file), daemon=True)
     ear.start()
     try:
         yield _Voice(queue, look)
@@ -150,10 +150,10 @@ def _voice() -> Iterator[_Voice]:
         queue.shutdown(force=True)
 
 
-def _hear(queue: Queue) -> None:
+def _hear(queue: Queue, output: IO[str]) -> None:
     try:
         while (text := queue.get()) is not None:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            output.write(text)
+            output.flush()
     except RayError:  # the queue is gone, with what would have spoken
         pass

@@ -1,12 +1,14 @@
 """Score a finished model on one split of its data, or of other data: `python -m training evaluate`."""
 
+import hashlib
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from seqmodels.config import Average, PublishedBackboneConfig
 from seqmodels.encoders import FrameEncoder, ImageEncoder
@@ -15,13 +17,15 @@ from seqmodels.errors import ConfigError, DataError
 from seqmodels.models import Model
 from training import baselines
 from training.adaptive import Adaptation
-from training.config import Recipe
+from training.config import DataSection, Recipe
 from training.data.examples import Codec
 from training.data.rows import Row, fingerprint
 from training.data.sources import Splits
 from training.directory import RUN, readable_run
+from training.parsing import differences
 from training.reporter import counting
 from training.scoring import NO_ADAPTATION, applicable, score
+from training.screen import screen
 from training.seen import refuse_seen
 
 
@@ -37,7 +41,8 @@ def evaluate(
     adaptation: Adaptation = NO_ADAPTATION,
 ) -> tuple[dict[str, Any], str]:
     """Score a finished model on one split of its data, or of other data. Returns the result, and the name of a file for
-    it: `evaluation-test.json`, for other ways of loading such as `evaluation-test-int8-shortlist.json`.
+    it: `evaluation-test.json`, and for each other way of loading, search or data one of its own, such as
+    `evaluation-test-int8-shortlist.json` or `evaluation-test-num_beams=1.json`.
 
     loading: see `scoring.score`. others: models that answer with it as one, by the average of what all predict. Raises
     DataError for a split that is cut from other data than the run's: what was trained on could be in it; ConfigError
@@ -82,6 +87,9 @@ def evaluate(
         "samples": result.samples,
     }
     ways = [name if value is True else str(value) for name, value in loading.items() if value not in ("float32", False)]
+    usual = saved.generation.model_dump(mode="json")
+    ways += [f"{name}={_word(value)}" for name, value in sorted(params.items()) if value != usual[name]]
+    ways += _other_data(directory, recipe.data)
     if adaptation.ways:
         report["adaptation"] = adaptation.model_dump(exclude_defaults=True)
         ways += adaptation.ways
@@ -91,6 +99,24 @@ def evaluate(
     return report, "-".join(["evaluation", split, *ways]) + ".json"
 
 
+def _other_data(directory: Path, data: DataSection) -> list[str]:
+    """What tells a file of scores on this data from that of the run's own: one name, or none."""
+    if (run := readable_run(directory)) is None:
+        return []
+    theirs, ours = run.data_section.model_dump(mode="json"), data.model_dump(mode="json")
+    changed = {key: now for key, _, now in differences(theirs, ours)}
+    return [f"{_word(Path(data.origin).name)}-{_digest(changed)}"] if changed else []
+
+
+def _word(value: Any) -> str:
+    """A value as part of the name of a file."""
+    return str(value) if re.fullmatch(r"[\w.+-]{1,40}", str(value)) else _digest(value)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def _with_grids(codec: Codec, model: Model, rows: Sequence[Row], device: str) -> Codec:
     """Features of pictures that come from a published backbone take most of the time, and are the same for each search
     that is tried on a split. They keep all their bits, so that what is scored is what is served."""
@@ -98,7 +124,7 @@ def _with_grids(codec: Codec, model: Model, rows: Sequence[Row], device: str) ->
     if not isinstance(backbone, PublishedBackboneConfig):
         return codec
     assert isinstance(model.encoder, ImageEncoder | FrameEncoder)
-    with counting("pictures", Console()) as told:
+    with counting("pictures", screen()) as told:
         return codec.with_grids(model.encoder.backbone.to(device), rows, told, torch.float32)
 
 

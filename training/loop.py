@@ -326,6 +326,8 @@ class Trainer:
         """The best model of all, or the mean of those kept for one, whichever scores better."""
         best, members = self.candidates.best(self.progress), self.candidates.to_average(self.progress)
         if len(members) < 2:
+            if self.recipe.run.average_best or self.recipe.run.average_last:
+                self.reporter.say("one model alone was validated, so there is no mean of several; lower run.eval_steps")
             return best
         mean = self.candidates.mean
         averaged(members).save(mean)

@@ -31,6 +31,8 @@ from training.config import Facts, Recipe, TokenizerSection
 # What no recipe says of a model: the data decides it, or the format.
 DECIDED = {"vocab_size", "feature_size", "labels", "max_source_length", "target_mean", "target_std", "temperature"}
 DECIDED |= {"format_version", "pad_token_id", "bos_token_id", "eos_token_id"}
+PATHS = {"data.path", "data.input_vectors", "data.target_vectors", "data.backbone_weights"}
+PATHS |= {"model.init_from", "run.output_dir"}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -40,6 +42,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"recipe {path} must hold keys such as `task` and `data`")
     for override in overrides:
         _apply(fields, override)
+    _expand_home(fields)
     fields.setdefault("run", {})
     if isinstance(fields["run"], dict) and fields["run"].get("output_dir") is None:
         fields["run"]["output_dir"] = f"models/{path.stem}"
@@ -207,7 +210,8 @@ def _apply(fields: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"{override!r} is no override; write key=value, such as run.seed=2")
     try:
-        value = parse_yaml(text)
+        plain = key in PATHS and text not in ("", "null", "~") and text[0] not in "'\""
+        value = text if plain else parse_yaml(text)  # in a path `: ` and ` #` mean nothing
     except (yaml.MarkedYAMLError, ValueError, RecursionError):
         raise ConfigError(f"override {key}: {text!r} is not YAML; quote it") from None
     except yaml.YAMLError as error:  # our own
@@ -219,6 +223,14 @@ def _apply(fields: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {key}: {parent} is {inner!r}, which has no keys")
         fields = inner
     fields[last] = value
+
+
+def _expand_home(fields: dict[str, Any]) -> None:
+    """A shell leaves the ~ of `data.path=~/texts` as it is, and YAML does too."""
+    for section, name in (key.split(".") for key in PATHS):
+        inner = fields.get(section)
+        if isinstance(inner, dict) and str(inner.get(name)).startswith("~/"):
+            inner[name] = str(Path.home() / inner[name][2:])
 
 
 def _explain(error: ValidationError) -> str:

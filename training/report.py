@@ -4,6 +4,7 @@ import html
 import io
 import json
 import platform
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -73,7 +74,7 @@ def provenance(directory: Path, run: RunFile, device: str) -> dict[str, str]:
         "Rows": f"sha256 {run.data}",
         "Made with": f"torch {run.torch}, Python {platform.python_version()}, threads: {run.threads}",
         **({"Processor": _processor(device)} if _is_here(device) else {}),
-        "Again": f"python -m training train {directory / RECIPE} run.output_dir=NEW_DIRECTORY",
+        "Again": f"python -m training train {shlex.quote(str(directory / RECIPE))} run.output_dir=NEW_DIRECTORY",
     }
 
 

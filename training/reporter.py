@@ -6,7 +6,6 @@ metrics.jsonl holds what must be equal however often a run was interrupted; timi
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -25,6 +24,7 @@ from seqmodels.tokenizer import Tokenizer
 from training.data.examples import Codec, Example
 from training.optim import Update
 from training.report import numbers
+from training.screen import screen
 
 WIDE = 130  # columns of a terminal that has room for a bar; the numbers need all of 80
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal to draw a bar on
@@ -36,7 +36,7 @@ class Reporter:
     """One run's voice. Use as a context manager."""
 
     def __init__(self, directory: Path, console: Console | None = None) -> None:
-        self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.console = console or screen()
         self._directory = directory
         self._log = (directory / "metrics.jsonl").open("ab")
         self._timings = (directory / "timings.jsonl").open("a", encoding="utf-8")

@@ -110,6 +110,8 @@ def train_as(workers: Workers, recipe: Recipe, voice: Callable[[Path], Reporter]
             rows = load_rows(recipe, say=reporter.say)
         codec = workers.of_first(lambda: _prepare(directory, recipe, rows, saved, reporter))
         _check_same(workers, rows)
+        if next(iter(codec.examples(rows["validation"])), None) is None:
+            raise DataError("no row of the validation split fits; raise data.max_input_length or max_target_length")
         codec = _with_grids(recipe, codec, rows, directory, reporter)
         examples = _encoded_by(workers, directory, codec, rows["train"])
         batches = _batches(recipe, codec, examples)
@@ -285,6 +287,9 @@ def _introduce(
     if recipe.task == "classify" and (full := int((lengths_of(examples)[0] >= longest).sum())):
         reporter.say(f"{full} inputs fill data.max_input_length={longest}: of a longer one its beginning is read")
     if codec.config.labels and codec.config.problem_type != "regression":
+        # In quotes where white space would hide that two are not the same.
+        labels = [label if label.split() == [label] else repr(label) for label in codec.config.labels]
+        reporter.say(f"{len(labels)} labels: {some(labels)}")
         unseen = {label for row in rows["validation"] for label in row.references} - set(codec.config.labels)
         if unseen:
             names = some(sorted(unseen))

@@ -17,6 +17,7 @@ from training import checkpoint
 from training.config import Recipe
 from training.directory import RUN, locked
 from training.parsing import differences, load_recipe
+from training.screen import screen
 from training.space import Trial, draw_trials, load_space
 from training.trials import already_done, conclude, outcome_of, show
 
@@ -48,7 +49,7 @@ def search(
     done = already_done(directory)
     count = max([count, *(number + 1 for number in done)])  # what is there stays
     trials = draw_trials(recipe, overrides, searched, count, seed)
-    console = Console(highlight=False, soft_wrap=True)
+    console = screen()
     with locked(directory):
         _begin(directory, base, {key: values.plain for key, values in searched.items()}, seed)
         problems: dict[int, str] = {}

@@ -97,6 +97,19 @@ def test_own_csv_of_pairs(tmp_path: Path) -> None:
     assert scores["exact_match"] > 0.5, scores
 
 
+def test_scores_of_other_data_have_a_file_of_their_own(reviews: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = reviews.parent / "model"
+    new = reviews.parent / "new.csv"
+    new.write_text("text,label\na fine film,good\na dull film,bad\n", encoding="utf-8")
+    assert main(["evaluate", str(model), "--split", "validation"]) == 0
+    before = {path.name for path in model.glob("evaluation-*")}
+    for other in (new, reviews):
+        assert main(["evaluate", str(model), f"data.path={other}", "data.splits.test=train"]) == 0
+    made = sorted({path.name for path in model.glob("evaluation-*")} - before)
+    assert [name.rpartition("-")[0] for name in made] == ["evaluation-test-new.csv", "evaluation-test-reviews.csv"]
+    assert json.loads((model / made[0]).read_text())["rows"] == 2
+
+
 def _letters(number: int) -> str:
     return "".join("abcde"[(number // 5**place) % 5] for place in range(4))
 
@@ -120,6 +133,10 @@ def test_evaluate_takes_search_options_and_a_baseline(tmp_path: Path, capsys: py
     assert main(["evaluate", str(tmp_path / "translator"), "generation.num_beams=3"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["search"] == {"max_new_tokens": 3, "num_beams": 3}
+    kept = json.loads((tmp_path / "translator" / "evaluation-test-num_beams=3.json").read_text())
+    assert {**kept, **result} == kept
+    assert main(["evaluate", str(tmp_path / "translator")]) == 0
+    capsys.readouterr()
     assert "tok:13a" in result["signatures"]["bleu"]
     assert main(["evaluate", str(tmp_path / "translator"), "--shortlist"]) == 2
     assert "python -m training shortlist" in capsys.readouterr().err
@@ -304,6 +321,25 @@ def test_labels_that_only_the_validation_split_has(tmp_path: Path, capsys: pytes
     (tmp_path / "validation.csv").write_text("text,label\na fine film,maybe\n")
     assert main(["train", path, f"run.output_dir={tmp_path / 'none'}"]) == 2
     assert "has a label that the model knows (no, yes)" in capsys.readouterr().err
+
+
+def test_what_cannot_go_well_is_said_before_the_first_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, rows in {"train": ["a,b, yes", "c,d,yes "], "validation": ["a long text,b, yes"]}.items():
+        (tmp_path / f"{name}.csv").write_text("text,other,label\n" + "\n".join(rows) + "\n")
+    data = {"path": str(tmp_path), "columns": {"input": "text", "target": "label"}, "tokenizer": WORDS}
+    path = write_recipe(tmp_path / "recipe.yaml", data=data)
+    run = ["train", path, f"run.output_dir={tmp_path / 'model'}"]
+    assert main([*run, "run.average_best=2", "run.max_steps=1"]) == 0
+    said = capsys.readouterr().out
+    assert "2 labels: ' yes', 'yes '" in said and "so there is no mean of several; lower run.eval_steps" in said
+    assert main([*run[:-1], f"run.output_dir={tmp_path / 'small'}", "data.tokenizer={kind: bpe, vocab_size: 9}"]) == 2
+    assert "data.tokenizer.vocab_size is 9, but a bpe tokenizer needs at least" in capsys.readouterr().err
+    data["columns"] = {"input": "text", "target": "other"}
+    path = write_recipe(
+        tmp_path / "recipe.yaml", task="translate", data={**data, "max_input_length": 1}, model=TRANSLATOR
+    )
+    assert main(["train", path, f"run.output_dir={tmp_path / 'long'}"]) == 2
+    assert "no row of the validation split fits; raise data.max_input_length" in capsys.readouterr().err
 
 
 def test_a_bad_recipe_fails_before_torch_is_needed(tmp_path: Path) -> None:

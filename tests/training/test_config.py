@@ -62,6 +62,15 @@ def test_overrides_go_before_the_file_and_are_read_as_yaml() -> None:
     assert recipe.model["encoder"]["recurrent"]["cell"] == "gru"
 
 
+def test_a_path_is_taken_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/anna")
+    for given, read in (
+        ("a #1: b", "a #1: b"), ("~/m #2", "/home/anna/m #2"), ("'~/m'", "/home/anna/m"), ("2024", "2024"),
+        ("null", "models/sentiment"), ("~", "models/sentiment"), ("", "models/sentiment"), ("~anna/m", "~anna/m"),
+    ):  # fmt: skip
+        assert load_recipe(DEMO, [f"run.output_dir={given}"]).run.output_dir == read
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -102,7 +111,7 @@ def test_overrides_go_before_the_file_and_are_read_as_yaml() -> None:
         ("model.labels=[a,b]", ["model.labels", "data.label_names"]),
         ("model.encoder.vocab_size=9", ["vocab_size", "decided by the data"]),
         ("model.init_from=nowhere", ["init_from"]),
-        ("model.init_from=5", ["model.init_from is 5", "path"]),
+        ("model={init_from: 5}", ["model.init_from is 5", "path"]),
         ("model.temperature=2.0", ["model.temperature", "training calibrate"]),
         ("model.target_std=[1.0]", ["model.target_std", "decided by the data"]),
         ("task=tag", ["task is 'tag'", "set model.architecture: tagger, or task: classify"]),

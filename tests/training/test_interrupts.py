@@ -88,12 +88,8 @@ def test_a_closed_terminal_counts_once() -> None:
 def test_a_terminal_that_is_really_closed(tmp_path: Path) -> None:
     """Nothing of what was trained is lost, with a bar that can no longer be drawn."""
     ours, theirs = pty.openpty()
-    made = fields(
-        run={"max_steps": 10**6, "eval_steps": 10**6, "save_steps": 10**6, "output_dir": str(tmp_path / "run")}
-    )
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(made), encoding="utf-8")
     training = subprocess.Popen(
-        [sys.executable, "-m", "training", "train", str(tmp_path / "recipe.yaml")],
+        endless_training(tmp_path, eval_steps=10**6),
         stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
@@ -107,6 +103,36 @@ def test_a_terminal_that_is_really_closed(tmp_path: Path) -> None:
     finally:
         training.kill()
     assert newest(tmp_path / "run") > "step-00000000"
+
+
+def endless_training(path: Path, eval_steps: int) -> list[str]:
+    """A command that trains in `path`/run and saves nothing of its own accord but at validations."""
+    run = {"max_steps": 10**6, "eval_steps": eval_steps, "save_steps": 10**6, "output_dir": str(path / "run")}
+    (path / "recipe.yaml").write_text(yaml.safe_dump(fields(run=run)), encoding="utf-8")
+    return [sys.executable, "-m", "training", "train", str(path / "recipe.yaml")]
+
+
+def test_a_reader_that_leaves_is_an_interrupt(tmp_path: Path) -> None:
+    command = endless_training(tmp_path, eval_steps=5)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as training:
+        assert training.stdout and training.stderr
+        assert any("step 5: validation" in line for line in training.stdout)
+        training.stdout.close()  # as `| head` does
+        try:
+            assert training.wait(60) == 130
+        finally:
+            training.kill()
+        assert training.stderr.read() == "interrupted; the same command goes on where it stopped\n"
+    assert newest(tmp_path / "run") > "step-00000005"  # that one was saved at its validation
+
+
+def test_a_full_disk_of_the_output_is_told_as_that(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        command = endless_training(tmp_path, eval_steps=5)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False, text=True)
+    first, last = done.stderr.splitlines()
+    assert first == "standard output cannot be written: No space left on device"
+    assert last.startswith("interrupted") and done.returncode == 130
 
 
 def newest(directory: Path) -> str:

@@ -20,7 +20,11 @@ def cut_rows(
     """
     groups = _groups(train, makes_text)
     if len(groups) == 1:
-        raise DataError(f"data.cut finds nothing to cut: the {len(train)} rows are all duplicates of each other")
+        what = "inputs or one of the translations" if makes_text else "inputs"
+        raise DataError(
+            f"data.cut finds nothing to cut: the {len(train)} rows are all duplicates of each other, by their {what}; "
+            "give more data, or a file of its own for each split"
+        )
     random.Random(seed).shuffle(groups)
     cut: dict[str, list[int]] = {}
     for role, size in sizes.items():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from seqmodels.characters import with_spellings
 from seqmodels.config import ModelConfig
-from seqmodels.errors import DataError
+from seqmodels.errors import ConfigError, DataError
 from seqmodels.losses import IGNORE
 from seqmodels.preprocessing import Preprocessor
 from seqmodels.pretrained import Pretrained, load_pretrained
@@ -201,7 +201,10 @@ class Codec:
 
 
 def _tokenizer(data: DataSection, texts: Iterable[str]) -> Tokenizer:
-    return Tokenizer.train(texts, data.tokenizer.kind, data.tokenizer.vocab_size, data.tokenizer.lowercase)
+    try:
+        return Tokenizer.train(texts, data.tokenizer.kind, data.tokenizer.vocab_size, data.tokenizer.lowercase)
+    except ConfigError as error:
+        raise ConfigError(f"data.tokenizer.{error}; raise it") from None
 
 
 def _source_texts(rows: Sequence[Row]) -> Iterable[str]:

@@ -185,7 +185,8 @@ class RowReader:
         if not isinstance(data, bytes):
             path = value.get("path") if isinstance(value, Mapping) else value
             if not isinstance(path, str) or not Path(path).is_file():
-                self._refuse(where, f"holds {_short(path)}, but {rule}")
+                missing = f" (looked for in {Path.cwd()})" if isinstance(path, str) and not path.startswith("/") else ""
+                self._refuse(where, f"holds {_short(path)}, but {rule}{missing}")
             data = Path(path).read_bytes()
         return data
 

@@ -1,0 +1,45 @@
+"""Standard output as a run writes to it, which may outlast whoever reads it."""
+
+import os
+import signal
+import sys
+from typing import TextIO
+
+from rich.console import Console
+
+
+def screen() -> Console:
+    """Where a run speaks to the person who began it."""
+    return Console(file=_Output(sys.stdout), highlight=False, soft_wrap=True)  # type: ignore[arg-type]
+
+
+class _Output:
+    """A stream that cannot be written to any more, since its reader has left as `head` does, or its disk is full, is as
+    Ctrl-C: what is under way can be saved. What is said after that goes nowhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._close(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._close(error)
+
+    def _close(self, error: OSError) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())  # with what the stream still holds
+        os.close(nowhere)
+        if not isinstance(error, BrokenPipeError):
+            print(f"standard output cannot be written: {error.strerror}", file=sys.stderr)
+        signal.raise_signal(signal.SIGINT)
