@@ -1,20 +1,22 @@
 """python -m seqmodels predict | generate | score MODEL_DIR [MODEL_DIR ...] [FILE]: offline use of a saved model, or of
 several that answer as one.
 
-One JSON object or one plain text per input line; one JSON object per output line, in the same order. A line that
-cannot be answered gets {"error": ...} in the place of its answer, and the exit status is 1 in the end.
+One JSON object or one plain text per input line; one JSON object per output line, in the same order, as soon as there
+is one. A line that cannot be answered gets {"error": ...} in the place of its answer, and the exit status is 1 in the
+end.
 """
 
 import argparse
 import base64
 import codecs
 import json
+import os
+import select
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, BinaryIO, get_args
 
 import torch
 
@@ -25,7 +27,10 @@ from seqmodels.errors import ConfigError, InputError, SeqModelsError
 from seqmodels.pipeline import Job, Pipeline
 
 PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF")  # how files of them begin, and no line of text is likely to
-CHUNK = 256  # lines read, answered and written together
+CHUNK = 256  # lines read, answered and written together, where so many are there
+BLOCK = 1 << 16  # bytes read at a time; a pipe holds no more
+# Options that are wrong for every line, where they are for one.
+OPTIONS = {*SearchParams.model_fields, "threshold", "return_state"}
 MAX_THREADS = 1024
 SEARCHES_WITH = ("decoder_weights", "shortlist", "max_rows")  # options of generate alone
 # A line names files, not bytes.
@@ -44,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pipeline = Pipeline.from_pretrained(directories, options.device, average=average, **given)
         _check_command(options.command, pipeline)
         with _opened(file) as lines:
-            failed = _answer_all(pipeline, options, lines)
+            failed = _answer_all(pipeline, options, lines.fileno())
     except SeqModelsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -182,7 +187,9 @@ def _check_command(command: str, pipeline: Pipeline) -> None:
         raise InputError(f"{command} does not fit this model, which is a {pipeline.config.architecture}: use {fitting}")
 
 
-def _opened(name: str) -> AbstractContextManager[Iterable[bytes]]:
+def _opened(name: str) -> AbstractContextManager[BinaryIO]:
+    if name == "-" and sys.stdin is None:
+        raise InputError("standard input is closed; give a file of input lines")
     if name == "-":
         return nullcontext(sys.stdin.buffer)
     try:
@@ -191,12 +198,12 @@ def _opened(name: str) -> AbstractContextManager[Iterable[bytes]]:
         raise InputError(f"cannot read {name}: {error.strerror}") from None
 
 
-def _answer_all(pipeline: Pipeline, options: argparse.Namespace, lines: Iterable[bytes]) -> int:
+def _answer_all(pipeline: Pipeline, options: argparse.Namespace, file: int) -> int:
     """Print an answer or an error for each line; returns the number of errors. Raises InputError for a bad option."""
     params = {name: getattr(options, name, None) for name in SearchParams.model_fields}
     params = {name: value for name, value in params.items() if value is not None}
-    lines, failed = _without_pictures(lines), 0
-    while chunk := list(islice(lines, CHUNK)):
+    failed = 0
+    for chunk in _chunks(file):
         prepared = [_prepared(pipeline, options, params, line) for line in chunk]
         answers = iter(pipeline.outcomes([job for job in prepared if isinstance(job, Job)]))
         for job in prepared:
@@ -205,21 +212,39 @@ def _answer_all(pipeline: Pipeline, options: argparse.Namespace, lines: Iterable
                 failed += 1
                 answer = {"error": {"message": str(answer), "code": getattr(answer, "code", "invalid_value")}}
             print(_as_json(answer))
+        sys.stdout.flush()
     return failed
 
 
-def _without_pictures(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """The same, less a byte order mark. Raises InputError where they are the bytes of a picture, which is what one
-    gives first."""
-    for number, line in enumerate(lines):
+def _chunks(file: int) -> Iterator[list[bytes]]:
+    """Its lines, less a byte order mark, some at a time. Raises InputError where they are the bytes of a picture, which
+    is what one gives first."""
+    for number, lines in enumerate(_lines_ready(file)):
         if number == 0:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if number == 0 and line.startswith(PICTURES):
+            lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
+        if number == 0 and lines[0].startswith(PICTURES):
             raise InputError(
                 'the input is a picture, not lines that name some; write a line such as {"image": "FILE"}, or '
                 '{"frames": "FILE"} of an animated one'
             )
-        yield line
+        yield lines
+
+
+def _lines_ready(file: int) -> Iterator[list[bytes]]:
+    """At most CHUNK lines at a time: of a person or a pipe those that have come, for what comes next may wait for their
+    answers."""
+    lines: list[bytes] = []
+    begun = b""
+    while block := os.read(file, BLOCK):
+        *whole, begun = (begun + block).split(b"\n")
+        lines += whole
+        while lines and (len(lines) >= CHUNK or not select.select([file], [], [], 0)[0]):
+            yield lines[:CHUNK]
+            lines = lines[CHUNK:]
+    lines += [begun] if begun else []
+    while lines:
+        yield lines[:CHUNK]
+        lines = lines[CHUNK:]
 
 
 def _as_json(answer: Any) -> str:
@@ -254,7 +279,7 @@ def _prepared(
             threshold=getattr(options, "threshold", None),
         )
     except InputError as error:
-        if error.param in params:  # it would be wrong for every line
+        if error.param in OPTIONS:
             raise
         return error
 

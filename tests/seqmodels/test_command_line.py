@@ -1,6 +1,7 @@
 """python -m seqmodels: one line in, one answer out, and what is said of a line that cannot be answered."""
 
 import json
+import select
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from seqmodels.__main__ import main
+from seqmodels.__main__ import CHUNK, main
 from seqmodels.pipeline import Pipeline
-from tests.seqmodels.conftest import png
+from seqmodels.pretrained import save_pretrained
+from tests.seqmodels.builders import make_model
+from tests.seqmodels.conftest import MODELS, STACK, TEXT, TOKENIZER, png
 
 
 def command_line(*arguments: str, lines: str = "") -> tuple[int, list[Any], str]:
@@ -81,11 +84,15 @@ def test_command_line_in_process(
     for threshold, told in (("0", True), ("1", False)):
         assert main([*classify, "--threshold", threshold]) == 0
         assert (json.loads(capsys.readouterr().out)["label"] is not None) is told
-    assert main([*classify, "--threshold", "1.5"]) == 1
-    assert "threshold is 1.5, but a probability is between 0 and 1" in capsys.readouterr().out
+    both_ways = {**TEXT, "recurrent": {**STACK, "bidirectional": True}}
+    made = make_model(1, 2.0, **{**MODELS["classifier"], "encoder": both_ways})
+    save_pretrained(made, tmp_path / "both", source_tokenizer=TOKENIZER)
     (tmp_path / "cut.jsonl").write_text('{"text": "the fox"\n')
     captions, beams = (str(directories["captioner"]), str(tmp_path / "captions.jsonl")), "--num-beams"
     mistakes = {
+        (*classify, "--threshold", "1.5"): "threshold is 1.5, but a probability is between 0 and 1",
+        ("generate", *captions, "--max-rows", "1", beams, "2"): "num_beams is 2, but this engine has 1 rows",
+        ("predict", str(tmp_path / "both"), str(tmp_path / "fox.txt"), "--return-state"): "return_state is for input",
         ("predict", str(directories["translator"])): "use generate or score",
         ("generate", str(directories["tagger"])): "use predict",
         ("predict", str(tmp_path)): "is no model directory",
@@ -102,6 +109,44 @@ def test_command_line_in_process(
         assert message in error
         assert "Traceback" not in error
         assert error.count("\n") == 1
+
+
+def test_a_line_is_answered_before_the_next_one_comes(directories: dict[str, Path]) -> None:
+    """A program that asks, waits for the answer and asks on would wait for ever."""
+    command = [sys.executable, "-m", "seqmodels", "predict", str(directories["classifier"])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout
+        try:
+            for text in ("the fox", "the dog"):
+                process.stdin.write(f"{text}\n")
+                process.stdin.flush()
+                assert select.select([process.stdout], [], [], 60)[0]
+                assert "label" in json.loads(process.stdout.readline())
+            process.stdin.write("no end of line")
+            process.stdin.close()
+            assert "label" in json.loads(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+def test_many_lines_are_answered_in_their_order(
+    directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In several chunks, and in blocks that end inside a line."""
+    lines = [f'{{"image": "none-{number}.png"}}' for number in range(2 * CHUNK + 3)]
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("seqmodels.__main__.BLOCK", 1000)
+        main(["predict", str(directories["classifier"]), str(tmp_path / "lines.txt")])
+    answers = capsys.readouterr().out.splitlines()
+    assert len(answers) == len(lines)
+    assert all(f"'none-{number}.png'" in answer for number, answer in enumerate(answers))
+
+
+def test_a_closed_standard_input_is_said(directories: dict[str, Path]) -> None:
+    command = f"{sys.executable} -m seqmodels predict {directories['classifier']} <&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: standard input is closed; give a file of input lines\n")
 
 
 def test_a_line_that_cannot_be_answered_says_so_in_its_place(
