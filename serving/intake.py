@@ -7,6 +7,7 @@ bad item fails its whole list and is named, as in `inputs[3]`.
 import base64
 import binascii
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,20 +71,21 @@ def prepare_inputs(model: ServedModel, body: TaskRequest, terms: Terms) -> Work:
     stream = isinstance(body, GeneratorOptions) and body.stream
     items = named_items(body.inputs, "inputs", limits)
     states = open_states(body.state, len(items), terms)
-    jobs = [
-        pipeline.prepare(
-            item,
-            options,
-            field=field,
-            truncate=body.truncate,
-            stream=stream,
-            state=opened.state if opened else None,
-            return_state=body.return_state,
-            threshold=body.threshold if isinstance(body, LabelsRequest) else None,
-            **terms.turn,
-        )
-        for (item, field), opened in zip(items, states, strict=True)
-    ]
+    jobs = []
+    for (item, field), opened in zip(items, states, strict=True):
+        with _state_named(opened):
+            job = pipeline.prepare(
+                item,
+                options,
+                field=field,
+                truncate=body.truncate,
+                stream=stream,
+                state=opened.state if opened else None,
+                return_state=body.return_state,
+                threshold=body.threshold if isinstance(body, LabelsRequest) else None,
+                **terms.turn,
+            )
+        jobs.append(job)
     name = "output_attentions" if options.get("output_attentions") else "top_logprobs"
     _check_details(sum(map(pipeline.num_details, jobs)), limits, name, "lower max_new_tokens, or send fewer inputs")
     exact = {
@@ -103,6 +105,18 @@ def open_states(states: str | list[str] | None, count: int, terms: Terms) -> lis
         message = f"state holds {len(named)} states for {count} inputs; give one state for each input"
         raise InputError(message, param="state")
     return [terms.seal.open(state, field) for state, field in named]
+
+
+@contextmanager
+def _state_named(opened: Opened | None) -> Iterator[None]:
+    """A pipeline, which is asked for one input at a time, says `state` of one of several."""
+    try:
+        yield
+    except InputError as error:
+        if opened is None or error.param != "state":
+            raise
+        message = opened.field + str(error).removeprefix("state")
+        raise InputError(message, param=opened.field, code=error.code) from None
 
 
 def prepare_score(model: ServedModel, body: ScoreRequest, terms: Terms) -> Work:

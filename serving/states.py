@@ -28,9 +28,10 @@ MIN_KEY_LENGTH = 32
 
 @dataclass(frozen=True)
 class Opened:
-    """What was in a sealed state. width: decoder rows of the request that gave it. from_here: whether it was made where
-    the same numbers come out."""
+    """What was in a sealed state. field: where it was in the request, such as `state[1]`. width: decoder rows of the
+    request that gave it. from_here: whether it was made where the same numbers come out."""
 
+    field: str
     state: bytes
     width: int
     from_here: bool
@@ -66,7 +67,7 @@ class Seal:
         if expires_at < time.time():
             message = f"{field} is older than the {self._lifetime_s:.0f} s that this service keeps one; begin anew"
             raise InputError(message, param=field, code="state_expired")
-        return Opened(body[HEADER.size :], width, place == self._place)
+        return Opened(field, body[HEADER.size :], width, place == self._place)
 
     def _sign(self, body: bytes) -> bytes:
         return hmac.digest(self._key, body, "sha256")

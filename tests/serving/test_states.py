@@ -21,7 +21,7 @@ HERE, ELSEWHERE = b"here....", b"elsewher"
 def test_what_was_sealed_comes_out() -> None:
     seal = Seal(b"key", 60, HERE)
     sealed = seal.seal(b"state", 3)
-    assert seal.open(sealed, "state") == Opened(b"state", width=3, from_here=True)
+    assert seal.open(sealed, "state") == Opened("state", b"state", width=3, from_here=True)
     assert not Seal(b"key", 60, ELSEWHERE).open(sealed, "state").from_here
 
 
@@ -134,6 +134,13 @@ def test_a_list_needs_as_many_states(server: InProcess) -> None:
     assert (error["param"], error["message"]) == (
         "state", "state holds 1 states for 2 inputs; give one state for each input",
     )  # fmt: skip
+    pairs = {"inputs": ["a good day", "a bad day"], "max_new_tokens": 4}
+    results = server.post("/v1/translate", {**pairs, "return_state": True}).json()["results"]
+    states = [result["sequences"][0]["state"] for result in results]
+    for wrong, field in (([states[0]] * 2, "state[1]"), (states[::-1], "state[0]")):
+        error = error_of(server.post("/v1/translate", {**pairs, "state": wrong}), 400)
+        message = f"{field} was made with other inputs; send the same ones again"
+        assert [error["param"], error["message"]] == [field, message]
 
 
 def test_states_that_do_not_fit(server: InProcess) -> None:
