@@ -20,7 +20,7 @@ class Output:
     """loss: what is minimised, mean per target. nll: plain mean negative log-likelihood in nats: what metrics use.
 
     logits: (B, C) of a classifier, (B, C, 2) where several labels may be right, (B, S, C) of a tagger, the numbers
-    (B, K) of a regression, None from a generator, which projects only real targets.
+    (B, K) of a regression, (M, V) of a generator, for its M real targets, row by row.
     state: where the recurrence stands after the batch, for those that carry one.
     """
 

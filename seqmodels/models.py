@@ -194,7 +194,7 @@ class SequenceGenerator(nn.Module):
         features = _at(features, places)  # (M, E) for the M real targets
         out = labelled(self.decoder.project(features), _at(labels[:, 1:], places), self.config.label_smoothing)
         penalty = self._penalty(passed, features, real, memory)
-        return Output(out.loss + penalty, out.nll, out.num_targets, None, passed.state)
+        return replace(out, loss=out.loss + penalty, state=passed.state)
 
     def target_logits(
         self,

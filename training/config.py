@@ -228,6 +228,8 @@ class RunSection(Strict):
     # The reward, of each text, that sampled texts are to raise over greedy ones (Rennie et al. 2017).
     self_critical: Literal["chrf", "bleu", "exact_match", "cider_d"] | None = None
     self_critical_weight: Fraction = 0.9  # its share of the loss; the rest is the usual one
+    # Each row is read twice a step, and what it says with one dropout and the other is to be alike (Liang et al. 2021).
+    r_drop: PositiveFloat | None = None  # how much: the paper's alpha, 5 for translation there, 1 for classification
     keep_snapshots: bool = False  # the model at the end of each cycle of the rate, in snapshots/ (Huang et al. 2017)
     bf16: bool = False  # forward pass and gradients in bfloat16 where that is safe; weights and sums in float32
     fp16: bool = False  # the same in float16, the loss scaled so that small gradients stay; CUDA only
@@ -309,6 +311,8 @@ class Recipe(Strict):
                 f"run.workers is {self.run.workers}, but run.tokens_per_batch of {self.run.tokens_per_batch} holds "
                 f"{streams} chunks of data.chunk_length {data.chunk_length}; lower the one or raise the other"
             )
+        if self.run.self_critical and self.run.r_drop:
+            raise ValueError("run.self_critical and run.r_drop are both set; choose one")
         if self.run.self_critical and self.task not in ("translate", "caption"):
             raise ValueError(
                 f"run.self_critical is {self.run.self_critical!r}, but task {self.task} writes no text for an input; "

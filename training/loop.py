@@ -28,6 +28,7 @@ from training.data.examples import Codec
 from training.directory import FINISHED, RUN
 from training.initial import begin_as_kept, begin_from, new_model
 from training.interrupts import interrupts_wait
+from training.objective import Objective
 from training.optim import (
     FULL,
     DivergedError,
@@ -44,7 +45,6 @@ from training.optim import (
 )
 from training.reporter import Reporter
 from training.seen import copy_seen
-from training.self_critical import Objective
 from training.workers import ALONE, Workers
 
 MAX_SKIPPED_IN_A_ROW = 5

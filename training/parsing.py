@@ -92,6 +92,7 @@ def _check_model(recipe: Recipe) -> None:
         _refuse_task(recipe, config)
     _check_single_layers(recipe, config)
     _check_parts(recipe, config)
+    _check_r_drop(recipe, config)
     _check_vectors(recipe, config)
     _check_tokenizer(recipe, config)
     _check_backbone(recipe, config)
@@ -148,6 +149,25 @@ def _check_parts(recipe: Recipe, config: ModelConfig) -> None:
             f"model.encoder.summary_dropout is of a picture's one vector, but model.pooling is {config.pooling!r}, "
             "which reads its grid; set model.encoder.dropout, or remove it"
         )
+
+
+def _check_r_drop(recipe: Recipe, config: ModelConfig) -> None:
+    if recipe.run.r_drop is None:
+        return
+    if config.problem_type == "regression":
+        raise ConfigError("run.r_drop is of probabilities, and the model answers with numbers; remove it")
+    if not any(_draws_by_row(part) for part in (config, config.encoder, config.decoder)):
+        raise ConfigError(
+            f"run.r_drop is {recipe.run.r_drop}, but nothing differs from one reading of a row to the next: set a "
+            "dropout or zoneout above 0 (embedding_dropout and weight_dropout are the same for all rows), or remove it"
+        )
+
+
+def _draws_by_row(part: object) -> bool:
+    """Whether a part of the model drops something of each row anew."""
+    names = ("dropout", "input_dropout", "summary_dropout", "zoneout", "cell_zoneout")
+    recurrent = getattr(part, "recurrent", None)
+    return any(getattr(part, name, 0.0) for name in names) or (recurrent is not None and _draws_by_row(recurrent))
 
 
 def _refuse_task(recipe: Recipe, config: ModelConfig) -> NoReturn:

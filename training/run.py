@@ -47,11 +47,11 @@ from training.directory import (
 from training.initial import check_frozen, check_memory, frozen_backbone, frozen_weights, keep_begin, new_model
 from training.interrupts import termination_interrupts
 from training.loop import Trainer
+from training.objective import objective_of
 from training.report import provenance, write_report
 from training.reporter import Reporter, Silence
 from training.scoring import score
 from training.seen import keep_seen, rows_seen
-from training.self_critical import objective_of
 from training.vectors import check_files, read_vectors
 from training.workers import ALONE, Workers
 

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from seqmodels.losses import Output
-from seqmodels.models import Model, SequenceGenerator
+from seqmodels.models import SequenceGenerator
 from seqmodels.tokenizer import BOS, EOS, PAD, Tokenizer
 from training import captions, metrics
-from training.config import Recipe
-from training.data.examples import Codec
 from training.data.rows import Row
 
 Reward = Callable[[str, Sequence[str]], float]  # of a text, given the right ones: 1 is good, 0 is bad
@@ -28,18 +26,6 @@ REWARDS: dict[str, Reward] = {
     "bleu": metrics.sentence_bleu,
     "exact_match": lambda text, references: metrics.exact_match([text], [references]),
 }
-
-
-def objective_of(recipe: Recipe, codec: Codec, model: Model, rows: Sequence[Row]) -> "Objective":
-    """What a step of training calls for its loss: the model itself, unless the recipe names a reward. rows: to train
-    on."""
-    run = recipe.run
-    if run.self_critical is None:
-        return model
-    assert isinstance(model, SequenceGenerator) and codec.target_tokenizer is not None, "others are refused"
-    reward = CiderReward(rows) if run.self_critical == "cider_d" else REWARDS[run.self_critical]
-    weight, max_new_tokens = run.self_critical_weight, recipe.generation.max_new_tokens
-    return SelfCritical(model, codec.target_tokenizer, reward, weight, max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -142,6 +128,3 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-Objective = Model | SelfCritical
