@@ -431,6 +431,15 @@ def test_brackets_in_the_name_of_a_file_are_no_pattern(tmp_path: Path) -> None:
     assert all(str(row.input).startswith("mine") for row in load_rows(recipe(data=data))["train"])
 
 
+def test_brackets_in_the_name_of_a_folder_are_refused(tmp_path: Path) -> None:
+    """`datasets` would read the other one."""
+    for name in ("rev[1]", "rev1"):
+        (tmp_path / name).mkdir()
+        write_csv(tmp_path / name / "train.csv", [(name, 1), ("b", 0)])
+    with pytest.raises(DataError, match=r"rev\[1\]', and .* for patterns; rename the folder"):
+        load_rows(csv_recipe(tmp_path / "rev[1]"), ("train",))
+
+
 def test_of_several_running_texts_in_one_cell_none_is_lost(tmp_path: Path) -> None:
     texts = [f"the text of number {number}" for number in range(20)]
     (tmp_path / "train.jsonl").write_text(json.dumps({"text": texts}) + "\n", encoding="utf-8")

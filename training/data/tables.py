@@ -94,6 +94,8 @@ def _library() -> Any:
 
 def _load_folder(data: DataSection, path: Path) -> dict[str, Table]:
     """Which file is of which split is for `datasets` to say, by their names or the folder's README."""
+    if glob.escape(place := str(path.resolve())) != place:
+        raise DataError(f"data.path is {place!r}, and `datasets` takes *, ? and [ for patterns; rename the folder")
     datasets = _library()
     try:
         builder = datasets.load_dataset_builder(str(path))
