@@ -234,14 +234,17 @@ def _lines_ready(file: int) -> Iterator[list[bytes]]:
     """At most CHUNK lines at a time: of a person or a pipe those that have come, for what comes next may wait for their
     answers."""
     lines: list[bytes] = []
-    begun = b""
+    begun: list[bytes] = []  # parts of a line whose end has not come
     while block := os.read(file, BLOCK):
-        *whole, begun = (begun + block).split(b"\n")
-        lines += whole
+        end, *others = block.split(b"\n")
+        begun.append(end)
+        for other in others:
+            lines.append(b"".join(begun))
+            begun = [other]
         while lines and (len(lines) >= CHUNK or not select.select([file], [], [], 0)[0]):
             yield lines[:CHUNK]
             lines = lines[CHUNK:]
-    lines += [begun] if begun else []
+    lines += [last] if (last := b"".join(begun)) else []
     while lines:
         yield lines[:CHUNK]
         lines = lines[CHUNK:]
