@@ -40,6 +40,9 @@ TAKES_FILES = {"image": '{"image": "FILE"}', "frames": '{"frames": ["FILE", ...]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where some lines could not be answered, 2 for a mistake in the command."""
     options = _options(arguments)
+    if sys.stdout is None:
+        print("error: standard output is closed, and answers have nowhere to go", file=sys.stderr)
+        return 2
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
@@ -282,7 +285,8 @@ def _prepared(
             threshold=getattr(options, "threshold", None),
         )
     except InputError as error:
-        if error.param in OPTIONS:
+        # How many new tokens an engine has room for depends on what a line gives.
+        if error.param in OPTIONS and (error.param, error.code) != ("max_new_tokens", "limit_exceeded"):
             raise
         return error
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import ValidationError
 
+from seqmodels.clips import is_directory
 from seqmodels.config import Average, ModelConfig, Weights, explain
 from seqmodels.errors import CheckpointError, ConfigError, SeqModelsError
 from seqmodels.yaml_files import read_yaml
@@ -115,6 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SeqModelsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        sys.stderr.close()
+        return 0
     except OSError as error:
         print(f"error: {_in_words(error)}", file=sys.stderr)
         return 2
@@ -273,8 +277,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _members(options: argparse.Namespace) -> tuple[list[Path], list[str], Average]:
     """The models that answer with the first as one, the overrides that stand among them, and what is averaged."""
-    others = [Path(text) for text in options.overrides if "=" not in text or Path(text).is_dir()]
-    if absent := [path for path in others if not path.is_dir()]:
+    others = [Path(text) for text in options.overrides if "=" not in text or is_directory(text)]
+    if absent := [path for path in others if not is_directory(str(path))]:
         raise ConfigError(
             f"{str(absent[0])!r} is no directory; name one that holds a model, or write a setting as key=value, such "
             "as run.seed=2"

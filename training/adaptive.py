@@ -49,8 +49,7 @@ class Adaptation(Strict):
     @property
     def ways(self) -> list[str]:
         """What it does, in words for a file's name."""
-        used = {"dynamic": self.dynamic_rate, "cache": self.cache_weight}
-        return [name for name, value in used.items() if value]
+        return [f"{name}={value}" for name, value in self.model_dump(exclude_defaults=True).items()]
 
 
 class Adaptive:

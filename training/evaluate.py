@@ -28,6 +28,8 @@ from training.scoring import NO_ADAPTATION, applicable, score
 from training.screen import screen
 from training.seen import refuse_seen
 
+LONGEST_NAME = 150  # characters of what tells one file of scores from another
+
 
 def evaluate(
     directory: Path,
@@ -96,7 +98,16 @@ def evaluate(
     if others:
         report["average"] = average
         ways.append(f"ensemble-{report['revision']}")
+    if sum(map(len, ways)) > LONGEST_NAME:
+        ways = [_digest(ways)]
     return report, "-".join(["evaluation", split, *ways]) + ".json"
+
+
+def _same_source(one: DataSection, other: DataSection) -> bool:
+    """A path may be spelt in several ways."""
+    if one.path is not None and other.path is not None:
+        return Path(one.path).resolve() == Path(other.path).resolve()
+    return one.origin == other.origin
 
 
 def _other_data(directory: Path, data: DataSection) -> list[str]:
@@ -146,7 +157,7 @@ def _rows(directory: Path, recipe: Recipe, split: str, with_train: bool) -> dict
         return splits.rows(sorted(wanted), print)
     theirs = run.data_section
     name = getattr(recipe.data.splits, split)
-    if recipe.data.origin != theirs.origin:
+    if not _same_source(recipe.data, theirs):
         print(f"scoring on {recipe.data.origin}; the model was trained on {theirs.origin}")
     elif split != "train" and name == theirs.splits.train:
         print(f"data.splits.{split} is {name!r}, which the model was trained on: the scores say nothing about new data")

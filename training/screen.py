@@ -1,5 +1,6 @@
 """Standard output as a run writes to it, which may outlast whoever reads it."""
 
+import io
 import os
 import signal
 import sys
@@ -10,7 +11,8 @@ from rich.console import Console
 
 def screen() -> Console:
     """Where a run speaks to the person who began it."""
-    return Console(file=_Output(sys.stdout), highlight=False, soft_wrap=True)  # type: ignore[arg-type]
+    stream = sys.stdout or io.StringIO()  # None where it was closed from the beginning
+    return Console(file=_Output(stream), highlight=False, soft_wrap=True)  # type: ignore[arg-type]
 
 
 class _Output:

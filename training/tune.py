@@ -21,6 +21,7 @@ from training.cluster import enter_folder, needs, ray_running
 from training.directory import FINISHED
 from training.reporter import Reporter
 from training.run import train_as
+from training.screen import screen
 from training.space import Trial
 from training.trials import score_of, validations
 from training.workers import ALONE
@@ -127,4 +128,4 @@ class _Voice(Callback):  # type: ignore[misc]
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if result.get("anew"):
             number, name = result["config"]["number"], result["name"]
-            print(f"trial {number}: step {result['step']}, {name} {result['value']:.4g}", flush=True)
+            screen().print(f"trial {number}: step {result['step']}, {name} {result['value']:.4g}", markup=False)

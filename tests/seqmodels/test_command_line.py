@@ -149,6 +149,24 @@ def test_a_closed_standard_input_is_said(directories: dict[str, Path]) -> None:
     assert (done.returncode, done.stderr) == (2, "error: standard input is closed; give a file of input lines\n")
 
 
+def test_a_closed_standard_output_is_said(directories: dict[str, Path]) -> None:
+    command = f"echo a fox | {sys.executable} -m seqmodels predict {directories['classifier']} >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: standard output is closed, and answers have nowhere to go\n")
+
+
+def test_an_option_that_one_line_alone_has_no_room_for(
+    directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("seqmodels.decoding.engine.MAX_DETAILS", 500 * 64 * 256)
+    (tmp_path / "lines.txt").write_text("the fox\n" + "the fox " * 30 + "\nthe fox\n")
+    options = ["--output-attentions", "--max-new-tokens", "500"]
+    assert main(["generate", str(directories["translator"]), str(tmp_path / "lines.txt"), *options]) == 1
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert ["sequences" in answer for answer in answers] == [True, False, True]
+    assert "max_new_tokens is 500" in answers[1]["error"]["message"]
+
+
 def test_a_line_that_cannot_be_answered_says_so_in_its_place(
     directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

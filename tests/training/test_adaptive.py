@@ -147,7 +147,8 @@ def test_the_command_scores_with_both_and_leaves_the_model(tmp_path: Path, capsy
     assert after["scores"]["perplexity"] < before["scores"]["perplexity"]
     told = {"dynamic_rate": 0.001, "dynamic_decay": 0.01, "cache_weight": 0.05, "cache_size": 100}
     assert after["adaptation"] == told and "adaptation" not in before
-    assert (directory / "evaluation-test-dynamic-cache.json").is_file()
+    ways = "-".join(f"{name}={value}" for name, value in told.items())
+    assert (directory / f"evaluation-test-{ways}.json").is_file()
     assert (directory / "model.safetensors").read_bytes() == weights
     for wrong, word in (
         (["--dynamic-decay", "0.1"], "dynamic_rate"),

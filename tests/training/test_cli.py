@@ -110,6 +110,44 @@ def test_scores_of_other_data_have_a_file_of_their_own(reviews: Path, capsys: py
     assert json.loads((model / made[0]).read_text())["rows"] == 2
 
 
+def test_data_in_another_spelling_of_its_path_are_those_that_were_trained_on(
+    reviews: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = reviews.parent / "model" / ".." / "reviews.csv"
+    assert main(["evaluate", str(reviews.parent / "model"), f"data.path={other}", "data.splits.test=train"]) == 0
+    assert "data.splits.test is 'train', which the model was trained on" in capsys.readouterr().out
+
+
+def test_a_long_search_has_a_name_that_a_disk_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = {"generated": "numbers-en-fr", "tokenizer": WORDS}
+    recipe = write_recipe(tmp_path / "recipe.yaml", task="translate", data=data, model=TRANSLATOR)
+    run = ["run.max_eval_samples=4", "generation.max_new_tokens=3", f"run.output_dir={tmp_path / 'model'}"]
+    assert main(["train", recipe, *run]) == 0
+    words = ", ".join(f"deux cent {word}" for word in ("un", "trois", "quatre") for _ in range(10))
+    search = {"num_beams": 2, "length_penalty": 0.75, "repetition_penalty": 1.25, "no_repeat_ngram_size": 7}
+    search |= {"min_new_tokens": 1, "prefix": "deux", "bad_words": f"[{words}]", "top_logprobs": 3}
+    given = [f"generation.{name}={value}" for name, value in search.items()]
+    assert main(["evaluate", str(tmp_path / "model"), *given]) == 0, capsys.readouterr().err
+    (made,) = (tmp_path / "model").glob("evaluation-test-*.json")
+    assert len(made.name) < 180
+
+
+def test_a_reader_that_leaves_an_evaluation(reviews: Path) -> None:
+    command = [sys.executable, "-m", "training", "evaluate", str(reviews.parent / "model")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as evaluation:
+        assert evaluation.stdout and evaluation.stderr
+        evaluation.stdout.close()
+        assert (evaluation.wait(60), evaluation.stderr.read()) == (0, b"")
+    assert (reviews.parent / "model" / "evaluation-test.json").is_file()
+
+
+def test_a_closed_output_is_nobody_to_speak_to(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "recipe.yaml")
+    command = f"{sys.executable} -m training train {path} run.output_dir={tmp_path / 'model'} >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def _letters(number: int) -> str:
     return "".join("abcde"[(number // 5**place) % 5] for place in range(4))
 

@@ -1,5 +1,7 @@
 """Rows from files and from the hub: what is read, what is refused, and how it is named."""
 
+import bz2
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -345,6 +347,103 @@ def test_a_cut_of_a_split_that_the_data_has_is_said_to_be_unused(tmp_path: Path)
     )
     assert [len(split) for split in rows.values()] == [8, 10, 2]
     assert said == ["the data has a validation split of its own, so data.cut.validation is not used"]
+
+
+def declared(path: Path, text: str) -> None:
+    (path / "README.md").write_text(f"---\n{text}\n---\n", encoding="utf-8")
+
+
+def test_a_csv_is_read_as_it_is_written_where_its_columns_are_declared_too(tmp_path: Path) -> None:
+    write_csv(tmp_path / "train.csv", [("0049", "01", 1), ("NA", "NA", ""), ("1.50", "x", "2")], "text,label,other")
+    of = "text: string", "label: string", "other: int64"
+    declared(
+        tmp_path,
+        "dataset_info:\n  features:\n"
+        + "".join("  - {{name: {}, dtype: {}}}\n".format(*one.split(": ")) for one in of),
+    )
+    found = load_rows(csv_recipe(tmp_path), ("train",))["train"]
+    assert found == [Row("0049", "01"), Row("NA", "NA"), Row("1.50", "x")]
+    (tmp_path / "train.csv").unlink()
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "label": "01"}\n{"text": "b", "label": 2}\n', encoding="utf-8")
+    assert [row.target for row in load_rows(csv_recipe(tmp_path), ("train",))["train"]] == ["01", "2"]
+
+
+def test_what_a_readme_says_of_the_reading_of_a_csv(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("a;x\nb;y\n", encoding="utf-8")
+    declared(
+        tmp_path, 'configs:\n- config_name: default\n  data_files: train.csv\n  sep: ";"\n  column_names: [text, label]'
+    )
+    assert load_rows(csv_recipe(tmp_path), ("train",))["train"] == [Row("a", "x"), Row("b", "y")]
+    declared(tmp_path, 'configs:\n- config_name: default\n  data_files: train.csv\n  sep: ";"')
+    with pytest.raises(DataError, match=r"no column 'text' \(it has a, x\)"):
+        load_rows(csv_recipe(tmp_path), ("train",))
+
+
+@pytest.mark.parametrize("in_folder", [True, False])
+def test_compressed_files_are_read_like_others(tmp_path: Path, in_folder: bool) -> None:
+    for name, content, pack in (
+        ("train.csv.gz", "text,label\n01,1967-10-28\n", gzip.compress),
+        ("train.jsonl.bz2", '{"text": "01", "label": "1967-10-28"}\n', bz2.compress),
+        ("train.ndjson", '{"text": "01", "label": "1967-10-28"}\n', bytes),
+    ):
+        (folder := tmp_path / name.replace(".", "")).mkdir()
+        (folder / name).write_bytes(pack(content.encode()))
+        path = folder if in_folder else folder / name
+        assert load_rows(csv_recipe(path), ("train",))["train"] == [Row("01", "1967-10-28")]
+    (tmp_path / "train.csv.gz").write_bytes(b"text,label\n")
+    with pytest.raises(DataError, match="cannot be unpacked: Not a gzipped file"):
+        load_rows(csv_recipe(tmp_path / "train.csv.gz"), ("train",))
+
+
+def test_no_number_is_no_text(tmp_path: Path) -> None:
+    """NaN, as pandas writes what is missing."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": 1}\n{"text": NaN, "label": 1}\n', encoding="utf-8")
+    assert len(load_rows(csv_recipe(tmp_path / "rows.jsonl"), ("train",))["train"]) == 1
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": NaN}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="row 2, column 'label' holds None, so it is unlabelled"):
+        load_rows(csv_recipe(tmp_path / "rows.jsonl"), ("train",))
+
+
+@pytest.mark.parametrize("data", ["train.json", "train/a.csv", "train/red/1.png", "train.csv.gz", "train.conll"])
+def test_a_licence_beside_any_data_is_no_data(tmp_path: Path, data: str) -> None:
+    path = tmp_path / data
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name in ("LICENSE.txt", "README.txt", "notes.txt"):
+        (tmp_path / name).write_text("Do as you like,\nbut do it\n", encoding="utf-8")
+    (tmp_path / "more.txt").mkdir()
+    task, columns, model = "generate", {"target": "text"}, LANGUAGE_MODEL
+    match path.suffixes[-1]:
+        case ".json":
+            path.write_text('[{"text": "real"}]', encoding="utf-8")
+        case ".csv":
+            path.write_text("text\nreal\n", encoding="utf-8")
+        case ".gz":
+            path.write_bytes(gzip.compress(b"text\nreal\n"))
+        case ".conll":
+            path.write_text("real O\n", encoding="utf-8")
+            task, columns, model = "tag", {"input": "column0", "target": "column1"}, TAGGER
+        case ".png":
+            Image.new("RGB", (8, 8)).save(path)
+            (tmp_path / "train" / "blue").mkdir()
+            Image.new("RGB", (8, 8)).save(tmp_path / "train" / "blue" / "2.png")
+            encoder = {"input": "image", "backbone": {"image_size": [8, 8], "channels": [2]}}
+            task, columns = "classify", {"input": "image", "target": "label"}
+            model = {"architecture": "classifier", "encoder": encoder}
+    rows = load_rows(recipe(task, data={"path": str(tmp_path), "columns": columns}, model=model), ("train",))["train"]
+    if task == "classify":
+        assert {row.target for row in rows} == {"red", "blue"}
+    else:
+        assert rows == [Row(("real",), ("O",)) if task == "tag" else Row(None, ("real",))]
+
+
+def test_only_spaces_and_tabs_part_the_columns_of_a_tagger(tmp_path: Path) -> None:
+    words = "a\x85b", "c\u2028d", "e\xa0f"
+    (tmp_path / "train.conll").write_text(
+        "".join(f"{word}\t O \n" for word in words) + " \t\n\ng O\n", encoding="utf-8"
+    )
+    columns = {"input": "column0", "target": "column1"}
+    made = recipe("tag", data={"path": str(tmp_path), "columns": columns}, model=TAGGER)
+    assert [row.input for row in load_rows(made, ("train",))["train"]] == [words, ("g",)]
 
 
 def test_texts_are_of_the_split_in_their_names(tmp_path: Path) -> None:

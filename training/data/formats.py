@@ -1,20 +1,31 @@
-"""CSV, JSON and plain text -> rows, every cell as the file spells it.
+"""CSV, JSON and plain text -> rows, every text as the file spells it.
 
 `datasets` would guess here: in a CSV it takes `NA` for nothing and `01` for a number, in JSON lines `1967-10-28` for a
 point in time. Knows formats; knows no split and no recipe.
 """
 
+import bz2
 import csv
+import gzip
 import io
 import json
+import lzma
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from seqmodels.errors import DataError
 
+COMPRESSED = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
+
 csv.field_size_limit(2**31 - 1)  # a cell may hold a whole document
+
+
+def suffix_of(path: Path) -> str:
+    """The format by its name, as `.csv` of a file that is compressed too."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
 def read_csv(paths: Sequence[Path], separator: str) -> list[dict[str, Any]]:
@@ -64,7 +75,7 @@ def _csv_lines(path: Path, separator: str) -> Iterator[list[str]]:
 
 def read_json(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """The files' rows, one after another: an object in each line, or one list of objects or of texts. What a row does
-    not name is None in it. Raises DataError."""
+    not name, or NaN, is None in it. Raises DataError."""
     rows = [row for path in paths for row in _json_rows(path)]
     columns = dict.fromkeys(column for row in rows for column in row)
     return [{**columns, **row} for row in rows]
@@ -86,7 +97,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _parsed(path: Path, text: str, where: str) -> Any:
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=lambda name: None if name == "NaN" else float(name))
         if "\\u" in text:  # half of a surrogate pair may be written so, and is no text
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -110,11 +121,12 @@ def read_text(path: Path, task: str) -> list[dict[str, Any]]:
         return [{"text": text}]
     if task != "tag":
         raise DataError(f"{path.name}: plain text serves the tasks generate and tag; give CSV or JSON lines for {task}")
-    return [_columns(block, path.name) for block in re.split(r"\n\s*\n", text) if block.strip()]
+    return [_columns(block, path.name) for block in re.split(r"\n[ \t]*\n", text) if block.strip(" \t\n")]
 
 
 def _columns(block: str, name: str) -> dict[str, Any]:
-    lines = [line.split() for line in block.splitlines() if line.strip()]
+    """Spaces and tabs stand between columns; other white space may be part of a word."""
+    lines = [re.split(r"[ \t]+", line.strip(" \t")) for line in block.split("\n") if line.strip(" \t")]
     if len({len(line) for line in lines}) != 1:
         raise DataError(f"{name}: the lines of a sentence differ in their number of columns, near {block[:40]!r}")
     return {f"column{number}": [line[number] for line in lines] for number in range(len(lines[0]))}
@@ -122,8 +134,11 @@ def _columns(block: str, name: str) -> dict[str, Any]:
 
 def _text(path: Path) -> str:
     """All of the file, less a byte order mark."""
+    data = path.read_bytes()
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return COMPRESSED.get(path.suffix, bytes)(data).decode("utf-8-sig")
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        raise DataError(f"{path.name} cannot be unpacked: {error}; it is damaged, or of another format") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path.name} cannot be loaded: {not_utf8(error)}") from None
 

@@ -4,6 +4,7 @@ Knows where files are and which split they belong to; knows no row and no token.
 pictures and the hub; CSV, JSON and plain text are read in formats.py.
 """
 
+import dataclasses
 import glob
 import logging
 import re
@@ -13,12 +14,13 @@ from typing import Any, Protocol
 
 from seqmodels.errors import DataError
 from training.config import DataSection
-from training.data.formats import not_utf8, read_csv, read_json, read_text
+from training.data.formats import not_utf8, read_csv, read_json, read_text, suffix_of
 
-JSON_SUFFIXES = {".json", ".jsonl"}
+JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 TEXT_SUFFIXES = {".txt", ".conll"}
-TABLE_SUFFIXES = {".parquet", ".jsonl", ".csv", ".tsv"}  # a .json may also describe what stands beside it
+TABLE_SUFFIXES = {".parquet", ".jsonl", ".ndjson", ".csv", ".tsv"}
+PAPERS = {"license", "licence", "readme", "notice", "copying", "citation", "changelog"}  # texts that are no data
 HALF_WRITTEN = ".train.jsonl.writing"  # what `training distill` has in a folder until it is whole
 SPLIT_WORDS = {  # as `datasets` has them, for texts too
     "train": ("train", "training"),
@@ -53,9 +55,9 @@ def read_tables(data: DataSection, task: str) -> dict[str, Table]:
         if (path / HALF_WRITTEN).exists():
             raise DataError(f"data.path is {data.path!r}, which is half written; give its `distill` command again")
         return _load_folder(data, path)
-    if path.suffix in SEPARATORS:
-        return {"train": read_csv([path], SEPARATORS[path.suffix])}
-    if path.suffix in JSON_SUFFIXES:
+    if (suffix := suffix_of(path)) in SEPARATORS:
+        return {"train": read_csv([path], SEPARATORS[suffix])}
+    if suffix in JSON_SUFFIXES:
         return {"train": read_json([path])}
     if path.suffix == ".parquet":
         return _load_with_datasets(data, "parquet", data_files={"train": glob.escape(str(path))})
@@ -68,18 +70,34 @@ def _read_texts(files: Sequence[Path], task: str) -> dict[str, Table]:
     one table."""
     tables: dict[str, list[dict[str, Any]]] = {}
     for file in files:
-        words = set(re.split(r"[-._ 0-9]+", file.stem.lower()))
-        split = next((split for split, known in SPLIT_WORDS.items() if words & set(known)), file.stem)
-        tables.setdefault("train" if len(files) == 1 else split, []).extend(read_text(file, task))
+        split = "train" if len(files) == 1 else _split_named(file) or file.stem
+        tables.setdefault(split, []).extend(read_text(file, task))
     return dict(tables)
 
 
+def _split_named(path: Path) -> str | None:
+    words = set(re.split(r"[-._ 0-9]+", path.stem.lower()))
+    return next((split for split, known in SPLIT_WORDS.items() if words & set(known)), None)
+
+
 def _text_files(path: Path) -> list[Path]:
-    """The file, or those of a folder. Beside tables a text is a licence or a note, and no data."""
-    files = [path] if path.is_file() else sorted(path.iterdir())
-    if any(file.suffix in TABLE_SUFFIXES for file in files):
+    """The file, or those of a folder: of .conll, if there are any. Beside tables a text is a note, and no data."""
+    if path.is_file():
+        return [path] if suffix_of(path) in TEXT_SUFFIXES else []
+    entries = [entry for entry in sorted(path.iterdir()) if entry.name[0] != "."]
+    if any(_is_table(entry) for entry in entries):
         return []
-    return [file for file in files if file.suffix in TEXT_SUFFIXES]
+    texts = [entry for entry in entries if entry.is_file() and suffix_of(entry) in TEXT_SUFFIXES]
+    texts = [text for text in texts if text.name.partition(".")[0].lower() not in PAPERS]
+    return [text for text in texts if suffix_of(text) == ".conll"] or texts
+
+
+def _is_table(entry: Path) -> bool:
+    """A table, or a folder of them or of pictures. A .json may describe what stands beside it, unless it is named after
+    a split."""
+    if entry.is_dir() or suffix_of(entry) == ".json":
+        return _split_named(entry) is not None
+    return bool(TABLE_SUFFIXES & set(entry.suffixes))
 
 
 def _library() -> Any:
@@ -102,21 +120,40 @@ def _load_folder(data: DataSection, path: Path) -> dict[str, Table]:
     except Exception as error:  # see _load_with_datasets
         raise _cannot_load(data, error) from None
     files = {str(split): [Path(file) for file in files] for split, files in (builder.config.data_files or {}).items()}
-    suffixes = {file.suffix for paths in files.values() for file in paths}
+    suffixes = {suffix_of(file) for paths in files.values() for file in paths}
+    if _asks_for_more(builder.config):
+        return _load_with_datasets(data, str(path))
     features = builder.info.features  # where the README says what the columns are
-    if suffixes <= SEPARATORS.keys() and features is None:
-        return {name: read_csv(paths, getattr(builder.config, "sep", ",")) for name, paths in files.items()}
-    if suffixes <= JSON_SUFFIXES and getattr(builder.config, "field", None) is None:
+    if suffixes <= SEPARATORS.keys():
+        separator = getattr(builder.config, "sep", ",")
+        return {name: _typed(data, read_csv(paths, separator), features) for name, paths in files.items()}
+    if suffixes <= JSON_SUFFIXES:
         return {name: _typed(data, read_json(paths), features) for name, paths in files.items()}
     return _load_with_datasets(data, str(path))
+
+
+def _asks_for_more(config: Any) -> bool:
+    """Whether the folder's README says of the reading of its files what our own readers know nothing of."""
+    known = {"name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter"}
+    fields = [field.name for field in dataclasses.fields(config) if field.name not in known]
+    usual = type(config)()
+    return any(getattr(config, name) != getattr(usual, name) for name in fields)
 
 
 def _typed(data: DataSection, rows: list[dict[str, Any]], features: Mapping[str, Any] | None) -> Table:
     """The rows with the columns that are declared, of their types; as they are where none are."""
     if features is None:
         return rows
+    library = _library()
+    texts = {name for name, feature in features.items() if feature == library.Value("string")}
+
+    def cell(name: str, value: Any) -> Any:
+        if name in texts:
+            return str(value) if isinstance(value, int | float) else value
+        return value if value != "" else None
+
     try:
-        table = _library().Dataset.from_list([{name: row.get(name) for name in features} for row in rows])
+        table = library.Dataset.from_list([{name: cell(name, row.get(name)) for name in features} for row in rows])
         typed: Table = table.cast(features)
     except Exception as error:  # see _load_with_datasets
         raise _cannot_load(data, error) from None
