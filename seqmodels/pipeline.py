@@ -426,12 +426,14 @@ class Pipeline:
         return 1 if self.config.architecture == "classifier" else len(job.reading.positions)
 
     def num_details(self, job: Job) -> int:
-        """The most numbers that an answer may hold beside its tokens and their log-probabilities."""
+        """The most numbers that an answer may hold beside its tokens and their log-probabilities: of alternatives, of
+        attention and of states."""
         if not isinstance(job.request, Request):
-            return 2 * job.request.top_logprobs * len(job.request.labels)
-        assert self._engine is not None
-        search = job.request.params
-        return self._engine.num_details(job.request) * search.max_new_tokens * search.num_return_sequences
+            width = self._forward.start().width if job.request.return_state else 0
+            return 2 * job.request.top_logprobs * len(job.request.labels) + width
+        assert self._engine is not None and self._stepper is not None
+        search, width = job.request.params, self._stepper.state_width if job.request.return_state else 0
+        return (self._engine.num_details(job.request) * search.max_new_tokens + width) * search.num_return_sequences
 
     def text_stream(self, job: Job) -> TextStream:
         """Turns the job's Progress events into text."""

@@ -119,7 +119,7 @@ def _check(config: ServeConfig) -> None:
     """Raise now, in one line, what would otherwise stand in a replica's log."""
     import torch
 
-    from seqmodels.ensemble import load_members
+    from seqmodels.ensemble import load_members, revision_of
     from seqmodels.shortlist import Shortlist, has_shortlist
 
     load_keys(config.api_keys_file)
@@ -143,8 +143,13 @@ def _check(config: ServeConfig) -> None:
         raise ConfigError(
             "shortlist is true, but no model has one; learn it with `python -m training shortlist MODEL_DIR`"
         )
-    for directories in config.directories.values():
+    for name, directories in config.directories.items():
         members = load_members(directories)  # on the CPU: a GPU is the replicas'
+        revision, wanted = revision_of(members, "probability"), config.revisions.get(name)
+        if wanted not in (None, revision):
+            raise ConfigError(
+                f"revisions.{name} is {wanted!r}, but {', '.join(directories)} holds {revision}; put one right"
+            )
         for directory, member in zip(directories, members, strict=True):
             if config.shortlist and has_shortlist(directory):
                 Shortlist.load(Path(directory), member)

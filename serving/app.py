@@ -102,7 +102,9 @@ def build_app(
     # Its page loads nothing from elsewhere: the service is also for machines without a way out.
     # And FastAPI's own traces and logs, which an OpenTelemetry in the environment would begin, tell what clients sent.
     silent = {"tracing": False, "metrics": False, "logs": False}
-    app = FastAPIOffline(title="seqmodels", summary=summary, redoc_url=None, lifespan=lifespan, telemetry=silent)
+    app = FastAPIOffline(
+        title="seqmodels", summary=summary, redoc_url=None, lifespan=lifespan, telemetry=silent, redirect_slashes=False
+    )
     rates = Rates(settings.requests_per_minute, settings.most_replicas)
     front = Front(service, models, settings.limits)
     app.add_middleware(

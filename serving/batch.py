@@ -26,8 +26,8 @@ from seqmodels.config import Strict
 from seqmodels.errors import QueueFullError
 from serving.config import Limits
 from serving.errors import HttpError, invalid_request
-from serving.guard import exchange_of, told_error
-from serving.http import TIMEOUT_HEADER, seconds_allowed, unless
+from serving.guard import exchange_of, priority_of, told_error
+from serving.http import TIMEOUT_HEADER, refuse_packed, seconds_allowed, unless
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ class BatchResponse(Response):
         """batches: holds one place for each that may run at a time. Raises QueueFullError where all are taken, and
         HttpError for a wrong header."""
         self._seconds = seconds_allowed(request, limits.batch_s)
+        priority_of(request)  # of all lines
+        refuse_packed(request)
         if batches.locked():
             raise QueueFullError(f"{limits.batches} batches are at work, the most allowed here; try again later")
         super().__init__(headers={"cache-control": "no-cache"}, media_type="application/x-ndjson")

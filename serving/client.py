@@ -21,6 +21,7 @@ from typing import Any, Generic, ParamSpec, Self, TypeVar, overload
 
 import httpx
 
+from seqmodels.errors import InputError
 from serving import questions
 from serving.http import PRIORITY_HEADER
 from serving.questions import Asking, Delta, Question, ServiceError
@@ -96,10 +97,15 @@ class _Methods:
         priority: str | None = None,
     ) -> None:
         """timeout_s: how long to wait for an answer, which the server is told. priority: low, normal or high; the
-        server's usual one where it is None."""
-        given = {"authorization": api_key and f"Bearer {api_key}", PRIORITY_HEADER: priority}
+        server's usual one where it is None. Raises InputError for what cannot be sent."""
+        key, urgency = questions.checked_header(api_key, "api_key"), questions.checked_header(priority, "priority")
+        given = {"authorization": key and f"Bearer {key}", PRIORITY_HEADER: urgency}
+        try:
+            httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise InputError(f"url is {url!r}: {error}; give one such as http://127.0.0.1:8000", param="url") from None
         self._url = url
-        self._timeout_s = timeout_s
+        self._timeout_s = questions.checked_timeout(timeout_s)
         self._headers = {name: value for name, value in given.items() if value}
 
 

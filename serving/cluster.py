@@ -12,7 +12,7 @@ import pickle
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import ray
@@ -47,6 +47,10 @@ R = TypeVar("R")
 
 class DeploymentError(SeqModelsError):
     """Ray Serve could not bring the application up, or it is not there."""
+
+
+class OvertakenError(DeploymentError):
+    """The service was told to serve something else meanwhile."""
 
 
 def application(config: ServeConfig) -> ServeApplicationSchema:
@@ -153,7 +157,8 @@ def change_models(wanted: ModelSet, timeout_s: float = 600.0) -> list[dict[str, 
     """Have every replica, present and future, serve these models, and wait until all that stand have tried: their
     reports. Where none refused anything, this also waits for those that are being replaced.
 
-    Raises DeploymentError where that takes longer than `timeout_s`; the models remain what is to be served.
+    Raises DeploymentError where that takes longer than `timeout_s`; the models remain what is to be served. Raises
+    OvertakenError where others were named meanwhile, as by `serve deploy`.
     """
     schema = _ours().model_dump(exclude_unset=True)
     asked = wanted.model_dump(mode="json")
@@ -170,10 +175,30 @@ def change_models(wanted: ModelSet, timeout_s: float = 600.0) -> list[dict[str, 
             have_tried = bool(told) and all(report["wanted"] == asked for report in told)
             if have_tried and (_is_running() or any(report["refused"] for report in told)):
                 return told
+            if not have_tried and model_set() != wanted:
+                raise OvertakenError("the service was told to serve other models meanwhile; see what it serves now")
         time.sleep(POLL_S)
     raise DeploymentError(
         f"not every replica serves what it was told to within {timeout_s:g} s; Ray Serve says of them: {state}"
     )
+
+
+class _Swap:
+    """An actor whose name is taken while models change. It ends with the process that began it."""
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """While nobody else changes models: each would go back to what it found, over what the other has done. Raises
+    DeploymentError where somebody does."""
+    try:
+        swap = ray.remote(num_cpus=0)(_Swap).options(name=f"{APPLICATION}-swap", namespace=SERVE_NAMESPACE).remote()
+    except ValueError:  # the name is taken
+        raise DeploymentError("another swap is under way; give this one again when it has ended") from None
+    try:
+        yield
+    finally:
+        ray.kill(swap)
 
 
 def reports() -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (None, 0),
     "logit_bias": (None, {}),
 }
+LEAST_TEMPERATURE = 0.001  # of a search; what is lower is as good as greedy
 FINISH_REASONS = {"eos": "stop", "stop": "stop", "constraint": "stop", "length": "length"}
 
 
@@ -51,7 +52,7 @@ class CompletionRequest(Strict):
     n: Annotated[int, Field(ge=1)] | None = 1
     best_of: Annotated[int, Field(ge=1)] | None = None
     stop: OneOrMany | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
     echo: bool | None = None
     stream: bool | None = False
@@ -113,9 +114,9 @@ class CompletionRequest(Strict):
             "top_logprobs": self.logprobs or 0,
         }
         if self.samples:
-            options["temperature"] = 1.0 if self.temperature is None else self.temperature
+            options["temperature"] = 1.0 if self.temperature is None else max(self.temperature, LEAST_TEMPERATURE)
             options["top_p"] = 1.0 if self.top_p is None else self.top_p
-            options["seed"] = self.seed
+            options["seed"] = None if self.seed is None else self.seed % 2**63
         if self.stop:
             options["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
         return {name: value for name, value in options.items() if value is not None}

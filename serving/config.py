@@ -55,7 +55,8 @@ class Limits(Strict):
     num_beams: PositiveInt = 16
     num_return_sequences: PositiveInt = 16  # n and best_of of completions likewise
     max_new_tokens: PositiveInt = 512
-    details: PositiveInt = 500_000  # numbers of top_logprobs and attentions in one answer, were it as long as allowed
+    # numbers of top_logprobs, attentions and states in one answer, were it as long as allowed
+    details: PositiveInt = 500_000
     stop: PositiveInt = 8  # stop strings, and as many bad_words and force_words
     stop_characters: PositiveInt = 100  # in one stop string, bad or forced word
     batches: PositiveInt = 4  # requests to /v1/batch at a time, in each replica

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from seqmodels.errors import QueueFullError
@@ -26,7 +26,15 @@ from serving.completions import CompletionRequest, CompletionWriter
 from serving.config import Limits
 from serving.errors import HttpError, http_error, invalid_request
 from serving.guard import Exchange, exchange_of, priority_of
-from serving.http import EventStream, read_body, seconds_allowed, server_sent_event, unless_client_leaves
+from serving.http import (
+    EventStream,
+    as_json,
+    as_long_json,
+    read_body,
+    seconds_allowed,
+    server_sent_event,
+    unless_client_leaves,
+)
 from serving.models import Models, ServedModel
 from serving.service import Answer, Call, Delta, Service, Work, ending_at
 
@@ -110,9 +118,10 @@ class Front:
             )
             exchange = exchange_of(request)
             if body.stream:
-                return EventStream(_completion_events(scoring, writing, writer, exchange), held.pop_all().close)
+                chunks = _chunks(scoring, writing, writer, exchange)
+                return EventStream(_completion_events(chunks, exchange), held.pop_all().close)
             completion = _completion(scoring, writing, writer, exchange)
-            return JSONResponse(await unless_client_leaves(request.receive, completion))
+            return await self._json(*await unless_client_leaves(request.receive, completion))
 
     async def batch(self, app: ASGIApp, request: Request) -> Response:
         """Many requests in one, each of them to `app`."""
@@ -125,13 +134,15 @@ class Front:
         body, work = await self._prepare(request, read, (task,), intake.prepare_inputs)
         call = self.service.call(work)
         if isinstance(body, schema.GeneratorOptions) and body.stream:
-            return EventStream(_events(call, exchange_of(request)), call.close)
+            return EventStream(_events(call, exchange_of(request), self.service), call.close)
         return await self._response(await _wait(request, call))
 
-    async def _response(self, answer: Answer) -> JSONResponse:
-        if answer.is_long:
-            return await self.service.in_pool(JSONResponse, answer.body())
-        return JSONResponse(answer.body())
+    async def _response(self, answer: Answer) -> Response:
+        return await self._json(answer.body(), answer.is_long)
+
+    async def _json(self, body: dict[str, Any], is_long: bool) -> Response:
+        text = await self.service.in_pool(as_long_json, body) if is_long else as_json(body)
+        return Response(text, media_type="application/json")
 
     async def _prepare(
         self, request: Request, read: Read[Body], tasks: tuple[str, ...], prepare: Prepare[Body]
@@ -187,11 +198,14 @@ def _parse_json(shape: type[Parsed], content_type: str, data: bytes) -> Parsed:
 
 def _parse_image(query: Sequence[tuple[str, str]], data: bytes) -> schema.RawCaptionRequest:
     try:
-        options = schema.GeneratorOptions.model_validate_strings(dict(query))
-        for name, count in Counter(name for name, _ in query).items():  # now all are fields of ours
+        lists = {name: tuple(text for other, text in query if other == name) for name in schema.LISTS}
+        single = [(name, text) for name, text in query if name not in schema.LISTS]
+        options = schema.GeneratorOptions.model_validate_strings(dict(single))
+        for name, count in Counter(name for name, _ in single).items():  # now all are fields of ours
             if count > 1:
                 raise HttpError(400, f"{name} is given {count} times; give it once", "invalid_value", name)
-        return schema.RawCaptionRequest(inputs=data, **options.model_dump(exclude_unset=True))
+        given = options.model_dump(exclude_unset=True) | {name: texts for name, texts in lists.items() if texts}
+        return schema.RawCaptionRequest(inputs=data, **given)
     except ValidationError as error:
         raise invalid_request(error) from None
 
@@ -203,13 +217,16 @@ async def _wait(request: Request, call: Call) -> Answer:
     return answer
 
 
-async def _events(call: Call, exchange: Exchange) -> AsyncGenerator[bytes]:
+async def _events(call: Call, exchange: Exchange, service: Service) -> AsyncGenerator[bytes]:
     """`delta` events, then one `answer` event; an `error` event in place of what could not be done."""
     try:
         async for piece in call.stream():
             if isinstance(piece, Answer):
                 exchange.usage = piece.usage
-                yield server_sent_event(piece.body(), "answer")
+                if piece.is_long:
+                    yield await service.in_pool(server_sent_event, piece.body(), "answer", as_long_json)
+                else:
+                    yield server_sent_event(piece.body(), "answer")
             elif piece.text:
                 delta = {"index": piece.index, "sequence": piece.sequence, "delta": piece.text}
                 yield server_sent_event(delta, "delta")
@@ -217,18 +234,19 @@ async def _events(call: Call, exchange: Exchange) -> AsyncGenerator[bytes]:
         yield server_sent_event(_stream_error(error, exchange), "error")
 
 
-async def _completion(scoring: Call, writing: Call, writer: CompletionWriter, exchange: Exchange) -> dict[str, Any]:
+async def _completion(
+    scoring: Call, writing: Call, writer: CompletionWriter, exchange: Exchange
+) -> tuple[dict[str, Any], bool]:
+    """The answer, and whether it is long."""
     scored, written = await scoring.answer(), await writing.answer()
     exchange.usage = _usage(scored, written)
-    return writer.answer(scored.results, written.results, exchange.usage)
+    return writer.answer(scored.results, written.results, exchange.usage), scored.is_long or written.is_long
 
 
-async def _completion_events(
-    scoring: Call, writing: Call, writer: CompletionWriter, exchange: Exchange
-) -> AsyncGenerator[bytes]:
+async def _completion_events(chunks: AsyncGenerator[dict[str, Any]], exchange: Exchange) -> AsyncGenerator[bytes]:
     """Chunks in OpenAI's words, then [DONE]."""
     try:
-        async for chunk in _chunks(scoring, writing, writer, exchange):
+        async for chunk in chunks:
             yield server_sent_event(chunk)
     except Exception as error:
         yield server_sent_event(_stream_error(error, exchange))

@@ -20,7 +20,8 @@
 # - Ray reads a body as fast as it comes, however slowly it is taken, to notice clients that leave; the service does both
 #   itself, and only so can a batch of any length be held back (x-request-disconnect-disabled).
 # - No log: a request line may hold a prompt in its query. The service writes its own.
-# - Where no replica is known, as while the service ends, Ray says that there is no such path: no fault of the client's.
+# - Where no replica is known, as while the service ends, Ray says that there is no such path, here or in plain text from
+#   its own proxy, to which HAProxy then turns: no fault of the client's. The service's own 404 is JSON.
 set -eu
 kept=64
 refused='{"error":{"message":"the server has as many requests as it can answer; try again later",'
@@ -47,6 +48,8 @@ cat > "$3.rules" << END
     http-response set-var(txn.alike_ms) res.hdr(x-refused-alike)
     http-response sc-set-gpt0(0) $now,add(txn.alike_ms) if { var(txn.alike_ms) -m found }
     http-response del-header x-refused-alike
+    http-response return status 503 content-type application/json string '$gone' hdr retry-after 1 \
+if { status 404 } { res.hdr(content-type) -m beg text/plain }
 END
 sed -i \
     -e '/^frontend prometheus/,/no log/d' \

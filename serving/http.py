@@ -6,7 +6,7 @@ Knows ASGI; knows no model and no route.
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -17,12 +17,15 @@ from serving.errors import HttpError
 
 R = TypeVar("R")
 
+PART = 256  # items of a list that are written at once: a few milliseconds, where each is a list of likely tokens
+
 PRIORITY_HEADER = "x-request-priority"
 TIMEOUT_HEADER = "x-request-timeout-seconds"  # Ray Serve's own name for it
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    """The whole body. Raises HttpError as soon as it is known to be larger than `most` bytes."""
+    """The whole body. Raises HttpError as soon as it is known to be larger than `most` bytes, or is packed."""
+    refuse_packed(request)
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared[:20]) > most:
         raise _too_large(most)
@@ -34,6 +37,12 @@ async def read_body(request: Request, most: int) -> bytes:
             raise _too_large(most)
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+def refuse_packed(request: Request) -> None:
+    """A few bytes could be a very long text. Raises HttpError."""
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise HttpError(415, "the body has a content-encoding; send it uncompressed", "unsupported_media_type")
 
 
 def _too_large(most: int) -> HttpError:
@@ -122,8 +131,35 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def server_sent_event(data: Any, event: str | None = None) -> bytes:
+def as_json(data: Any) -> str:
+    """On one line, with no blank between."""
+    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def as_long_json(data: Any) -> str:
+    """The same, written in parts, for a thread: one call of the json module keeps all others waiting until its end."""
+    return "".join(_parts(data))
+
+
+def _parts(data: Any) -> Iterator[str]:
+    if isinstance(data, dict):
+        for number, (name, value) in enumerate(data.items()):
+            yield f"{',' if number else '{'}{as_json(name)}:"
+            yield from _parts(value)
+        yield "}" if data else "{}"
+    elif isinstance(data, list) and data and isinstance(data[0], dict):
+        for number, item in enumerate(data):
+            yield "," if number else "["
+            yield from _parts(item)
+        yield "]"
+    elif isinstance(data, list) and len(data) > PART:
+        parts = (as_json(data[start : start + PART])[1:-1] for start in range(0, len(data), PART))
+        yield f"[{','.join(parts)}]"
+    else:
+        yield as_json(data)
+
+
+def server_sent_event(data: Any, event: str | None = None, write: Callable[[Any], str] = as_json) -> bytes:
     """One event, its data as JSON on one line."""
-    line = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     name = f"event: {event}\n" if event else ""
-    return f"{name}data: {line}\n\n".encode()
+    return f"{name}data: {write(data)}\n\n".encode()

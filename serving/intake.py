@@ -86,8 +86,10 @@ def prepare_inputs(model: ServedModel, body: TaskRequest, terms: Terms) -> Work:
                 **terms.turn,
             )
         jobs.append(job)
-    name = "output_attentions" if options.get("output_attentions") else "top_logprobs"
-    _check_details(sum(map(pipeline.num_details, jobs)), limits, name, "lower max_new_tokens, or send fewer inputs")
+    names = ("output_attentions", "top_logprobs")
+    name = next((name for name in names if options.get(name)), "return_state")
+    fix = "send fewer inputs" if name == "return_state" else "lower max_new_tokens, or send fewer inputs"
+    _check_details(sum(map(pipeline.num_details, jobs)), limits, name, fix)
     exact = {
         job.id: opened.from_here and pipeline.goes_on_exactly(job, opened.width)
         for job, opened in zip(jobs, states, strict=True)

@@ -99,9 +99,8 @@ class Models:
                     refused[name] = str(error) if told else f"it failed to load: {type(error).__name__}"
                     logger.error("model refused: %s: %s", name, refused[name], exc_info=None if told else error)
             aliases = {alias: name for alias, name in wanted.aliases.items() if name in self.served}
-            if refused:
-                before = {alias: name for alias, name in self.aliases.items() if alias not in self.served}
-                aliases = before | aliases
+            if refused:  # a name that is still served is no alias, whether it was one before or would be one now
+                aliases = {alias: name for alias, name in (self.aliases | aliases).items() if alias not in self.served}
             self.aliases = aliases
             self.refused = refused
             self.wanted = wanted

@@ -1,9 +1,9 @@
 """Questions: requests to the service as data. What is sent, how an answer is read, and when it is asked for again.
 
 Half of both clients; knows no sockets. A question is asked again, once and under the same request id, where its
-connection was refused or broke, or where a 500, 502 or 503 says that a replica died or is shutting down; and only
-before the first byte of an answer. That is safe, for no request changes anything on the server. What is sampled without
-a seed may come out otherwise the second time.
+connection was refused or broke, or where a 500, 502 or 503, or Ray's own 404, says that a replica died or is shutting
+down; and only before the first byte of an answer. That is safe, for no request changes anything on the server. What is
+sampled without a seed may come out otherwise the second time.
 """
 
 import base64
@@ -37,7 +37,9 @@ MOST_PAUSE_S = 1.0  # where the service asks for longer
 BATCH_LINES = 1000  # of one request to /v1/batch; a longer batch becomes several
 BATCH_BYTES = 4 * 2**20  # the same, and less than any server would leave unread while it waits for us
 BATCH_S = 3600.0  # for the whole of one, where Ray's proxy would end it as early as any other request
+LONGEST_S = 7 * 24 * 3600
 REPLICA_GONE = (500, 502, 503)
+NO_PATH = b"Path '"  # so begins what Ray says in a 404 where the service is ending
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -185,14 +187,34 @@ def batch(
         yield question()
 
 
+def checked_timeout(timeout_s: float) -> float:
+    """Raises InputError for what is no time to wait."""
+    if isinstance(timeout_s, int | float) and 0 < timeout_s <= LONGEST_S:
+        return timeout_s
+    raise InputError(f"timeout_s is {timeout_s!r}; give seconds above 0, at most {LONGEST_S}", param="timeout_s")
+
+
+def checked_header(text: str | None, name: str) -> str:
+    """Without blanks around it, as of a file that ends with a line. Raises InputError, which does not tell it, for what
+    no header can hold."""
+    stripped = (text or "").strip()
+    if stripped.isascii() and stripped.isprintable():
+        return stripped
+    raise InputError(
+        f"{name} holds a character that no header can; give letters, digits and signs of ASCII", param=name
+    )
+
+
 class Asking(Generic[T]):
     """A question while it is asked. A client sends `request()`, hands over what comes, and after a failure waits for as
     long as `pause_after` says before it does so again."""
 
     def __init__(self, question: Question[T], url: str, timeout_s: float) -> None:
+        """Raises InputError for what cannot be sent."""
         self._question = question
         self._url = url
-        self._timeout_s = timeout_s if question.timeout_s is None else question.timeout_s
+        self._timeout_s = timeout_s if question.timeout_s is None else checked_timeout(question.timeout_s)
+        checked_header(question.priority, "priority")
         self._deadline = time.monotonic() + self._timeout_s
         self._request_id = uuid.uuid4().hex
         self._tries_left = question.tries
@@ -248,7 +270,7 @@ class Asking(Generic[T]):
 
     def _may_be_repeated(self, error: httpx.HTTPError | ServiceError) -> bool:
         if isinstance(error, ServiceError):
-            return error.status in REPLICA_GONE and error.code in ("shutting_down", "unknown")
+            return error.code == "shutting_down" or (error.status in REPLICA_GONE and error.code == "unknown")
         return isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError) and not self._has_begun
 
     @property
@@ -256,7 +278,9 @@ class Asking(Generic[T]):
         return self._response is not None and self._response.num_bytes_downloaded > 0
 
     def _told(self, error: httpx.HTTPError) -> ServiceError:
-        reason = str(error) or type(error).__name__
+        # What the client itself takes for no request may hold a key.
+        is_ours = isinstance(error, httpx.LocalProtocolError)
+        reason = type(error).__name__ if is_ours else str(error) or type(error).__name__
         if isinstance(error, httpx.TimeoutException):
             message = f"{self._url} gave no answer in {self._timeout_s:g} s; raise timeout_s, or ask for less at a time"
             return ServiceError(message, code="timeout")
@@ -439,6 +463,7 @@ def _refused(response: httpx.Response, content: bytes, url: str) -> ServiceError
         return _service_error(content, status, retry_after_s=retry_after_s)
     except ValueError:  # of something in between, such as Ray's proxy, which speaks for a replica that died
         code = "queue_full" if b"backpressure" in content else "unknown"
+        code = "shutting_down" if status == 404 and content.startswith(NO_PATH) else code
         message = f"{url} answered {status} with no message of the service; check the address, or ask again later"
         return ServiceError(message, status=status, code=code, retry_after_s=retry_after_s)
 

@@ -146,6 +146,10 @@ Search: Any = create_model(
 )
 
 
+# Options that are lists, which a query string holds as the same name several times.
+LISTS = tuple(name for name, field in SearchParams.model_fields.items() if isinstance(field.default, tuple))
+
+
 class GeneratorOptions(Resumable, Search):  # type: ignore[misc]  # a class made of data
     """What a request for text may say beside its inputs: how it is searched for, where null is the model's default."""
 

@@ -30,6 +30,7 @@ POOL_THREADS = 4
 GRACE_S = 0.05
 
 LONG = 5_000  # tokens of an answer that a thread puts into words, and into JSON: some 40 ms
+NUMBERS = 8  # beside its tokens take as long as one of these
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -64,10 +65,7 @@ class Answer:
     revision: str
     results: list[dict[str, Any]]
     usage: dict[str, int]
-
-    @property
-    def is_long(self) -> bool:
-        return self.usage["output_tokens"] > LONG
+    is_long: bool  # so that others would wait while it is written
 
     def body(self) -> dict[str, Any]:
         return {"model": self.model, "revision": self.revision, "results": self.results, "usage": self.usage}
@@ -238,7 +236,11 @@ class Call:
 
     async def _put_into_words(self) -> Answer:
         """In a thread where it takes long enough to make others wait."""
-        return await self._service.in_pool(self._answer) if self._num_tokens > LONG else self._answer()
+        return await self._service.in_pool(self._answer) if self._is_long else self._answer()
+
+    @property
+    def _is_long(self) -> bool:
+        return self._num_tokens + sum(map(self._pipeline.num_details, self._work.jobs)) // NUMBERS > LONG
 
     @property
     def _num_tokens(self) -> int:
@@ -256,6 +258,7 @@ class Call:
                 "input_tokens": sum(job.num_input_tokens for job in work.jobs),
                 "output_tokens": self._num_tokens,
             },
+            is_long=self._is_long,
         )
 
     def _rendered(self, job: "Job", result: "list[Hypothesis] | Scores") -> dict[str, Any]:

@@ -4,9 +4,9 @@
     python -m serving swap service.yaml          # its models and aliases, and no others
 
 Every replica loads what is new beside what it serves, and answers from it once it is warm. This waits until all agree,
-also those that come in place of others that died. Where one refuses a model (it lies damaged on its machine, or there
-is no memory for it), or not all agree in time, all go back to what they served, and the exit status is 1. Run it on a
-machine of the cluster, where the directories are.
+also those that come in place of others that died; there is one swap at a time. Where one refuses a model (it lies
+damaged on its machine, or there is no memory for it), or not all agree in time, all go back to what they served, and
+the exit status is 1. Run it on a machine of the cluster, where the directories are.
 """
 
 import argparse
@@ -26,6 +26,13 @@ def main(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     given = None if _is_file(options.targets) else named_models(options.targets)  # a mistake is told before Ray starts
     cluster.connect(options.address)
+    with cluster.alone():
+        return _swap(given, options)
+
+
+def _swap(given: dict[str, str] | None, options: argparse.Namespace) -> int:
+    from serving import cluster
+
     before, served = cluster.model_set(), alike(cluster.served())
     if given is None:
         after = pinned(ServeConfig.load(Path(options.targets[0])).model_set, {})
@@ -34,6 +41,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         reports = cluster.change_models(after, options.timeout_s)
         refused = {f"{name}: {reason}" for report in reports for name, reason in report["refused"].items()}
+    except cluster.OvertakenError:
+        raise  # to go back would undo what somebody else has done
     except cluster.DeploymentError as error:
         refused = {str(error)}
     if not refused:
@@ -41,7 +50,11 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     for reason in sorted(refused):
         print(f"refused: {reason}", file=sys.stderr, flush=True)  # going back may take as long as going
-    now = alike(cluster.change_models(before, options.timeout_s))
+    try:
+        now = alike(cluster.change_models(before, options.timeout_s))
+    except cluster.DeploymentError as error:
+        print(f"not all went back to what they served: {error}; /v1/models says what is served", file=sys.stderr)
+        return 1
     if others := [name for name, revision in served.items() if now.get(name) != revision]:
         print(
             f"not all is as it was: replicas serve other weights than before as {', '.join(others)}, for those are no "

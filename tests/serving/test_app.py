@@ -12,6 +12,7 @@ from serving.app import build_app
 from serving.auth import ApiKey
 from serving.config import ModelSet, Settings
 from serving.guard import Exchange
+from serving.http import as_json, as_long_json
 from serving.models import Models
 from serving.runner import Runner
 
@@ -158,6 +159,39 @@ def test_openapi_describes_every_request_with_an_example(server: InProcess) -> N
         assert document["components"]["schemas"][reference.rsplit("/", 1)[1]]["example"]
 
 
+def test_options_of_a_raw_picture_that_are_lists(server: InProcess) -> None:
+    raw = server.request(
+        "POST", "/v1/caption?stop=4&stop=x&max_new_tokens=2", content=png(), headers={"content-type": "image/png"}
+    )
+    in_json = server.post("/v1/caption", {"inputs": {"image": PNG}, "stop": ["4", "x"], "max_new_tokens": 2})
+    assert raw.status_code == 200 and raw.json() == in_json.json()
+    job = server.pipelines["describe"].submitted[-1]
+    assert list(job.params["stop"]) == ["4", "x"]
+
+
+def test_a_slash_too_many_and_a_packed_body(server: InProcess) -> None:
+    assert error_of(server.post("/v1/classify/", {"inputs": "x"}), 404)["code"] == "not_found"
+    for path, kind in (("/v1/classify", "application/json"), ("/v1/batch", "application/x-ndjson")):
+        headers = {"content-type": kind, "content-encoding": "gzip"}
+        error = error_of(server.request("POST", path, content=b"\x1f\x8b", headers=headers), 415)
+        assert error["message"] == "the body has a content-encoding; send it uncompressed"
+
+
+def test_states_count_as_what_an_answer_holds(models: dict[str, str]) -> None:
+    pipeline = Pipeline.from_pretrained(models["story"])
+    width = pipeline.num_details(pipeline.prepare("once", {"max_new_tokens": 4}, return_state=True))
+    assert 8 <= width < 1000 and not pipeline.num_details(pipeline.prepare("once", {"max_new_tokens": 4}))
+    body = {"inputs": ["once"] * 2, "max_new_tokens": 1, "return_state": True}
+    with in_process({"story": pipeline}, limits={"details": 4 * width}) as server:
+        assert (
+            len(server.post("/v1/generate", {**body, "do_sample": True, "num_return_sequences": 2}).json()["results"])
+            == 2
+        )
+        error = error_of(server.post("/v1/generate", {**body, "inputs": ["once"] * 5}), 400)
+        assert (error["param"], error["code"]) == ("return_state", "limit_exceeded")
+        assert error["message"].endswith("send fewer inputs")
+
+
 def test_details_of_an_answer(models: dict[str, str]) -> None:
     """From real models: a text's positions are its tokens, a picture's the cells of a grid; a stream tells the same."""
     pipelines = {name: Pipeline.from_pretrained(models[name]) for name in ("en-de", "describe", "story")}
@@ -253,6 +287,33 @@ def test_a_long_answer_is_put_into_words_in_a_thread(server: InProcess, monkeypa
     assert events_of(server.post("/v1/translate", {**body, "stream": True}))[-1] == ("answer", whole)
     assert not any(name.startswith("prepare") for name in threads[:5])
     assert all(name.startswith("prepare") for name in threads[5:]) and len(threads) == 15
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {}, [], {"a": []}, "é\"", 1.5, None, [1, 2], [{}],
+        {"b": [{"c": [[1], [2], [3]], "d": {"e": "f"}}, {}], "g": [{"h": 1}]},
+        {"many": list(range(10)), "lists": [[{"token": "a", "logprob": -0.5}] * 2] * 9},
+    ],
+)  # fmt: skip
+def test_json_in_parts_is_the_same_json(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.http.PART", 4)
+    assert as_long_json(data) == as_json(data)
+
+
+def test_no_part_of_long_json_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = [{"token": "a", "logprob": -0.5}] * 20
+    body = {"results": [{"sequences": [{"tokens": ["a"] * 4000, "top_logprobs": [step] * 4000}] * 2}] * 2}
+    expected, longest = as_json(body), 0
+
+    def noted(data: Any, write: Any = as_json) -> str:
+        nonlocal longest
+        longest = max(longest, len(text := write(data)))
+        return str(text)
+
+    monkeypatch.setattr("serving.http.as_json", noted)
+    assert as_long_json(body) == expected and longest < len(expected) / 50
 
 
 def test_every_request_is_told_of_without_what_it_said() -> None:

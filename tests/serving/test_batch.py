@@ -75,6 +75,11 @@ def test_the_whole_needs_a_content_type_a_key_and_a_place() -> None:
         )
         assert error_of(refused, 415)["code"] == "unsupported_media_type"
         assert error_of(server.request("POST", "/v1/batch", content=line("a"), headers=TYPE), 401)
+        urgent = {**headers, **TYPE, "x-request-priority": "urgent"}
+        assert (
+            "is none of"
+            in error_of(server.request("POST", "/v1/batch", content=line("a"), headers=urgent), 400)["message"]
+        )
         assert ask(server, line("a"), **headers)[0]["response"]["status_code"] == 200
 
         async def two() -> list[int]:

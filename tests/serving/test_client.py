@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import inspect
 import json
+import math
 import pickle
 import re
 import socket
@@ -307,6 +308,7 @@ def test_a_key_a_priority_and_a_time_go_along(kind: Any) -> None:
         (answer_of(GOOD, cut=len(json.dumps(GOOD))), "before the body"),
         (answer_of(b"<html>", 502), "a proxy"), (answer_of(b"no replica", 503), "none left"),
         (answer_of(refusal("shutting_down"), 503, retry_after=0), "leaving"),
+        (answer_of(b"Path '/v1/classify' not found. Ping ...", 404), "Ray has forgotten it"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -318,6 +320,31 @@ def test_a_replica_that_died_is_asked_again_once(kind: Any, first: bytes, why: s
     assert server.bodies[0] == server.bodies[1] == b'{"inputs": "x"}'
     times = [float(headers["x-request-timeout-seconds"]) for headers in server.asked]
     assert 69 < times[1] < times[0] <= 70  # what is left of it
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"api_key": "schl\xfcssel"}, "api_key"), ({"api_key": "one\ntwo"}, "api_key"),
+        ({"priority": "h\xefgh"}, "priority"), ({"url": "http://127.0.0.1:abc"}, "url"),
+        ({"timeout_s": math.inf}, "timeout_s"), ({"timeout_s": math.nan}, "timeout_s"),
+        ({"timeout_s": "3"}, "timeout_s"), ({"timeout_s": 0}, "timeout_s"),
+    ],
+)  # fmt: skip
+def test_what_no_request_can_hold_is_refused_without_telling_it(kind: Any, given: dict[str, Any], param: str) -> None:
+    with pytest.raises(InputError) as refused:
+        kind(**given)
+    assert refused.value.param == param and "schl" not in str(refused.value)
+    if param in ("timeout_s", "priority"):
+        with kind() as client, pytest.raises(InputError, match=param):
+            client.classify("x", **given)
+
+
+def test_a_key_of_a_file_has_no_end_of_line(kind: Any) -> None:
+    server = Scripted(FINE)
+    with kind(server.url, api_key="a-key-of-a-file\n") as client:
+        client.classify("x")
+    assert server.asked[0]["authorization"] == "Bearer a-key-of-a-file"
 
 
 @pytest.mark.parametrize("twice", [CLOSED, DIED, answer_of(refusal("shutting_down"), 503, retry_after=0)])

@@ -71,6 +71,13 @@ def test_completion_defaults_and_greedy(server: InProcess) -> None:
     assert choice["text"] == text[:31].upper() and choice["finish_reason"] == "length"  # 16 tokens
 
 
+def test_what_openai_allows_of_temperature_and_seed(server: InProcess) -> None:
+    body = {"model": "story", "prompt": "a b", "temperature": 1e-5, "seed": -1}
+    assert server.post("/v1/completions", body).status_code == 200
+    params = server.pipelines["story"].submitted[-1].params
+    assert (params["temperature"], params["seed"], params["do_sample"]) == (0.001, 2**63 - 1, True)
+
+
 def test_one_greedy_search_is_all_the_choices(server: InProcess) -> None:
     body = {"model": "story", "prompt": ["a b", "c"], "n": 3, "best_of": 5, "temperature": 0, "logprobs": 1}
     before = len(server.pipelines["story"].submitted)

@@ -57,7 +57,19 @@ class Refusal(BaseHTTPRequestHandler):
         self.end_headers()
 
     def do_GET(self) -> None:
-        self.do_POST()
+        if self.path == "/rays-own":
+            self._not_found("text/plain; charset=utf-8", b"Path '/rays-own' not found.")
+        elif self.path == "/ours":
+            self._not_found("application/json", b"{}")
+        else:
+            self.do_POST()
+
+    def _not_found(self, kind: str, text: bytes) -> None:
+        self.send_response(404)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -110,8 +122,11 @@ def test_what_was_refused_just_now_is_refused_without_asking_again(tmp_path: Pat
 def test_where_no_replica_is_known_the_server_is_at_fault(tmp_path: Path) -> None:
     with behind_haproxy(Replica(), tmp_path) as client:
         response = client.get("/without-replicas")
-    assert response.status_code == 503 and response.headers["retry-after"] == "1"
-    assert response.json()["error"]["code"] == "shutting_down"
+        rays, ours = client.get("/rays-own"), client.get("/ours")
+    for told in (response, rays):
+        assert told.status_code == 503 and told.headers["retry-after"] == "1"
+        assert told.json()["error"]["code"] == "shutting_down"
+    assert (ours.status_code, ours.text) == (404, "{}")
 
 
 def test_another_key_path_priority_or_time_is_asked_for(tmp_path: Path) -> None:

@@ -88,6 +88,15 @@ def test_a_broken_model(tmp_path: Path, models: dict[str, str], capsys: pytest.C
     assert "model.safetensors" in one_line_error(capsys, f"mood={tmp_path}")
 
 
+def test_another_revision_than_is_wanted(
+    tmp_path: Path, models: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "service.yaml"
+    path.write_text(f"models: {{mood: {models['mood']}}}\nrevisions: {{mood: '123456789abc'}}\n")
+    error = one_line_error(capsys, str(path))
+    assert f"holds {load_pretrained(models['mood']).revision}" in error and "revisions.mood is '123456789abc'" in error
+
+
 def test_a_gpu_that_is_not_there(
     models: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

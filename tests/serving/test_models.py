@@ -134,6 +134,13 @@ def test_an_alias_gives_way_to_a_model_of_its_name(models: Models) -> None:
     assert models.find("new", ("tag",)).revision == "3" * 12
 
 
+def test_a_name_that_is_still_served_is_no_alias_of_another(models: Models) -> None:
+    models.apply(wanted(aliases={"mood": "names"}, names="names-1", other="broken"))
+    assert models.find("mood", ("classify",)).revision == "1" * 12 and not models.aliases
+    models.apply(wanted(aliases={"mood": "names"}, names="names-1"))
+    assert models.find("mood", ("tag",)).name == "names"
+
+
 @contextmanager
 def asking(ask: Callable[[], None]) -> Iterator[list[BaseException]]:
     """Two threads that ask all the time, until the end."""

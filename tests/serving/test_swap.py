@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class FakeCluster:
     def __init__(self, models: dict[str, Any]) -> None:
         self.history = [ModelSet.parse(models)]
         self.refusing: dict[str, str] = {}
-        self.too_late = False
+        self.too_late = self.overtaken = self.no_way_back = False
         self.served = {name: f"{name} of before" for name in self.history[0].models}
 
     def model_set(self) -> ModelSet:
@@ -39,7 +40,11 @@ class FakeCluster:
 
     def change_models(self, wanted: ModelSet, timeout_s: float) -> list[dict[str, Any]]:
         self.history.append(wanted)
+        if self.overtaken:
+            raise cluster.OvertakenError("the service was told to serve other models meanwhile")
         if wanted == self.history[0]:
+            if self.no_way_back:
+                raise cluster.DeploymentError(f"not within {timeout_s:g} s")
             return self.reports()
         if self.too_late and len(self.history) == 2:
             raise cluster.DeploymentError(f"not within {timeout_s:g} s")
@@ -52,6 +57,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, models: dict[str, str]) -> FakeCluster
     fields = {"models": {"mood": models["mood"], "names": models["names"]}, "aliases": {"feelings": "mood"}}
     cluster_of_two = FakeCluster(fields)
     monkeypatch.setattr(cluster, "connect", lambda address: None)
+    monkeypatch.setattr(cluster, "alone", nullcontext)
     monkeypatch.setattr(cluster, "model_set", cluster_of_two.model_set)
     monkeypatch.setattr(cluster, "served", cluster_of_two.reports)
     monkeypatch.setattr(cluster, "change_models", cluster_of_two.change_models)
@@ -99,6 +105,41 @@ def test_a_refusal_takes_everything_back(
     assert fake.history[-1] == fake.history[0] and len(fake.history) == 3
     error = capsys.readouterr().err
     assert "refused: mood: there is no room for it" in error and "nothing has changed" in error
+
+
+def test_what_somebody_else_has_changed_meanwhile_is_not_taken_back(
+    fake: FakeCluster, models: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.overtaken = True
+    assert "other models meanwhile" in one_line_error(capsys, "swap", f"mood={models['topics']}")
+    assert len(fake.history) == 2
+
+
+def test_a_way_back_that_takes_too_long_is_told(
+    fake: FakeCluster, models: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.too_late = fake.no_way_back = True
+    assert main(["swap", f"mood={models['topics']}"]) == 1
+    error = capsys.readouterr().err
+    assert "not all went back to what they served: not within 600 s; /v1/models says what is served" in error
+
+
+def test_another_deployment_is_noticed_while_a_swap_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    config = cluster.application(ServeConfig.parse({"models": {"mood": "one"}}))
+    monkeypatch.setattr(cluster, "_ours", lambda: given[-1] if len(given) == 1 else config)
+    monkeypatch.setattr(cluster, "_apply", given.append)
+    told = {"wanted": None, "refused": {}}
+    monkeypatch.setattr(cluster, "reports", lambda: [told])
+    monkeypatch.setattr(cluster, "_state", lambda: "")
+    monkeypatch.setattr(cluster, "POLL_S", 0.001)
+    wanted = ModelSet.parse({"models": {"mood": "two"}})
+    with pytest.raises(cluster.DeploymentError, match="not every replica") as late:
+        cluster.change_models(wanted, 0.1)
+    assert not isinstance(late.value, cluster.OvertakenError)
+    given.append(None)  # from now on the deployment is what somebody else has given
+    with pytest.raises(cluster.OvertakenError, match="other models meanwhile"):
+        cluster.change_models(wanted, 60.0)
 
 
 def test_where_no_replica_stands_the_models_can_be_changed_all_the_same(
@@ -288,6 +329,24 @@ def test_a_cluster_refuses_who_has_not_its_token(
     *rays, ours = error.splitlines()
     assert len(rays) <= 1 and all("InvalidAuthToken" in line for line in rays), error
     assert ours.startswith("error: what listens at") and "asks for another token; set RAY_AUTH_TOKEN_PATH" in ours
+
+
+def test_there_is_one_swap_at_a_time(service: Running, models: dict[str, str]) -> None:
+    holding = (
+        "import sys; from serving import cluster; cluster.connect(sys.argv[1])\n"
+        "with cluster.alone(): print(flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holding, service.cluster], cwd=ROOT, env={**os.environ, "RAY_TMPDIR": str(service.home)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as holder:  # fmt: skip
+        assert holder.stdout and holder.stdout.readline()
+        swapping = begin_swap(service, f"mood={models['topics']}")
+        assert swapping.communicate(timeout=60) == (
+            "", "error: another swap is under way; give this one again when it has ended\n",
+        )  # fmt: skip
+        assert swapping.returncode == 2
+        holder.kill()  # however it ends, the next one may begin
 
 
 def test_replicas_of_a_real_service_die_as_it_begins(service: Running, models: dict[str, str]) -> None:
