@@ -196,7 +196,8 @@ class Pipeline:
         label is for all pieces so far, tags are those of this one. A language model reads the item as more text after
         all tokens that the state holds, and another generator is given the same item again. What a generator answers,
         its limits and its score are of what is new; greedy and sampled, it is what one longer run would have written.
-        From a sequence that ended with EOS it goes on before that. Beams begin a new search there.
+        From a sequence that ended with EOS it goes on before that; from one that a stop string ended, behind the token
+        that completed it, of which the text tells nothing. Beams begin a new search there.
         threshold: a probability below which a label, or a tag's, is None. Raises InputError, whose `param` is `field`
         or the option at fault.
         """

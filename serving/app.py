@@ -112,7 +112,11 @@ def build_app(
     )
     if settings.cors_origins:  # around the guard, for a browser asks without a key whether it may ask
         app.add_middleware(
-            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["retry-after", "x-request-id"],
         )
     app.add_exception_handler(HTTPException, router_error)
 

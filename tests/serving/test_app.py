@@ -398,6 +398,7 @@ def test_pages_of_other_sites_are_kept_out_but_for_those_that_are_named() -> Non
         assert refused.status_code == 400 and "access-control-allow-origin" not in refused.headers
         answer = server.post("/v1/classify", {"inputs": "x"}, headers={"authorization": f"Bearer {KEY}", **asking})
         assert answer.headers["access-control-allow-origin"] == "https://ours.org"
+        assert answer.headers["access-control-expose-headers"] == "retry-after, x-request-id"
     with in_process() as server:
         assert "access-control-allow-origin" not in server.get("/v1/models", headers=asking).headers
 
