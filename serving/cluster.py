@@ -189,8 +189,8 @@ class _Swap:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """While nobody else changes models: each would go back to what it found, over what the other has done. Raises
-    DeploymentError where somebody does."""
+    """Hold the only right to change models until the block ends: of two swaps each would go back to what it found, over
+    what the other has done. Raises DeploymentError where somebody else holds it."""
     try:
         swap = ray.remote(num_cpus=0)(_Swap).options(name=f"{APPLICATION}-swap", namespace=SERVE_NAMESPACE).remote()
     except ValueError:  # the name is taken

@@ -17,7 +17,7 @@ from serving.errors import HttpError
 
 R = TypeVar("R")
 
-PART = 256  # items of a list that are written at once: a few milliseconds, where each is a list of likely tokens
+PART = 4_000  # texts and numbers that are written at once: a few milliseconds
 
 PRIORITY_HEADER = "x-request-priority"
 TIMEOUT_HEADER = "x-request-timeout-seconds"  # Ray Serve's own name for it
@@ -142,21 +142,40 @@ def as_long_json(data: Any) -> str:
 
 
 def _parts(data: Any) -> Iterator[str]:
-    if isinstance(data, dict):
+    if _size(data) <= PART or not isinstance(data, dict | list):
+        yield as_json(data)
+    elif isinstance(data, dict):
         for number, (name, value) in enumerate(data.items()):
             yield f"{',' if number else '{'}{as_json(name)}:"
             yield from _parts(value)
-        yield "}" if data else "{}"
-    elif isinstance(data, list) and data and isinstance(data[0], dict):
-        for number, item in enumerate(data):
-            yield "," if number else "["
-            yield from _parts(item)
-        yield "]"
-    elif isinstance(data, list) and len(data) > PART:
-        parts = (as_json(data[start : start + PART])[1:-1] for start in range(0, len(data), PART))
-        yield f"[{','.join(parts)}]"
+        yield "}"
     else:
-        yield as_json(data)
+        for number, group in enumerate(_groups(data)):
+            yield "," if number else "["
+            yield from _parts(group[0]) if len(group) == 1 else (as_json(group)[1:-1],)
+        yield "]"
+
+
+def _groups(items: list[Any]) -> Iterator[list[Any]]:
+    """Items one after another, as many as are small together; one where it is large by itself."""
+    group: list[Any] = []
+    size = 0
+    for item in items:
+        size += (more := _size(item))
+        if group and size > PART:
+            yield group
+            group, size = [], more
+        group.append(item)
+    yield group
+
+
+def _size(data: Any) -> int:
+    """About how many texts and numbers it holds; the items of a list are of one kind."""
+    if isinstance(data, dict):
+        return 1 + sum(map(_size, data.values()))
+    if isinstance(data, list):
+        return 1 + len(data) * _size(data[0]) if data else 1
+    return 1 + len(data) // 64 if isinstance(data, str) else 1
 
 
 def server_sent_event(data: Any, event: str | None = None, write: Callable[[Any], str] = as_json) -> bytes:

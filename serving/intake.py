@@ -86,8 +86,9 @@ def prepare_inputs(model: ServedModel, body: TaskRequest, terms: Terms) -> Work:
                 **terms.turn,
             )
         jobs.append(job)
-    names = ("output_attentions", "top_logprobs")
-    name = next((name for name in names if options.get(name)), "return_state")
+    params = getattr(jobs[0].request, "params", None)  # with the model's own
+    names = [name for name in ("output_attentions", "top_logprobs") if getattr(params, name, None)]
+    name = names[0] if names else "return_state"
     fix = "send fewer inputs" if name == "return_state" else "lower max_new_tokens, or send fewer inputs"
     _check_details(sum(map(pipeline.num_details, jobs)), limits, name, fix)
     exact = {

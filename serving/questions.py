@@ -198,11 +198,12 @@ def checked_header(text: str | None, name: str) -> str:
     """Without blanks around it, as of a file that ends with a line. Raises InputError, which does not tell it, for what
     no header can hold."""
     stripped = (text or "").strip()
-    if stripped.isascii() and stripped.isprintable():
-        return stripped
-    raise InputError(
-        f"{name} holds a character that no header can; give letters, digits and signs of ASCII", param=name
-    )
+    if text and not stripped:
+        raise InputError(f"{name} holds nothing but blanks; give one, or leave it out", param=name)
+    if not (stripped.isascii() and stripped.isprintable()):
+        message = f"{name} holds a character that no header can; give letters, digits and signs of ASCII"
+        raise InputError(message, param=name)
+    return stripped
 
 
 class Asking(Generic[T]):
@@ -214,7 +215,7 @@ class Asking(Generic[T]):
         self._question = question
         self._url = url
         self._timeout_s = timeout_s if question.timeout_s is None else checked_timeout(question.timeout_s)
-        checked_header(question.priority, "priority")
+        self._priority = checked_header(question.priority, "priority")
         self._deadline = time.monotonic() + self._timeout_s
         self._request_id = uuid.uuid4().hex
         self._tries_left = question.tries
@@ -227,8 +228,8 @@ class Asking(Generic[T]):
         self._refusal = b""
         left_s = max(self._deadline - time.monotonic(), 0.001)
         headers = {"x-request-id": self._request_id, TIMEOUT_HEADER: f"{self._question.whole_s or left_s:.3f}"}
-        if self._question.priority is not None:
-            headers[PRIORITY_HEADER] = self._question.priority
+        if self._priority:
+            headers[PRIORITY_HEADER] = self._priority
         if self._question.content is not None:
             headers["content-type"] = self._question.content_type
         return {

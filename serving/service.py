@@ -30,7 +30,7 @@ POOL_THREADS = 4
 GRACE_S = 0.05
 
 LONG = 5_000  # tokens of an answer that a thread puts into words, and into JSON: some 40 ms
-NUMBERS = 8  # beside its tokens take as long as one of these
+NUMBERS_PER_TOKEN = 8  # so many, of details, take as long to write as one token
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -240,7 +240,7 @@ class Call:
 
     @property
     def _is_long(self) -> bool:
-        return self._num_tokens + sum(map(self._pipeline.num_details, self._work.jobs)) // NUMBERS > LONG
+        return self._num_tokens + sum(map(self._pipeline.num_details, self._work.jobs)) // NUMBERS_PER_TOKEN > LONG
 
     @property
     def _num_tokens(self) -> int:

@@ -3,6 +3,7 @@ MODEL_DIR ... --output NEW_DIR · calibrate MODEL_DIR · shortlist MODEL_DIR · 
 RECIPE.yaml SPACE.yaml"""
 
 import argparse
+import contextlib
 import errno
 import json
 import os
@@ -19,6 +20,7 @@ from seqmodels.errors import CheckpointError, ConfigError, SeqModelsError
 from seqmodels.yaml_files import read_yaml
 from training.config import Recipe
 from training.parsing import differences, load_recipe
+from training.screen import reader_has_left
 
 if TYPE_CHECKING:
     from training.adaptive import Adaptation
@@ -116,15 +118,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SeqModelsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of our output has left, as `head` does
-        sys.stderr.close()
-        return 0
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and reader_has_left():
+            return 0
         print(f"error: {_in_words(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         goes_on = options.run in (_train, _tune, _distill)
-        print(f"interrupted{'; the same command goes on where it stopped' if goes_on else ''}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            print(f"interrupted{'; the same command goes on where it stopped' if goes_on else ''}", file=sys.stderr)
         return 130
     return 0
 

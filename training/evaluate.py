@@ -114,7 +114,10 @@ def _other_data(directory: Path, data: DataSection) -> list[str]:
     """What tells a file of scores on this data from that of the run's own: one name, or none."""
     if (run := readable_run(directory)) is None:
         return []
-    theirs, ours = run.data_section.model_dump(mode="json"), data.model_dump(mode="json")
+    theirs, ours = (
+        {**section.model_dump(mode="json"), "path": section.path and str(Path(section.path).resolve())}
+        for section in (run.data_section, data)
+    )
     changed = {key: now for key, _, now in differences(theirs, ours)}
     return [f"{_word(Path(data.origin).name)}-{_digest(changed)}"] if changed else []
 

@@ -249,8 +249,11 @@ def _expand_home(fields: dict[str, Any]) -> None:
     """A shell leaves the ~ of `data.path=~/texts` as it is, and YAML does too."""
     for section, name in (key.split(".") for key in PATHS):
         inner = fields.get(section)
-        if isinstance(inner, dict) and str(inner.get(name)).startswith("~/"):
-            inner[name] = str(Path.home() / inner[name][2:])
+        if not isinstance(inner, dict):
+            continue
+        value = inner.get(name)
+        if isinstance(value, str) and value.startswith("~/"):
+            inner[name] = str(Path.home() / value[2:])
 
 
 def _explain(error: ValidationError) -> str:

@@ -111,7 +111,10 @@ def train_as(workers: Workers, recipe: Recipe, voice: Callable[[Path], Reporter]
         codec = workers.of_first(lambda: _prepare(directory, recipe, rows, saved, reporter))
         _check_same(workers, rows)
         if next(iter(codec.examples(rows["validation"])), None) is None:
-            raise DataError("no row of the validation split fits; raise data.max_input_length or max_target_length")
+            raise DataError(
+                "no row of the validation split fits: each is empty, or longer than data.max_input_length or "
+                "data.max_target_length; raise them"
+            )
         codec = _with_grids(recipe, codec, rows, directory, reporter)
         examples = _encoded_by(workers, directory, codec, rows["train"])
         batches = _batches(recipe, codec, examples)

@@ -1,9 +1,12 @@
 """Standard output as a run writes to it, which may outlast whoever reads it."""
 
+import contextlib
 import io
 import os
+import select
 import signal
 import sys
+import threading
 from typing import TextIO
 
 from rich.console import Console
@@ -39,9 +42,27 @@ class _Output:
             self._close(error)
 
     def _close(self, error: OSError) -> None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())  # with what the stream still holds
-        os.close(nowhere)
+        discard(self._stream)
         if not isinstance(error, BrokenPipeError):
-            print(f"standard output cannot be written: {error.strerror}", file=sys.stderr)
-        signal.raise_signal(signal.SIGINT)
+            with contextlib.suppress(OSError):  # where both go the same way
+                print(f"standard output cannot be written: {error.strerror}", file=sys.stderr)
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGINT)  # which a signal to this thread would not wake
+
+
+def discard(stream: TextIO) -> None:
+    """From now on, with what it still holds."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def reader_has_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any more, as after `| head`. What it holds is discarded."""
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)
+    left = bool(pipe.poll(0))  # asked for nothing, it tells of errors alone
+    if left:
+        discard(sys.stdout)
+    return left

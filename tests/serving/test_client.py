@@ -325,7 +325,7 @@ def test_a_replica_that_died_is_asked_again_once(kind: Any, first: bytes, why: s
 @pytest.mark.parametrize(
     ("given", "param"),
     [
-        ({"api_key": "schl\xfcssel"}, "api_key"), ({"api_key": "one\ntwo"}, "api_key"),
+        ({"api_key": "schl\xfcssel"}, "api_key"), ({"api_key": "one\ntwo"}, "api_key"), ({"api_key": " \n"}, "api_key"),
         ({"priority": "h\xefgh"}, "priority"), ({"url": "http://127.0.0.1:abc"}, "url"),
         ({"timeout_s": math.inf}, "timeout_s"), ({"timeout_s": math.nan}, "timeout_s"),
         ({"timeout_s": "3"}, "timeout_s"), ({"timeout_s": 0}, "timeout_s"),

@@ -116,6 +116,11 @@ def test_data_in_another_spelling_of_its_path_are_those_that_were_trained_on(
     other = reviews.parent / "model" / ".." / "reviews.csv"
     assert main(["evaluate", str(reviews.parent / "model"), f"data.path={other}", "data.splits.test=train"]) == 0
     assert "data.splits.test is 'train', which the model was trained on" in capsys.readouterr().out
+    before = set((reviews.parent / "model").glob("evaluation-*"))
+    for path in (other, reviews):
+        assert main(["evaluate", str(reviews.parent / "model"), f"data.path={path}"]) == 0
+    made = set((reviews.parent / "model").glob("evaluation-*")) - before
+    assert {path.name for path in made} == {"evaluation-test.json"}
 
 
 def test_a_long_search_has_a_name_that_a_disk_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -377,7 +382,7 @@ def test_what_cannot_go_well_is_said_before_the_first_step(tmp_path: Path, capsy
         tmp_path / "recipe.yaml", task="translate", data={**data, "max_input_length": 1}, model=TRANSLATOR
     )
     assert main(["train", path, f"run.output_dir={tmp_path / 'long'}"]) == 2
-    assert "no row of the validation split fits; raise data.max_input_length" in capsys.readouterr().err
+    assert "no row of the validation split fits: each is empty, or longer than data.max" in capsys.readouterr().err
 
 
 def test_a_bad_recipe_fails_before_torch_is_needed(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from training.interrupts import interrupts_wait, termination_interrupts
 from training.loop import Trainer
 from training.optim import Update
 from training.run import train
+from training.screen import _Output
 
 RUN = {"max_steps": 6, "eval_steps": 3, "logging_steps": 2}
 
@@ -122,17 +125,45 @@ def test_a_reader_that_leaves_is_an_interrupt(tmp_path: Path) -> None:
             assert training.wait(60) == 130
         finally:
             training.kill()
-        assert training.stderr.read() == "interrupted; the same command goes on where it stopped\n"
+        assert training.stderr.read().endswith("interrupted; the same command goes on where it stopped\n")
     assert newest(tmp_path / "run") > "step-00000005"  # that one was saved at its validation
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux alone has a disk that is always full")
 def test_a_full_disk_of_the_output_is_told_as_that(tmp_path: Path) -> None:
     with Path("/dev/full").open("w", encoding="utf-8") as full:
         command = endless_training(tmp_path, eval_steps=5)
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False, text=True)
-    first, last = done.stderr.splitlines()
+    *_, first, last = done.stderr.splitlines()
     assert first == "standard output cannot be written: No space left on device"
     assert last.startswith("interrupted") and done.returncode == 130
+
+
+def test_what_both_outputs_refuse_is_saved_all_the_same(tmp_path: Path) -> None:
+    """As of `2>&1 | head`."""
+    with subprocess.Popen(
+        endless_training(tmp_path, eval_steps=5), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as training:
+        assert training.stdout and any("step 5: validation" in line for line in training.stdout)
+        training.stdout.close()
+        try:
+            assert training.wait(60) == 130
+        finally:
+            training.kill()
+    assert newest(tmp_path / "run") > "step-00000005"
+
+
+def test_an_interrupt_of_another_thread_wakes_who_waits() -> None:
+    """The words of several workers come by a thread."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with os.fdopen(theirs, "w", encoding="ascii", buffering=1) as stream:
+        writing = threading.Timer(0.1, lambda: print("x", file=_Output(stream)))  # type: ignore[arg-type]
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            writing.start()
+            time.sleep(20)
+    assert time.monotonic() - began < 10
 
 
 def newest(directory: Path) -> str:

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -182,10 +183,10 @@ def test_what_is_no_text_and_no_label_is_named(change: dict[str, Any], words: li
         ("", "split train has no rows"),
         ("[]", "split train has no rows"),
         ('{"text": "a", "label": 0}\n\n{"text": "b" "label": 1}\n', "rows.jsonl: line 3 is no JSON: .*, column 14"),
-        ('[{"text": "a", "label": 0},\n{"text": "b" "label": 1}]\n', "the list is no JSON: .* in line 2, column 14"),
+        ('[{"text": "a", "label": 0},\n{"text": "b" "label": 1}]\n', "rows.jsonl: line 2 is no JSON: .*, column 14"),
         ('{"text": "a"}\n["b"]\n', "rows.jsonl: line 2 is .*; give an object of columns"),
         ('{"text": "a"}\n{"text": "\\ud83d"}\n', r"line 2 holds '\\ud83d', which is no character"),
-        ("[" * 100_000, "the list cannot be read: maximum recursion"),
+        ("[" * 100_000, "line 1 cannot be read: maximum recursion"),
         ('{"text": ' + "9" * 5000 + "}", "line 1 cannot be read: Exceeds the limit"),
     ],
 )
@@ -206,6 +207,8 @@ def test_json_is_read_as_it_is_written(tmp_path: Path) -> None:
         ("lines.jsonl", lines),
         ("marked.jsonl", "\ufeff" + lines.replace("\n", "\r\n\r\n")),
         ("list.json", json.dumps(rows, indent=1)),
+        ("objects.json", "\r".join(json.dumps(row, indent=1) for row in rows)),
+        ("joined.jsonl", lines.replace("\n", "")),
         ("lines.json", lines),
     ):
         (tmp_path / name).write_text(content, encoding="utf-8", newline="")
@@ -363,7 +366,10 @@ def test_a_csv_is_read_as_it_is_written_where_its_columns_are_declared_too(tmp_p
     )
     found = load_rows(csv_recipe(tmp_path), ("train",))["train"]
     assert found == [Row("0049", "01"), Row("NA", "NA"), Row("1.50", "x")]
-    (tmp_path / "train.csv").unlink()
+    write_csv(tmp_path / "test.csv", [], "text,label,other")
+    assert load_rows(csv_recipe(tmp_path), ("train",))["train"] == found
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.csv").unlink()
     (tmp_path / "train.jsonl").write_text('{"text": "a", "label": "01"}\n{"text": "b", "label": 2}\n', encoding="utf-8")
     assert [row.target for row in load_rows(csv_recipe(tmp_path), ("train",))["train"]] == ["01", "2"]
 
@@ -393,6 +399,11 @@ def test_compressed_files_are_read_like_others(tmp_path: Path, in_folder: bool) 
     (tmp_path / "train.csv.gz").write_bytes(b"text,label\n")
     with pytest.raises(DataError, match="cannot be unpacked: Not a gzipped file"):
         load_rows(csv_recipe(tmp_path / "train.csv.gz"), ("train",))
+    for suffix, pack in ((".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)):
+        path = tmp_path / f"cut.csv{suffix}"
+        path.write_bytes(pack(b"text,label\na,1\n")[:-9])
+        with pytest.raises(DataError, match=f"cut.csv{suffix} cannot be unpacked: .*; it is damaged"):
+            load_rows(csv_recipe(path), ("train",))
 
 
 def test_no_number_is_no_text(tmp_path: Path) -> None:
@@ -456,6 +467,12 @@ def test_texts_are_of_the_split_in_their_names(tmp_path: Path) -> None:
         "validation": ["valid"],
         "test": ["Testing"],
     }
+    own = {**data, "splits": {"train": "train-2", "validation": "valid"}}
+    rows = load_rows(recipe("generate", data=own, model=LANGUAGE_MODEL))
+    assert [row.references[0] for role in rows for row in rows[role]] == ["train-2", "valid"]
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "notes.md").write_text("no data", encoding="utf-8")
+    (tmp_path / "train_config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(DataError, match=r"\(it has test, notes, train, validation\)"):
         load_rows(recipe("generate", data={**data, "splits": {"train": "x"}}, model=LANGUAGE_MODEL), ("train",))
 

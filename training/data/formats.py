@@ -18,6 +18,7 @@ from typing import Any
 
 from seqmodels.errors import DataError
 
+BLANKS = re.compile(r"[ \t\r\n]*")  # between two values of JSON
 COMPRESSED = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
 
 csv.field_size_limit(2**31 - 1)  # a cell may hold a whole document
@@ -74,43 +75,56 @@ def _csv_lines(path: Path, separator: str) -> Iterator[list[str]]:
 
 
 def read_json(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """The files' rows, one after another: an object in each line, or one list of objects or of texts. What a row does
-    not name, or NaN, is None in it. Raises DataError."""
+    """The files' rows, one after another: objects, usually one in each line, or one list of objects or of texts. What a
+    row does not name, or NaN, is None in it. Raises DataError."""
     rows = [row for path in paths for row in _json_rows(path)]
     columns = dict.fromkeys(column for row in rows for column in row)
-    return [{**columns, **row} for row in rows]
+    for row in rows:
+        if len(row) < len(columns):
+            row |= {column: None for column in columns if column not in row}
+    return rows
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    for number, (line, value) in enumerate(_json_values(path)):
+        in_list = number == 0 and isinstance(value, list)
+        for place, item in enumerate(value if in_list else [value], start=1):
+            row = {"text": item} if isinstance(item, str) else item
+            if not isinstance(row, dict):
+                where = f"item {place}" if in_list else f"line {line}"
+                raise DataError(f"{path.name}: {where} is {str(item)[:60]!r}; give an object of columns, {{...}}")
+            yield row
+
+
+def _json_values(path: Path) -> Iterator[tuple[int, Any]]:
+    """Each value, and the line that it begins in."""
     text = _text(path)
-    if text.lstrip().startswith("["):
-        values = [(f"item {number}", item) for number, item in enumerate(_parsed(path, text, "the list"), start=1)]
-    else:  # str.splitlines would split at what may stand inside a string of JSON
-        lines = enumerate(text.split("\n"), start=1)
-        values = [(f"line {n}", _parsed(path, line, f"line {n}")) for n, line in lines if line.strip()]
-    for where, value in values:
-        row = {"text": value} if isinstance(value, str) else value
-        if not isinstance(row, dict):
-            raise DataError(f"{path.name}: {where} is {str(value)[:60]!r}; give an object of columns, {{...}}")
-        yield row
+    decoder = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" else float(name))
+    line, end = 1, 0
+    while (begin := _after_blanks(text, end)) < len(text):
+        line += text.count("\n", end, begin)
+        try:
+            value, end = decoder.raw_decode(text, begin)
+            if "\\u" in text[begin:end]:  # half of a surrogate pair may be written so, and is no text
+                json.dumps(value, ensure_ascii=False).encode()
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path.name}: line {error.lineno} is no JSON: {error.msg}, column {error.colno}; give one object in "
+                "each line, or one list of objects"
+            ) from None
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise DataError(f"{path.name}: line {line} holds {half!a}, which is no character") from None
+        except (ValueError, RecursionError) as error:  # of very long numbers, and of deep nesting
+            raise DataError(f"{path.name}: line {line} cannot be read: {error}") from None
+        yield line, value
+        line += text.count("\n", begin, end)
 
 
-def _parsed(path: Path, text: str, where: str) -> Any:
-    try:
-        value = json.loads(text, parse_constant=lambda name: None if name == "NaN" else float(name))
-        if "\\u" in text:  # half of a surrogate pair may be written so, and is no text
-            json.dumps(value, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        line = f" in line {error.lineno}" if where == "the list" else ""
-        raise DataError(
-            f"{path.name}: {where} is no JSON: {error.msg}{line}, column {error.colno}; give one object in each line, "
-            "or one list of objects"
-        ) from None
-    except UnicodeEncodeError as error:
-        raise DataError(f"{path.name}: {where} holds {error.object[error.start]!a}, which is no character") from None
-    except (ValueError, RecursionError) as error:  # of very long numbers, and of deep nesting
-        raise DataError(f"{path.name}: {where} cannot be read: {error}") from None
-    return value
+def _after_blanks(text: str, place: int) -> int:
+    found = BLANKS.match(text, place)
+    assert found is not None
+    return found.end()
 
 
 def read_text(path: Path, task: str) -> list[dict[str, Any]]:
@@ -136,9 +150,11 @@ def _text(path: Path) -> str:
     """All of the file, less a byte order mark."""
     data = path.read_bytes()
     try:
-        return COMPRESSED.get(path.suffix, bytes)(data).decode("utf-8-sig")
-    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        data = COMPRESSED.get(path.suffix, bytes)(data)
+    except (EOFError, ValueError, OSError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{path.name} cannot be unpacked: {error}; it is damaged, or of another format") from None
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path.name} cannot be loaded: {not_utf8(error)}") from None
 

@@ -8,10 +8,11 @@ import dataclasses
 import glob
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from seqmodels.clips import SUFFIXES as PICTURE_SUFFIXES
 from seqmodels.errors import DataError
 from training.config import DataSection
 from training.data.formats import not_utf8, read_csv, read_json, read_text, suffix_of
@@ -50,7 +51,7 @@ def read_tables(data: DataSection, task: str) -> dict[str, Table]:
         raise DataError(f"data.path is {data.path!r}, which does not exist; give a folder or a file")
     texts = _text_files(path)
     if texts:
-        return _read_texts(texts, task)
+        return _read_texts(texts, task, {name for _, name in data.splits})
     if path.is_dir():
         if (path / HALF_WRITTEN).exists():
             raise DataError(f"data.path is {data.path!r}, which is half written; give its `distill` command again")
@@ -65,12 +66,13 @@ def read_tables(data: DataSection, task: str) -> dict[str, Table]:
     raise DataError(f"data.path is {data.path!r}, but files end in one of {known}")
 
 
-def _read_texts(files: Sequence[Path], task: str) -> dict[str, Table]:
-    """By the split in a file's name, or else by all of it, as `datasets` names tables; several files of one split are
-    one table."""
+def _read_texts(files: Sequence[Path], task: str, asked: Container[str]) -> dict[str, Table]:
+    """By all of a file's name, where that is asked for, or else the split in it, as `datasets` names tables; several
+    files of one split are one table."""
     tables: dict[str, list[dict[str, Any]]] = {}
     for file in files:
-        split = "train" if len(files) == 1 else _split_named(file) or file.stem
+        split = file.stem if file.stem in asked else _split_named(file) or file.stem
+        split = "train" if len(files) == 1 else split
         tables.setdefault(split, []).extend(read_text(file, task))
     return dict(tables)
 
@@ -85,19 +87,25 @@ def _text_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path] if suffix_of(path) in TEXT_SUFFIXES else []
     entries = [entry for entry in sorted(path.iterdir()) if entry.name[0] != "."]
-    if any(_is_table(entry) for entry in entries):
-        return []
     texts = [entry for entry in entries if entry.is_file() and suffix_of(entry) in TEXT_SUFFIXES]
     texts = [text for text in texts if text.name.partition(".")[0].lower() not in PAPERS]
+    others = [entry for entry in entries if entry not in texts]
+    if any(TABLE_SUFFIXES & set(entry.suffixes) for entry in others if entry.is_file()):
+        return []
+    if not any(map(_split_named, texts)) and any(_holds_split(entry) for entry in others):
+        return []
     return [text for text in texts if suffix_of(text) == ".conll"] or texts
 
 
-def _is_table(entry: Path) -> bool:
-    """A table, or a folder of them or of pictures. A .json may describe what stands beside it, unless it is named after
-    a split."""
-    if entry.is_dir() or suffix_of(entry) == ".json":
-        return _split_named(entry) is not None
-    return bool(TABLE_SUFFIXES & set(entry.suffixes))
+def _holds_split(entry: Path) -> bool:
+    """Whether it is named after one, and a .json, which may else describe what stands beside it, or a folder of tables
+    or pictures."""
+    if _split_named(entry) is None:
+        return False
+    if entry.is_file():
+        return suffix_of(entry) == ".json"
+    kinds = TABLE_SUFFIXES | {*PICTURE_SUFFIXES, ".json"}
+    return any(kinds & {suffix.lower() for suffix in below.suffixes} for below in entry.rglob("*"))
 
 
 def _library() -> Any:
@@ -142,7 +150,7 @@ def _asks_for_more(config: Any) -> bool:
 
 def _typed(data: DataSection, rows: list[dict[str, Any]], features: Mapping[str, Any] | None) -> Table:
     """The rows with the columns that are declared, of their types; as they are where none are."""
-    if features is None:
+    if features is None or not rows:
         return rows
     library = _library()
     texts = {name for name, feature in features.items() if feature == library.Value("string")}
