@@ -61,7 +61,10 @@ def discard(stream: TextIO) -> None:
 def reader_has_left() -> bool:
     """Whether standard output is a pipe that nobody reads any more, as after `| head`. What it holds is discarded."""
     pipe = select.poll()
-    pipe.register(sys.stdout.fileno(), 0)
+    try:
+        pipe.register(sys.stdout.fileno(), 0)
+    except (AttributeError, io.UnsupportedOperation):  # closed from the beginning, or in memory
+        return False
     left = bool(pipe.poll(0))  # asked for nothing, it tells of errors alone
     if left:
         discard(sys.stdout)

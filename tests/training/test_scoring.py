@@ -105,7 +105,7 @@ def test_scores_are_kept_though_nobody_reads_what_is_printed(tmp_path: Path, mon
             raise BrokenPipeError
 
     monkeypatch.setattr(sys, "stdout", Closed())
-    main(["evaluate", str(directory), "--split", "validation"])
+    assert main(["evaluate", str(directory), "--split", "validation"]) == 2  # a pipe, but not that of the output
     assert "accuracy" in (directory / "evaluation-validation.json").read_text(encoding="utf-8")
 
 
