@@ -170,11 +170,11 @@ def _groups(items: list[Any]) -> Iterator[list[Any]]:
 
 
 def _size(data: Any) -> int:
-    """About how many texts and numbers it holds; the items of a list are of one kind."""
+    """About how many texts and numbers it holds. Lists in a list are of one kind; objects need not be."""
     if isinstance(data, dict):
         return 1 + sum(map(_size, data.values()))
-    if isinstance(data, list):
-        return 1 + len(data) * _size(data[0]) if data else 1
+    if isinstance(data, list) and data:
+        return 1 + (sum(map(_size, data)) if isinstance(data[0], dict) else len(data) * _size(data[0]))
     return 1 + len(data) // 64 if isinstance(data, str) else 1
 
 

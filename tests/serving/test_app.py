@@ -311,7 +311,7 @@ def test_no_part_of_long_json_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
         "state": "a" * 10**5,
     }
     tags = [{"label": "a", "score": 0.5, "start": 1, "end": 2, "text": "a"}] * 9999
-    body = {"results": [{"sequences": [sequence] * 2}, {"tags": tags}]}
+    body = {"results": [{"sequences": []}, {"sequences": [sequence] * 2}, {"tags": tags}]}
     expected, longest = as_json(body), 0
 
     def noted(data: Any, write: Any = as_json) -> str:
